@@ -1,0 +1,161 @@
+"""Fused losses and layers of DMD2: one public function for each op, the same on every device.
+
+Every op is defined in `reference.py` in plain torch, which is also what a CPU runs, and repeated in Triton for CUDA
+tensors. Inputs may be bfloat16, float16, float32 or float64, in any mix; arithmetic and logged values are float32
+(float64 if an input is float64). Triton is imported at the first call that needs it.
+
+`real` and `fake` are scores (teacher and critic); `data` and `gen` are sources of samples. Shapes: B batch, C channels.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+from ._attach import attach, wanted
+from ._dispatch import implementation, use
+from ._layer import GroupNormSiLU, group_norm_silu
+from ._types import DenoisingLoss, GanCriticLoss, GanGeneratorLoss, LinearHead, MatchingLoss
+
+__all__ = [
+    "DenoisingLoss",
+    "GanCriticLoss",
+    "GanGeneratorLoss",
+    "GroupNormSiLU",
+    "LinearHead",
+    "MatchingLoss",
+    "denoising_loss",
+    "gan_critic_loss",
+    "gan_generator_loss",
+    "group_norm_silu",
+    "implementation",
+    "matching_loss",
+    "matching_loss_and_grad",
+    "use",
+]
+
+
+def matching_loss(
+    x0: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    x: Tensor | None = None,
+    head: LinearHead | None = None,
+    real_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> MatchingLoss:
+    """The distribution-matching loss, with its gradient g / (B * N) in x0 and in nothing else.
+
+    Without a head, `real` and `fake` are x0 predictions; with one they are raw network outputs at the noisy `x`. With
+    `real_uncond` the teacher is guided: uncond + guidance_scale * (real - uncond). Elements of g that are not finite
+    are replaced (NaN by 0, inf by the largest number) and counted in `num_nonfinite`.
+    """
+    real_uncond = _matching_arguments(x0, real, fake, x, head, real_uncond, guidance_scale)
+    with torch.no_grad():
+        out, grad = reference.matching(x0, real, fake, x, head, real_uncond, guidance_scale)
+    return out._replace(loss=attach(out.loss, (x0, grad)))
+
+
+def matching_loss_and_grad(
+    x0: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    x: Tensor | None = None,
+    head: LinearHead | None = None,
+    real_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> tuple[MatchingLoss, Tensor]:
+    """The distribution-matching loss without a graph, and its gradient in x0 (shape and dtype of x0).
+
+    Saves the backward's second read: `x0.backward(grad)` continues from here. Arguments as in `matching_loss`.
+    """
+    real_uncond = _matching_arguments(x0, real, fake, x, head, real_uncond, guidance_scale)
+    with torch.no_grad():
+        out, grad = reference.matching(x0, real, fake, x, head, real_uncond, guidance_scale)
+    return out, grad.to(x0.dtype)
+
+
+def denoising_loss(
+    out: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    *,
+    x: Tensor | None = None,
+    head: LinearHead | None = None,
+) -> DenoisingLoss:
+    """The mean over all elements of weight_b * (x0_hat - target)^2, with its gradient in `out` and in nothing else.
+
+    Without a head, `out` is x0_hat itself; with one it is the raw network output at the noisy `x`. weight is (B,).
+    """
+    _checks.batched("out", out)
+    _checks.like("target", target, "out", out)
+    _checks.per_sample("weight", weight, "out", out)
+    _checks.head_at(head, x, "out", out)
+    need_grad = wanted(out)
+    with torch.no_grad():
+        loss, per_sample, grad = reference.denoising(out, target, weight, x, head, need_grad)
+    return DenoisingLoss(loss if grad is None else attach(loss, (out, grad)), per_sample)
+
+
+def gan_critic_loss(
+    gen_logits: Tensor,
+    data_logits: Tensor,
+    *,
+    kind: str = "softplus",
+    perturbed_data_logits: Tensor | None = None,
+    r1_weight: float = 0.0,
+) -> GanCriticLoss:
+    """The critic's GAN loss on logits (B,) or (B, 1), with gradients in all of them; the two batches may differ.
+
+    kind is softplus (the paper's) or hinge. `perturbed_data_logits` adds the approximate R1 penalty r1_weight * mean
+    (perturbed - data)^2; the caller perturbs the noised data sample, so that a perturbation of 0 gives exactly 0.
+    """
+    _checks.gan_kind(kind)
+    _checks.logits("gen_logits", gen_logits)
+    _checks.logits("data_logits", data_logits)
+    _checks.on_device_of("data_logits", data_logits, "gen_logits", gen_logits)
+    _checks.like("perturbed_data_logits", perturbed_data_logits, "data_logits", data_logits)
+    if r1_weight != 0 and perturbed_data_logits is None:
+        raise ValueError(f"r1_weight is {r1_weight} but perturbed_data_logits is not given; give it or use 0")
+    perturbed = perturbed_data_logits
+    with torch.no_grad():
+        values, grads = reference.gan_critic(
+            gen_logits.reshape(-1),
+            data_logits.reshape(-1),
+            None if perturbed is None else perturbed.reshape(-1),
+            kind,
+            r1_weight,
+        )
+    logits = [t for t in (gen_logits, data_logits, perturbed) if t is not None]
+    pairs = [(t, grad.view(t.shape)) for t, grad in zip(logits, grads, strict=True)]
+    return GanCriticLoss(attach(values[0], *pairs), *values[1:])
+
+
+def gan_generator_loss(gen_logits: Tensor, *, kind: str = "softplus") -> GanGeneratorLoss:
+    """The generator's GAN loss on logits (B,) or (B, 1); kind is softplus (the paper's) or hinge."""
+    _checks.gan_kind(kind)
+    _checks.logits("gen_logits", gen_logits)
+    with torch.no_grad():
+        (loss, p_gen), grad = reference.gan_generator(gen_logits.reshape(-1), kind)
+    return GanGeneratorLoss(attach(loss, (gen_logits, grad.view(gen_logits.shape))), p_gen)
+
+
+def _matching_arguments(
+    x0: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    x: Tensor | None,
+    head: LinearHead | None,
+    real_uncond: Tensor | None,
+    guidance_scale: float,
+) -> Tensor | None:
+    """Check the arguments; give `real_uncond`, or None where the scale of 1 makes it drop out."""
+    _checks.batched("x0", x0)
+    _checks.like("real", real, "x0", x0)
+    _checks.like("fake", fake, "x0", x0)
+    _checks.head_at(head, x, "x0", x0)
+    _checks.like("real_uncond", real_uncond, "x0", x0)
+    if guidance_scale != 1.0 and real_uncond is None:
+        raise ValueError(f"guidance_scale is {guidance_scale} but real_uncond is not given; give it or use 1.0")
+    return None if guidance_scale == 1.0 else real_uncond

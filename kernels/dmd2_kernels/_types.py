@@ -1,0 +1,80 @@
+"""What the ops take and give: the per-sample head of a network, and one named tuple for each loss.
+
+Shapes: B batch.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def _scalars(*values: Tensor | float) -> list[Tensor]:
+    """The values as tensors of one dtype, at least float32, on one device."""
+    device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
+    wide = any(isinstance(v, Tensor) and v.dtype == torch.float64 for v in values)
+    return [torch.as_tensor(v, dtype=torch.float64 if wide else torch.float32, device=device) for v in values]
+
+
+class LinearHead(NamedTuple):
+    """How a raw network output at noisy x becomes an image: x0 = a_b * x + k_b * out, per sample b."""
+
+    a: Tensor  # (B,) fp32
+    k: Tensor  # (B,) fp32
+
+    @classmethod
+    def edm(cls, sigma: Tensor, sigma_data: float) -> "LinearHead":
+        """EDM preconditioning (arXiv 2206.00364, table 1): a = c_skip, k = c_out."""
+        (sigma,) = _scalars(sigma)
+        variance = sigma.square() + sigma_data**2
+        return cls(sigma_data**2 / variance, sigma * sigma_data * variance.rsqrt())
+
+    @classmethod
+    def epsilon(cls, alpha: Tensor | float, sigma: Tensor) -> "LinearHead":
+        """Noise prediction, x = alpha * x0 + sigma * eps: a = 1 / alpha, k = -sigma / alpha."""
+        alpha, sigma = _scalars(alpha, sigma)
+        return cls((1 / alpha).expand_as(sigma), -sigma / alpha)
+
+    @classmethod
+    def v(cls, alpha: Tensor, sigma: Tensor) -> "LinearHead":
+        """v prediction (arXiv 2202.00512, appendix D), alpha^2 + sigma^2 = 1: a = alpha, k = -sigma."""
+        alpha, sigma = _scalars(alpha, sigma)
+        return cls(alpha, -sigma)
+
+    @classmethod
+    def flow(cls, t: Tensor) -> "LinearHead":
+        """Velocity eps - x0 of the straight path x = (1 - t) * x0 + t * eps: a = 1, k = -t."""
+        (t,) = _scalars(t)
+        return cls(torch.ones_like(t), -t)
+
+
+class MatchingLoss(NamedTuple):
+    """The distribution-matching loss and what a run logs of it."""
+
+    loss: Tensor  # () with gradient to x0 only
+    weight: Tensor  # (B,) mean |x0 - x0_real|
+    sq_norm: Tensor  # (B,) sum g^2
+    num_nonfinite: Tensor  # (B,) int64, elements of g that were NaN or infinite
+
+
+class DenoisingLoss(NamedTuple):
+    """The weighted denoising loss, and its value for each sample."""
+
+    loss: Tensor  # () with gradient to out only
+    per_sample: Tensor  # (B,) detached; its mean is the loss
+
+
+class GanCriticLoss(NamedTuple):
+    """The critic's side of the GAN loss and the probabilities of being real that it gave."""
+
+    loss: Tensor  # () with gradients to all logits
+    p_data: Tensor  # (B,) sigmoid of the data logits, detached
+    p_gen: Tensor  # (B,) sigmoid of the generated logits, detached
+    r1: Tensor  # () mean (perturbed - data)^2 before its weight, detached; 0 without perturbed logits
+
+
+class GanGeneratorLoss(NamedTuple):
+    """The generator's side of the GAN loss and the probability of being real that the critic gave it."""
+
+    loss: Tensor  # () with gradient to the logits
+    p_gen: Tensor  # (B,) detached
