@@ -1,0 +1,116 @@
+"""Reads presets and runs from YAML. No torch: the workflow plans its jobs with this.
+
+A *preset* (`workflow/presets/NAME.yaml`) says on which data, teacher and scale; a *run* (`workflow/runs/NAME.yaml`)
+says how a student is trained there. Both are YAML mappings with at most one parent (`extends: NAME`). The keys of a
+run lie over the preset's `train` section, and the preset may adjust a run by name under `runs`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dmd2.config import Preset, Run, RunFile, Train
+from dmd2.errors import UserError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError naming the file and line."""
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        stems = [p.stem for p in path.parent.glob("*.yaml")]
+        raise UserError(f"{path}: no such file; {_known(stems, path.stem)}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values")
+    return content
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`: mappings merge key by key, anything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def read_chain(folder: Path | str, name: str, *, _seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`folder/name.yaml` over its parents (`extends: NAME`, at most one each). Raises UserError on a cycle."""
+    if name in _seen:
+        raise UserError(f"{Path(folder) / name}.yaml: `extends` runs in a circle: {' -> '.join((*_seen, name))}")
+    content = read_yaml(Path(folder) / f"{name}.yaml")
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    if not isinstance(parent, str):
+        raise UserError(f"{Path(folder) / name}.yaml: `extends` takes one name, got {parent!r}")
+    return merge(read_chain(folder, parent, _seen=(*_seen, name)), content)
+
+
+def parse(model: type[M], content: Mapping[str, Any], where: str) -> M:
+    """`content` as `model`. Raises UserError with one line per problem: file, key, value, rule, suggestion."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problems = [_explain(model, problem) for problem in error.errors()]
+        raise UserError(f"{where}: " + f"\n{where}: ".join(problems)) from None
+
+
+def load_preset(folder: Path | str, name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
+    """The preset `name` from `folder`/presets, with the user's overrides on top."""
+    content = merge(read_chain(Path(folder) / "presets", name), overrides or {})
+    return parse(Preset, {"name": name, **content}, f"preset {name}")
+
+
+def load_run(folder: Path | str, name: str, preset: Preset) -> Run:
+    """The run `name` from `folder`/runs, resolved on `preset`."""
+    file = parse(RunFile, read_chain(Path(folder) / "runs", name), f"run {name}")
+    keys = merge(merge(preset.train.model_dump(exclude_unset=True), file.train), preset.runs.get(name, {}))
+    where = f"run {name} on preset {preset.name}"
+    train = parse(Train, keys, where)
+    try:
+        preset.check(train)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    return Run(name=name, description=file.description, train=train)
+
+
+def _known(names: Iterable[str], wrong: str | None = None) -> str:
+    close = difflib.get_close_matches(wrong, list(names), n=1) if wrong else []
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(names)) or 'none'}"
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    """One line for one pydantic problem, with a suggestion for a misspelt key."""
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        fields = _fields_at(model, problem["loc"][:-1])
+        return f"unknown key `{key}`; {_known(fields, str(problem['loc'][-1]))}"
+    if problem["type"] == "missing":
+        return f"missing key `{key}`"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"`{key}` is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys that the model at `loc` below `model` takes."""
+    for part in loc:
+        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        nested = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if nested:
+            model = nested[0]
+    return list(model.model_fields)

@@ -1,0 +1,79 @@
+"""What a stage reads, and the digest that decides when it runs again. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from dmd2.config import Data, Evaluation, Features, Model, Pairs, Sampler, Teacher, Train
+from dmd2.presets import parse, read_yaml
+
+VERSIONS = {
+    "shards": 1,
+    "latents": 1,
+    "features": 1,
+    "reference": 1,
+    "teacher": 1,
+    "pairs": 1,
+    "train": 1,
+    "sample": 1,
+    "metrics": 1,
+    "curve": 1,
+}
+"""The algorithm version of each stage: raise it when a change of code changes what the stage writes."""
+
+
+class Spec(Model):
+    """Everything that decides what a stage writes: the keys it reads and the digests of what it builds on.
+
+    The workflow passes it to the command line as one canonical string, which is at the same time the trigger for
+    running the stage again: a stage cannot read a key that is not in its digest.
+    """
+
+    stage: str
+    name: str
+    version: int
+    data: Data | None = None
+    teacher: Teacher | None = None
+    features: Features | None = None
+    pairs: Pairs | None = None
+    sampler: Sampler | None = None
+    evaluation: Evaluation | None = None
+    train: Train | None = None
+    upstream: dict[str, str] = Field({}, description="digests of the stages this one builds on")
+
+    @classmethod
+    def of(cls, stage: str, name: str, upstream: Mapping[str, Spec] | None = None, **sections: Any) -> Spec:
+        """The spec of `stage` for the thing called `name`, on top of `upstream` specs."""
+        digests = {key: spec.digest for key, spec in (upstream or {}).items()}
+        return cls(stage=stage, name=name, version=VERSIONS[stage], upstream=digests, **sections)
+
+    def to_json(self) -> str:
+        """The canonical form: sorted keys, no white space, defaults written out."""
+        return json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of the canonical form, the name left out."""
+        content = self.model_dump(mode="json", exclude_none=True, exclude={"name"})
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def need(self, section: str) -> Any:
+        """The section `section`; a stage that asks for one it was not given is a bug in its rule."""
+        value = getattr(self, section)
+        if value is None:
+            raise ValueError(f"stage {self.stage} reads `{section}`, which its spec lacks")
+        return value
+
+
+def read_spec(text_or_path: str) -> Spec:
+    """A spec from its canonical string, or from a file with `@FILE` (JSON or YAML)."""
+    if text_or_path.startswith("@"):
+        return parse(Spec, read_yaml(text_or_path[1:]), text_or_path[1:])
+    return parse(Spec, yaml.safe_load(text_or_path), "--spec")
