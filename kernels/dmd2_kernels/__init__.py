@@ -10,7 +10,7 @@ tensors. Inputs may be bfloat16, float16, float32 or float64, in any mix; arithm
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks, _library, reference
 from ._attach import attach, wanted
 from ._dispatch import implementation, use
 from ._layer import GroupNormSiLU, group_norm_silu
@@ -51,6 +51,10 @@ def matching_loss(
     are replaced (NaN by 0, inf by the largest number) and counted in `num_nonfinite`.
     """
     real_uncond = _matching_arguments(x0, real, fake, x, head, real_uncond, guidance_scale)
+    if implementation(x0) != "reference":
+        args = (x0, real, fake, x, *(head or (None, None)), real_uncond, guidance_scale)
+        loss, *logged = _library.matching_loss(*args)
+        return MatchingLoss(loss, *_detached(logged))
     with torch.no_grad():
         out, grad = reference.matching(x0, real, fake, x, head, real_uncond, guidance_scale)
     return out._replace(loss=attach(out.loss, (x0, grad)))
@@ -72,8 +76,12 @@ def matching_loss_and_grad(
     """
     real_uncond = _matching_arguments(x0, real, fake, x, head, real_uncond, guidance_scale)
     with torch.no_grad():
+        if implementation(x0) != "reference":
+            args = (x0, real, fake, x, *(head or (None, None)), real_uncond, guidance_scale)
+            *values, grad = _library.matching_loss_and_grad(*args)
+            return MatchingLoss(*values), grad
         out, grad = reference.matching(x0, real, fake, x, head, real_uncond, guidance_scale)
-    return out, grad.to(x0.dtype)
+        return out, grad.to(x0.dtype)
 
 
 def denoising_loss(
@@ -92,6 +100,9 @@ def denoising_loss(
     _checks.like("target", target, "out", out)
     _checks.per_sample("weight", weight, "out", out)
     _checks.head_at(head, x, "out", out)
+    if implementation(out) != "reference":
+        loss, per_sample = _library.denoising_loss(out, target.detach(), weight.detach(), x, *(head or (None, None)))
+        return DenoisingLoss(loss, per_sample.detach())
     need_grad = wanted(out)
     with torch.no_grad():
         loss, per_sample, grad = reference.denoising(out, target, weight, x, head, need_grad)
@@ -119,26 +130,32 @@ def gan_critic_loss(
     if r1_weight != 0 and perturbed_data_logits is None:
         raise ValueError(f"r1_weight is {r1_weight} but perturbed_data_logits is not given; give it or use 0")
     perturbed = perturbed_data_logits
+    gen, data = gen_logits.reshape(-1), data_logits.reshape(-1)
+    moved = None if perturbed is None else perturbed.reshape(-1)
+    if implementation(gen) != "reference":
+        loss, *logged = _library.gan_critic_loss(gen, data, moved, kind, r1_weight)
+        return GanCriticLoss(loss, *_detached(logged))
     with torch.no_grad():
-        values, grads = reference.gan_critic(
-            gen_logits.reshape(-1),
-            data_logits.reshape(-1),
-            None if perturbed is None else perturbed.reshape(-1),
-            kind,
-            r1_weight,
-        )
-    logits = [t for t in (gen_logits, data_logits, perturbed) if t is not None]
-    pairs = [(t, grad.view(t.shape)) for t, grad in zip(logits, grads, strict=True)]
-    return GanCriticLoss(attach(values[0], *pairs), *values[1:])
+        (loss, *logged), grads = reference.gan_critic(gen, data, moved, kind, r1_weight)
+    pairs = zip([t for t in (gen, data, moved) if t is not None], grads, strict=True)
+    return GanCriticLoss(attach(loss, *pairs), *logged)
 
 
 def gan_generator_loss(gen_logits: Tensor, *, kind: str = "softplus") -> GanGeneratorLoss:
     """The generator's GAN loss on logits (B,) or (B, 1); kind is softplus (the paper's) or hinge."""
     _checks.gan_kind(kind)
     _checks.logits("gen_logits", gen_logits)
+    gen = gen_logits.reshape(-1)
+    if implementation(gen) != "reference":
+        loss, p_gen = _library.gan_generator_loss(gen, kind)
+        return GanGeneratorLoss(loss, p_gen.detach())
     with torch.no_grad():
-        (loss, p_gen), grad = reference.gan_generator(gen_logits.reshape(-1), kind)
-    return GanGeneratorLoss(attach(loss, (gen_logits, grad.view(gen_logits.shape))), p_gen)
+        (loss, p_gen), grad = reference.gan_generator(gen, kind)
+    return GanGeneratorLoss(attach(loss, (gen, grad)), p_gen)
+
+
+def _detached(values: list[Tensor]) -> list[Tensor]:
+    return [value.detach() for value in values]
 
 
 def _matching_arguments(

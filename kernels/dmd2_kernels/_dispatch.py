@@ -9,10 +9,15 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 from torch import Tensor
 
 MODES = ("auto", "triton", "reference")
+_CHOICES = (
+    "needs a CUDA tensor, or TRITON_INTERPRET=1 set before the first import of triton, "
+    "or the plain-torch reference that a CPU takes by default (DMD2_KERNELS=auto or reference)"
+)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -34,7 +39,7 @@ def implementation(tensor: Tensor) -> str:
     """The implementation that an op takes for this tensor: triton, triton-interpreter or reference."""
     if _mode == "reference" or (_mode == "auto" and not (tensor.is_cuda and _HAS_TRITON)):
         return "reference"
-    return "triton" if tensor.is_cuda else "triton-interpreter"
+    return "triton-interpreter" if interpreting() or not tensor.is_cuda else "triton"
 
 
 @contextmanager
@@ -46,3 +51,14 @@ def use(mode: str) -> Iterator[None]:
         yield
     finally:
         _mode = before
+
+
+def kernels_for(tensor: Tensor, name: str) -> ModuleType:
+    """The module of Triton kernels, or one sentence that says what a launch on this tensor would need."""
+    if not tensor.is_cuda and not interpreting():
+        raise RuntimeError(f"dmd2::{name} got a {tensor.device.type} tensor: a Triton kernel {_CHOICES}")
+    from . import ops
+
+    if not tensor.is_cuda and not ops.interpreted():
+        raise RuntimeError(f"dmd2::{name}: TRITON_INTERPRET was set after triton was imported; a kernel {_CHOICES}")
+    return ops

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from . import _checks, reference
+from . import _checks, _library_norm, reference
+from ._dispatch import implementation
 
 
 def group_norm_silu(
@@ -22,7 +23,10 @@ def group_norm_silu(
     x is (B, C, ...); weight and bias are (C,); scale and shift are (B, C), or both None for the plain form.
     """
     _checks.norm_arguments(x, num_groups, weight, bias, scale, shift)
-    return reference.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu)
+    args = (x, num_groups, weight, bias, eps, scale, shift, silu)
+    if implementation(x) != "reference":
+        return _library_norm.group_norm_silu(*args)[0]  # type: ignore[no-any-return]
+    return reference.group_norm_silu(*args)
 
 
 class GroupNormSiLU(nn.Module):

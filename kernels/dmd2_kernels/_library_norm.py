@@ -1,0 +1,102 @@
+# mypy: allow-untyped-defs
+"""GroupNorm+SiLU as `torch.ops.dmd2.group_norm_silu`, for NCHW and channels_last memory; see `_library.py`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._dispatch import kernels_for
+from .reference import accumulation_dtype
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether x is dense in NHWC order and not in NCHW order."""
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if channels_last(x) else x.contiguous()
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """t in the memory order of x."""
+    return t.contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format)
+
+
+@torch.library.custom_op("dmd2::group_norm_silu", mutates_args=())
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd), the statistics (B, G); the gradient of y goes to every tensor."""
+    kernels = kernels_for(x, "group_norm_silu")
+    ops = kernels.group_norm_nhwc if channels_last(x) else kernels.group_norm_silu
+    vectors = (weight.contiguous(), bias.contiguous(), eps, *_rows(scale, shift), silu)
+    return ops.forward(_dense(x), num_groups, *vectors)  # type: ignore[no-any-return]
+
+
+def _rows(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The two halves of an embedding, each contiguous."""
+    if scale is None or shift is None:
+        return None, None
+    return scale.contiguous(), shift.contiguous()
+
+
+@group_norm_silu.register_fake
+def _(x, num_groups, weight, bias, eps, scale, shift, silu):
+    mean = x.new_empty(x.shape[0], num_groups, dtype=accumulation_dtype(x))
+    return torch.empty_like(_dense(x)), mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("dmd2::group_norm_silu_backward", mutates_args=())
+def group_norm_silu_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients in x, weight, bias, scale and shift; the last two are empty in the plain form."""
+    kernels = kernels_for(x, "group_norm_silu_backward")
+    ops = kernels.group_norm_nhwc if channels_last(x) else kernels.group_norm_silu
+    vectors = (weight.contiguous(), bias.contiguous(), *_rows(scale, shift), silu)
+    *grads, d_scale, d_shift = ops.backward(_like(dy, x), _dense(x), mean, rstd, num_groups, *vectors)
+    dx, d_weight, d_bias = grads
+    if d_scale is None or d_shift is None:
+        return dx, d_weight, d_bias, x.new_empty(0), x.new_empty(0)
+    return dx, d_weight, d_bias, d_scale, d_shift
+
+
+@group_norm_silu_backward.register_fake
+def _(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu):
+    rows = [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (scale, shift)]
+    return torch.empty_like(_dense(x)), weight.new_empty(weight.shape), bias.new_empty(bias.shape), *rows
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, ctx.num_groups, weight, bias, _, scale, shift, ctx.silu = inputs
+    ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)
+
+
+def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
+    dx, d_weight, d_bias, d_scale, d_shift = group_norm_silu_backward(
+        dy, x, mean, rstd, ctx.num_groups, weight, bias, scale, shift, ctx.silu
+    )
+    rows = (None, None) if scale is None else (d_scale, d_shift)
+    return dx, None, d_weight, d_bias, None, *rows, None
+
+
+group_norm_silu.register_autograd(_gradient, setup_context=_context)

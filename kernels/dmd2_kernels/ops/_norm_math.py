@@ -1,0 +1,84 @@
+# mypy: allow-untyped-defs
+"""The arithmetic of GroupNorm+SiLU on one tile, shared by the NCHW and the channels_last kernels.
+
+    xhat = (x - mean) * rstd,    z = gain * xhat + offset,    y = z * sigmoid(z)
+    gain = weight * (1 + scale),    offset = bias * (1 + scale) + shift          plain form: scale = shift = 0
+
+With dz = dy * silu'(z) and the two sums over a channel's pixels P1 = sum dz * xhat and P2 = sum dz,
+
+    dx     = rstd * (gain * dz - mean(gain * dz) - xhat * mean(gain * dz * xhat))     means over the group, from P1, P2
+    dscale = P1 * weight + P2 * bias,    dshift = P2
+    dweight = sum_b P1 * (1 + scale),    dbias = sum_b P2 * (1 + scale)
+"""
+
+import triton
+import triton.language as tl
+
+from ._device import sigmoid
+
+
+@triton.jit
+def affine(weight, bias, scale, shift, b, channels, num_channels, mask, ACC: tl.constexpr):
+    """(gain, offset) of some channels of sample b."""
+    gain = tl.load(weight + channels, mask=mask, other=0.0).to(ACC)
+    offset = tl.load(bias + channels, mask=mask, other=0.0).to(ACC)
+    if scale is not None:
+        at = b * num_channels + channels
+        more = tl.load(scale + at, mask=mask, other=0.0).to(ACC) + 1.0
+        gain *= more
+        offset = offset * more + tl.load(shift + at, mask=mask, other=0.0).to(ACC)
+    return gain, offset
+
+
+@triton.jit
+def activate(z, SILU: tl.constexpr, ACC: tl.constexpr):
+    """silu(z), or z."""
+    if SILU:
+        z = z * sigmoid(z, ACC)
+    return z
+
+
+@triton.jit
+def slope_z(dy, z, SILU: tl.constexpr, ACC: tl.constexpr):
+    """dz = dy * silu'(z), with silu'(z) = s * (1 + z * (1 - s)), s = sigmoid(z)."""
+    if SILU:
+        s = sigmoid(z, ACC)
+        dy = dy * s * (1.0 + z * (1.0 - s))
+    return dy
+
+
+@triton.jit
+def store_parameter_sums(
+    p1, p2, weight, bias, scale, sums, d_scale, d_shift, b, channels, num_samples, num_channels, mask, ACC: tl.constexpr
+):  # fmt: skip
+    """Write one sample's share of dweight and dbias into sums (2, B, C), and dscale and dshift themselves."""
+    at = b * num_channels + channels
+    q1, q2 = p1, p2
+    if scale is not None:
+        w = tl.load(weight + channels, mask=mask, other=0.0).to(ACC)
+        v = tl.load(bias + channels, mask=mask, other=0.0).to(ACC)
+        more = tl.load(scale + at, mask=mask, other=0.0).to(ACC) + 1.0
+        tl.store(d_scale + at, (p1 * w + p2 * v).to(d_scale.dtype.element_ty), mask=mask)
+        tl.store(d_shift + at, p2.to(d_shift.dtype.element_ty), mask=mask)
+        q1, q2 = p1 * more, p2 * more
+    tl.store(sums + at, q1, mask=mask)
+    tl.store(sums + tl.full((), num_samples, tl.int64) * num_channels + at, q2, mask=mask)
+
+
+@triton.jit
+def sum_over_batch(
+    sums, d_weight, d_bias, num_samples, num_channels, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """dweight and dbias (C,) from the per-sample sums (2, B, C), in one order."""
+    channels = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = channels < num_channels
+    stride = tl.full((), num_samples, tl.int64) * num_channels
+    first, second = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+    for start in range(0, num_samples, ROWS):
+        rows = start + tl.arange(0, ROWS).to(tl.int64)
+        mask = (rows < num_samples)[:, None] & inside[None, :]
+        at = rows[:, None] * num_channels + channels[None, :]
+        first += tl.sum(tl.load(sums + at, mask=mask, other=0.0).to(ACC), 0)
+        second += tl.sum(tl.load(sums + stride + at, mask=mask, other=0.0).to(ACC), 0)
+    tl.store(d_weight + channels, first.to(d_weight.dtype.element_ty), mask=inside)
+    tl.store(d_bias + channels, second.to(d_bias.dtype.element_ty), mask=inside)

@@ -1,0 +1,219 @@
+# mypy: allow-untyped-defs
+"""GroupNorm + adaptive scale and shift + SiLU in Triton, on NCHW memory, forward and backward.
+
+A group of one sample is contiguous in NCHW: one program owns it. Up to RESIDENT padded elements it stays in registers,
+so that x is read once and y written once (backward: x and dy once, dx once). A larger group is walked twice in tiles,
+the second time mostly from the L2 cache. The formulas are in `_norm_math.py`; `group_norm_nhwc.py` has channels_last.
+
+Statistics never use E[x^2] - E[x]^2, which cancels to garbage where the mean is large: a tile's sum of squares is taken
+about the tile's own mean, and tiles are merged by Chan's formula (Chan, Golub, LeVeque 1979),
+
+    delta = mean_t - mean,   n' = n + n_t,   mean += delta n_t / n',   M2 += M2_t + delta^2 n n_t / n'
+
+Shapes: B samples, C channels, G groups of CG = C / G channels, S pixels; a tile is (CG_P, TILE), CG_P = 2^ceil(log2 CG).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._device import exact_div, exact_rsqrt
+from ._launch import launch, tl_accumulation
+from ._norm_math import activate, affine, slope_z, store_parameter_sums, sum_over_batch
+from ..reference import accumulation_dtype
+
+RESIDENT = 32_768  # padded elements of a group that 16 warps keep in registers without spilling
+LOOPED = 8_192  # padded elements of a tile where the group is larger
+
+
+def tiling(group_channels: int, num_pixels: int, resident: int = RESIDENT) -> tuple[int, int, int, int]:
+    """(CG_P, TILE, number of tiles, warps) of a group, by its shape alone."""
+    rows, cols = triton.next_power_of_2(group_channels), triton.next_power_of_2(num_pixels)
+    if rows * cols > resident:
+        cols = max(LOOPED // rows, 16)
+    elements = rows * cols
+    return rows, cols, triton.cdiv(num_pixels, cols), 4 if elements <= 2048 else 8 if elements <= 8192 else 16
+
+
+@triton.jit
+def _tile(num_pixels, t, CG: tl.constexpr, CG_P: tl.constexpr, TILE: tl.constexpr):
+    """Offsets in the group and mask of tile t, and how many elements it has."""
+    rows, cols = tl.arange(0, CG_P), t * TILE + tl.arange(0, TILE)
+    mask = (rows < CG)[:, None] & (cols < num_pixels)[None, :]
+    return rows[:, None] * num_pixels + cols[None, :], mask, CG * tl.minimum(num_pixels - t * TILE, TILE)
+
+
+@triton.jit
+def _moments(v, mask, count, ACC: tl.constexpr):
+    """Mean of a tile and the sum of squares about it."""
+    mean = exact_div(tl.sum(v), count, ACC)
+    centred = tl.where(mask, v - mean, 0.0)
+    return mean, tl.sum(centred * centred)
+
+
+@triton.jit
+def _normalise(v, mean, rstd, gain, offset, SILU: tl.constexpr, ACC: tl.constexpr):
+    return activate((v - mean) * rstd * gain[:, None] + offset[:, None], SILU, ACC)
+
+
+@triton.jit
+def _forward(
+    x, y, weight, bias, scale, shift, mean_out, rstd_out, num_groups, num_pixels, EPS: tl.constexpr,
+    CG: tl.constexpr, CG_P: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SILU: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    b, g = pid // num_groups, pid % num_groups
+    base = pid * CG * num_pixels
+    rows = tl.arange(0, CG_P)
+    gain, offset = affine(weight, bias, scale, shift, b, g * CG + rows, num_groups * CG, rows < CG, ACC)
+    total = tl.full((), num_pixels, ACC) * CG
+    if TILES == 1:
+        offs, mask, _ = _tile(num_pixels, 0, CG, CG_P, TILE)
+        v = tl.load(x + base + offs, mask=mask, other=0.0).to(ACC)
+        mean, m2 = _moments(v, mask, total, ACC)
+        rstd = exact_rsqrt(exact_div(m2, total, ACC) + EPS, ACC)
+        out = _normalise(v, mean, rstd, gain, offset, SILU, ACC)
+        tl.store(y + base + offs, out.to(y.dtype.element_ty), mask=mask)
+    else:
+        mean, m2 = tl.full((), 0.0, ACC), tl.full((), 0.0, ACC)
+        before = tl.full((), 0.0, ACC)
+        for t in range(TILES):
+            offs, mask, count = _tile(num_pixels, t, CG, CG_P, TILE)
+            v = tl.load(x + base + offs, mask=mask, other=0.0).to(ACC)
+            tile_mean, tile_m2 = _moments(v, mask, count.to(ACC), ACC)
+            share = exact_div(count.to(ACC), before + count.to(ACC), ACC)
+            delta = tile_mean - mean
+            mean += delta * share
+            m2 += tile_m2 + delta * delta * before * share
+            before += count.to(ACC)
+        rstd = exact_rsqrt(exact_div(m2, total, ACC) + EPS, ACC)
+        for t in range(TILES):
+            offs, mask, _ = _tile(num_pixels, t, CG, CG_P, TILE)
+            v = tl.load(x + base + offs, mask=mask, other=0.0).to(ACC)
+            out = _normalise(v, mean, rstd, gain, offset, SILU, ACC)
+            tl.store(y + base + offs, out.to(y.dtype.element_ty), mask=mask)
+    tl.store(mean_out + pid, mean)
+    tl.store(rstd_out + pid, rstd)
+
+
+@triton.jit
+def _load_slopes(
+    dy, x, base, offs, mask, mean, rstd, gain, offset, SILU: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """(xhat, dz) of a tile, 0 outside the group."""
+    v = tl.load(x + base + offs, mask=mask, other=0.0).to(ACC)
+    xhat = tl.where(mask, (v - mean) * rstd, 0.0)
+    slope = tl.load(dy + base + offs, mask=mask, other=0.0).to(ACC)
+    dz = slope_z(slope, xhat * gain[:, None] + offset[:, None], SILU, ACC)
+    return xhat, tl.where(mask, dz, 0.0)
+
+
+@triton.jit
+def _group_means(p1, p2, gain, total, ACC: tl.constexpr):
+    """mean(gain dz xhat) and mean(gain dz) over the group."""
+    return exact_div(tl.sum(gain * p1), total, ACC), exact_div(tl.sum(gain * p2), total, ACC)
+
+
+@triton.jit
+def _backward(
+    dy, x, mean_in, rstd_in, weight, bias, scale, shift, dx, sums, d_scale, d_shift, num_samples, num_groups,
+    num_pixels, CG: tl.constexpr, CG_P: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    SILU: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    b, g = pid // num_groups, pid % num_groups
+    base = pid * CG * num_pixels
+    rows = tl.arange(0, CG_P)
+    channels, channel_mask = g * CG + rows, rows < CG
+    gain, offset = affine(weight, bias, scale, shift, b, channels, num_groups * CG, channel_mask, ACC)
+    mean, rstd = tl.load(mean_in + pid).to(ACC), tl.load(rstd_in + pid).to(ACC)
+    total = tl.full((), num_pixels, ACC) * CG
+    if TILES == 1:
+        offs, mask, _ = _tile(num_pixels, 0, CG, CG_P, TILE)
+        xhat, dz = _load_slopes(dy, x, base, offs, mask, mean, rstd, gain, offset, SILU, ACC)
+        p1, p2 = tl.sum(dz * xhat, 1), tl.sum(dz, 1)
+        c1, c2 = _group_means(p1, p2, gain, total, ACC)
+        out = rstd * (dz * gain[:, None] - c2 - xhat * c1)
+        tl.store(dx + base + offs, out.to(dx.dtype.element_ty), mask=mask)
+    else:
+        p1, p2 = tl.zeros((CG_P,), ACC), tl.zeros((CG_P,), ACC)
+        for t in range(TILES):
+            offs, mask, _ = _tile(num_pixels, t, CG, CG_P, TILE)
+            xhat, dz = _load_slopes(dy, x, base, offs, mask, mean, rstd, gain, offset, SILU, ACC)
+            p1 += tl.sum(dz * xhat, 1)
+            p2 += tl.sum(dz, 1)
+        c1, c2 = _group_means(p1, p2, gain, total, ACC)
+        for t in range(TILES):
+            offs, mask, _ = _tile(num_pixels, t, CG, CG_P, TILE)
+            xhat, dz = _load_slopes(dy, x, base, offs, mask, mean, rstd, gain, offset, SILU, ACC)
+            out = rstd * (dz * gain[:, None] - c2 - xhat * c1)
+            tl.store(dx + base + offs, out.to(dx.dtype.element_ty), mask=mask)
+    store_parameter_sums(
+        p1, p2, weight, bias, scale, sums, d_scale, d_shift, b, channels, num_samples, num_groups * CG, channel_mask,
+        ACC,
+    )  # fmt: skip
+
+
+def forward(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd) of a contiguous x (B, C, ...), in one launch; mean and rstd are (B, G)."""
+    group_channels, num_pixels = x.shape[1] // num_groups, x[0, 0].numel()
+    rows, tile, tiles, num_warps = tiling(group_channels, num_pixels)
+    mean = x.new_empty(len(x), num_groups, dtype=accumulation_dtype(x))
+    y, rstd = torch.empty_like(x), torch.empty_like(mean)
+    launch(
+        _forward, mean.numel(), x, y, weight, bias, scale, shift, mean, rstd, num_groups, num_pixels, EPS=eps,
+        CG=group_channels, CG_P=rows, TILE=tile, TILES=tiles, SILU=silu, ACC=tl_accumulation(x), num_warps=num_warps,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def parameter_gradients(sums: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """dweight and dbias (C,) from the per-sample sums (2, B, C), in one launch."""
+    d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias)
+    _, num_samples, num_channels = sums.shape
+    launch(
+        sum_over_batch, triton.cdiv(num_channels, 64), sums, d_weight, d_bias, num_samples, num_channels,
+        ROWS=16, BLOCK=64, ACC=tl_accumulation(sums), num_warps=4,
+    )  # fmt: skip
+    return d_weight, d_bias
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+) -> Gradients:
+    """The gradients in x, weight, bias, scale and shift for contiguous dy and x, in two launches."""
+    group_channels, num_pixels = x.shape[1] // num_groups, x[0, 0].numel()
+    rows, tile, tiles, num_warps = tiling(group_channels, num_pixels)
+    dx = torch.empty_like(x)
+    sums = mean.new_empty(2, len(x), x.shape[1])
+    d_scale = None if scale is None else torch.empty_like(scale)
+    d_shift = None if shift is None else torch.empty_like(shift)
+    launch(
+        _backward, mean.numel(), dy, x, mean, rstd, weight, bias, scale, shift, dx, sums, d_scale, d_shift,
+        len(x), num_groups, num_pixels, CG=group_channels, CG_P=rows, TILE=tile, TILES=tiles, SILU=silu,
+        ACC=tl_accumulation(mean), num_warps=num_warps,
+    )  # fmt: skip
+    return dx, *parameter_gradients(sums, weight, bias), d_scale, d_shift
