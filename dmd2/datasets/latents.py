@@ -1,0 +1,104 @@
+"""What a teacher makes of the data: stored latents with conditions, and noise-image pairs.
+
+A latent set has the fields `latent`, `cond.NAME` and `cls`; a pair set has `noise`, `x0` and `cond.NAME`.
+
+Shapes: B batch, H, W, C height, width and channels of an image, `...` the shape of a sample in the network's space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmd2.datasets.loader import PairBatch
+from dmd2.datasets.reader import ShardReader
+from dmd2.datasets.shards import Fields, content_id, write_shards
+from dmd2.denoiser import Codec, Cond, Conditioner
+from dmd2.errors import UserError
+from dmd2.spec import Spec
+
+
+def write_latents(
+    images_manifest: Path | str,
+    out_manifest: Path | str,
+    codec: Codec,
+    conditioner: Conditioner,
+    spec: Spec,
+    *,
+    images_digest: str | None = None,
+    batch_size: int = 64,
+    max_decode_error: float = 0.0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Writes the latents and conditions of an image set, shard by shard; returns the manifest.
+
+    The first batch of every shard is decoded again and compared with the images. The mean absolute difference may not
+    exceed `max_decode_error` grey levels of 255; the default asks for equality, as a pixel codec gives. Mean and
+    largest difference are kept with each shard. `options` are those of `write_shards`.
+    """
+    reader = ShardReader(images_manifest, images_digest)
+
+    def make(ids: range) -> Fields:
+        raw = reader.read(ids)
+        cond = _cond_fields(conditioner.encode(raw["cls"].tolist()))
+        return {"latent.npy": codec.encode(raw["image"]), **cond, "cls": raw["cls"]}
+
+    def check(ids: range, fields: Fields) -> dict[str, float]:
+        images = reader.read(ids, ["image"])["image"]
+        found = decode_error(images, codec.decode(codec.load(np.asarray(fields["latent.npy"]))))
+        if not found["decode_error_mean"] <= max_decode_error:
+            raise UserError(
+                f"{images_manifest}: samples {ids.start} to {ids.stop - 1} come back from the codec with a mean error "
+                f"of {found['decode_error_mean']:.3f} grey levels, more than {max_decode_error}; check that the "
+                f"teacher's codec fits the data (resolution, channels, levels)"
+            )
+        return found
+
+    size, inputs = reader.manifest["shard_size"], content_id(reader.manifest)
+    return write_shards(
+        out_manifest, len(reader), size, make, spec, batch_size=batch_size, check=check, inputs=inputs, **options
+    )
+
+
+def decode_error(images: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
+    """Mean and largest absolute difference of two batches of uint8 images (B, H, W, C), in grey levels."""
+    if images.shape != decoded.shape:
+        raise UserError(f"the codec decodes to {decoded.shape}, the images are {images.shape}; check the teacher")
+    difference = np.abs(images.astype(np.int16) - decoded.astype(np.int16))
+    return {"decode_error_mean": float(difference.mean()), "decode_error_max": float(difference.max())}
+
+
+def write_pairs(
+    out_manifest: Path | str,
+    num_pairs: int,
+    make: Callable[[range], PairBatch],
+    spec: Spec,
+    *,
+    shard_size: int,
+    batch_size: int = 64,
+    **options: Any,
+) -> dict[str, Any]:
+    """Writes noise-image pairs; returns the manifest.
+
+    `make(ids)` gives the pairs `ids`; noise and x0 are stored in the dtype it gives them (float32 or float16).
+    `options` are those of `write_shards`.
+    """
+
+    def fields(ids: range) -> Fields:
+        pairs = make(ids)
+        if pairs.noise.shape != pairs.x0.shape:
+            raise ValueError(f"noise has shape {tuple(pairs.noise.shape)}, x0 {tuple(pairs.x0.shape)}")
+        return {
+            "noise.npy": pairs.noise.numpy(force=True),
+            "x0.npy": pairs.x0.numpy(force=True),
+            **_cond_fields(pairs.cond),
+        }
+
+    return write_shards(out_manifest, num_pairs, shard_size, fields, spec, batch_size=batch_size, **options)
+
+
+def _cond_fields(cond: Cond) -> dict[str, np.ndarray]:
+    return {f"cond.{name}.npy": value.numpy(force=True) for name, value in cond.items()}
