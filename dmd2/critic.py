@@ -1,0 +1,67 @@
+"""The critic: the fake score, an online denoiser of what the generator makes, with a realism head on its bottleneck.
+
+Shapes: B batch, C, H, W of the tapped features.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dmd2.denoiser import Cond, Denoiser
+from dmd2_kernels import GroupNormSiLU
+
+
+class RealismHead(nn.Sequential):
+    """One logit per sample from bottleneck features: (B, C, H, W) -> (B,), in float32.
+
+    Convolutions of stride 2 down to 4x4, one to 1x1, a linear read-out; GroupNorm and SiLU between (the released
+    code's `cls_pred_branch`, whose parameter names this keeps). Features that are 4x4 already get a 3x3
+    convolution first, so that the head is never linear up to its last norm.
+    """
+
+    def __init__(self, feature_shape: tuple[int, int, int]):
+        channels, height, width = feature_shape
+        if height != width or height < 4 or height & (height - 1):
+            raise ValueError(f"the realism head needs square features of 4, 8, 16, ... pixels, got {feature_shape}")
+        num_halvings = (height // 4).bit_length() - 1
+        groups = min(32, max(1, channels // 4))
+        layers: list[nn.Module] = []
+
+        def stage(conv: nn.Conv2d) -> None:
+            # SiLU lives inside the norm; the Identity keeps the released indices 0, 1, 3, 4, 6.
+            layers.extend([conv, GroupNormSiLU(channels, groups), nn.Identity()])
+
+        for _ in range(num_halvings):
+            stage(nn.Conv2d(channels, channels, 4, stride=2, padding=1))
+        if num_halvings == 0:
+            stage(nn.Conv2d(channels, channels, 3, padding=1))
+        stage(nn.Conv2d(channels, channels, 4, stride=4))
+        layers.append(nn.Conv2d(channels, 1, 1))
+        super().__init__(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, C, H, W) -> logits (B,)."""
+        return super().forward(features.float()).flatten()
+
+
+class Critic(nn.Module):
+    """Fake score and, where a GAN takes part, realism logits, in one forward so that wrappers see one entry point."""
+
+    def __init__(self, fake: Denoiser, *, has_gan: bool):
+        super().__init__()
+        self.fake = fake
+        self.head = RealismHead(fake.feature_shape) if has_gan else None
+
+    def forward(
+        self, x: Tensor, sigma: Tensor, cond: Cond, *, num_denoise: int, logits_from: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x0 estimates of the first `num_denoise` samples and logits of those from index `logits_from` on.
+
+        x (B, ...), sigma (B,) -> x0_fake (num_denoise, ...), logits (B - logits_from,) or None.
+        """
+        if logits_from is None:
+            return self.fake(x[:num_denoise], sigma[:num_denoise], cond), None
+        if self.head is None:
+            raise ValueError("this critic was built without a realism head")
+        x0_fake, features = self.fake.denoise_and_tap(x, sigma, cond, num_denoise)
+        return x0_fake, self.head(features[logits_from:])

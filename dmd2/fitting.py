@@ -1,0 +1,130 @@
+"""The loop around a training step: resume, log, checkpoint, export, stop on a signal.
+
+What is in training (`Trainee`) knows nothing of files; what is here knows nothing of losses.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from dmd2 import distributed
+from dmd2.checkpoint import CheckpointStore
+from dmd2.config import Runtime
+from dmd2.optimization import FiniteGuard
+from dmd2.progress import Progress
+from dmd2.train_log import TrainLog
+
+log = logging.getLogger(__name__)
+
+
+class Trainee(Protocol):
+    """What can be fitted: see `training.Distillation` and `teacher_training.TeacherFit`."""
+
+    guard: FiniteGuard
+
+    def step(self, index: int) -> dict[str, Tensor]: ...
+    def export(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved. `code` is the shell's exit status, 128 + signal."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"{signal.Signals(signum).name}: saved after iteration {step}; run the same command to go on")
+        self.code = 128 + signum
+
+
+class StopSignals:
+    """While in force, SIGTERM, SIGINT and SIGUSR1 are noted instead of ending the process; a second SIGINT ends it."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> Self:
+        self._old = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for s, handler in self._old.items():
+            signal.signal(s, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.received == signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum
+
+
+class Clock:
+    """Wall and processor seconds, with those of earlier attempts."""
+
+    def __init__(self, wall_s: float = 0.0, cpu_s: float = 0.0):
+        self._wall, self._cpu = time.monotonic() - wall_s, time.process_time() - cpu_s
+
+    def read(self) -> dict[str, float]:
+        """Seconds so far."""
+        wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
+        return {"wall_s": round(wall, 3), "cpu_s": round(cpu, 3)}
+
+
+def fit(
+    trainee: Trainee,
+    iterations: int,
+    store: CheckpointStore,
+    runtime: Runtime,
+    *,
+    title: str,
+    snapshots: Iterable[int] = (),
+    alarm: Callable[[dict[str, float]], str | None] | None = None,
+) -> dict[str, float]:
+    """Trains up to `iterations`, from the newest checkpoint of `store` if there is one; returns the seconds it took.
+
+    The store must be entered (its lease held). Snapshots of `trainee.export()` are written into the store's folder
+    as `snapshot-00000500.safetensors`. `alarm` sees each log row and may return a warning. Raises UserError when a
+    loss is not finite, and Interrupted after saving on a signal. A crash loses at most what follows the newest
+    checkpoint: `runtime.checkpoint_every` iterations or `checkpoint_minutes`.
+    """
+    start, clock = 0, Clock()
+    if (found := store.load()) is not None:
+        state, facts = found
+        trainee.load_state_dict(state)
+        start, clock = facts["step"], Clock(facts["wall_s"], facts["cpu_s"])
+        log.info("%s: resuming after iteration %d of %d", title, start, iterations)
+    snapshots = set(snapshots)
+    is_main = distributed.rank() == 0
+    saved_at = time.monotonic()
+
+    with StopSignals() as stop, TrainLog(store.folder, start, enabled=is_main) as rows:
+        progress = Progress(title, iterations, start)
+        for index in range(start, iterations):
+            rows.add(trainee.step(index))
+            done = index + 1
+            stopping = distributed.any_rank(stop.received is not None)
+            due = done % runtime.checkpoint_every == 0 or time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes
+            if done % runtime.log_every == 0 or done in snapshots or due or stopping or done == iterations:
+                trainee.guard.raise_if_tripped()
+                row = rows.flush(done, clock.read())
+                progress.update(done, row.get("denoising_loss"))
+                if alarm is not None and (warning := alarm(row)):
+                    log.warning("%s: iteration %d: %s", title, done, warning)
+            if done in snapshots and is_main:
+                store.save_weights(f"snapshot-{done:08d}", trainee.export())
+            if (due or stopping or done == iterations) and is_main:
+                store.save(done, trainee.state_dict(), **clock.read())
+                saved_at = time.monotonic()
+            if stopping:
+                raise Interrupted(stop.received or signal.SIGTERM, done)
+    distributed.barrier()
+    return clock.read()

@@ -1,0 +1,35 @@
+"""Progress of a long stage as log lines: how far, how fast, how long still. Readable in a file and on a terminal."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Writes a line at most every `interval_s` seconds and one at the end."""
+
+    def __init__(self, title: str, total: int, done: int = 0, *, interval_s: float = 5.0):
+        self._title, self._total, self._initial, self._interval = title, total, done, interval_s
+        self._started = self._written = time.monotonic()
+
+    def update(self, done: int, loss: float | None = None) -> None:
+        """Reports that `done` of the total are finished, and a loss to show if there is one."""
+        now = time.monotonic()
+        if done < self._total and now - self._written < self._interval:
+            return
+        self._written = now
+        line = tqdm.format_meter(
+            done,
+            self._total,
+            now - self._started,
+            ncols=0,
+            prefix=self._title,
+            initial=self._initial,
+            postfix=None if loss is None else f"loss {loss:.4g}",
+        )
+        log.info("%s", line)
