@@ -1,0 +1,49 @@
+"""Teachers: what a preset's `teacher.kind` may name, and how each is built."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Protocol
+
+from dmd2 import config
+from dmd2.denoiser import Teacher
+from dmd2.errors import UserError
+from dmd2.teachers.edm import load_edm
+from dmd2.teachers.mixture import load_mixture
+from dmd2.teachers.weights import check_sha256
+
+
+class Loader(Protocol):
+    """Builds one kind of teacher, with the weights of a file or with initial ones drawn from `seed`."""
+
+    def __call__(
+        self, teacher: config.Teacher, data: config.Data, weights: Path | None, *, seed: int = 0
+    ) -> Teacher: ...
+
+
+TEACHERS: dict[str, Loader] = {
+    "edm": load_edm,
+    "mixture": load_mixture,
+}
+
+
+def load_teacher(
+    teacher: config.Teacher, data: config.Data, weights: Path | str | None = None, *, seed: int = 0
+) -> Teacher:
+    """The frozen teacher that a configuration describes, on the CPU and in evaluation mode.
+
+    Its weights come from `weights`, or else from the file that the user configured (whose SHA-256 is checked whenever
+    it is the one read); without either they are initial ones, the same for the same `seed`, drawn without touching
+    torch's global generator.
+    """
+    if teacher.kind not in TEACHERS:
+        close = difflib.get_close_matches(teacher.kind, TEACHERS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(TEACHERS)}"
+        raise UserError(f"teacher.kind: no teacher {teacher.kind!r}; {hint}")
+    path = None if weights is None else Path(weights)
+    configured = teacher.weights
+    if configured is not None and (path is None or path.resolve() == Path(configured.path).resolve()):
+        path = Path(configured.path)
+        check_sha256(path, configured.sha256)
+    return TEACHERS[teacher.kind](teacher, data, path, seed=seed)

@@ -1,0 +1,89 @@
+"""EDM's denoiser (Karras et al. 2022): preconditioning around the ADM U-Net, and the teacher made of it.
+
+Shapes: B batch, C, H, W a sample.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dmd2 import config
+from dmd2.denoiser import Cond, Denoiser, Teacher
+from dmd2.noise import NoiseGrid, expand
+from dmd2.teachers.edm_unet import UNet
+from dmd2.teachers.pixels import ClassConditioner, PixelCodec
+from dmd2.teachers.weights import load_weights
+
+Precision = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class EDMDenoiser(Denoiser):
+    """x0 from x and sigma by a U-Net with EDM's preconditioning; conditions are `label`, int64 of shape (B,).
+
+    `precision` is what the network computes in; weights, embeddings, preconditioning and outputs stay float32. It may
+    be changed between calls: DMD2 trains in bf16 and evaluates in fp32.
+    """
+
+    def __init__(self, unet: UNet, sample_shape: tuple[int, ...], sigma_data: float, precision: Precision = "fp32"):
+        super().__init__()
+        self.model = unet
+        self.sample_shape, self.sigma_data, self.precision = tuple(sample_shape), sigma_data, precision
+        self.feature_shape = unet.bottleneck_shape
+
+    def denoise_and_tap(self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int) -> tuple[Tensor, Tensor]:
+        """See `Denoiser`. EDM, eq. 7 and table 1:
+
+        c_skip = sigma_data^2 / (sigma^2 + sigma_data^2),   c_out = sigma sigma_data / sqrt(sigma^2 + sigma_data^2),
+        c_in = 1 / sqrt(sigma^2 + sigma_data^2),            c_noise = ln(sigma) / 4,
+        x0_hat = c_skip x + c_out F(c_in x; c_noise, label)
+        """
+        if x.shape[1:] != self.sample_shape:
+            raise ValueError(
+                f"x is {tuple(x.shape)}; this denoiser takes (B, {', '.join(map(str, self.sample_shape))})"
+            )
+        x, sigma = x.float(), sigma.float()
+        inverse = (sigma.square() + self.sigma_data**2).rsqrt()  # c_in, (B,)
+        encoding = self.model.encode(
+            (expand(inverse, x) * x).to(DTYPES[self.precision]), sigma.log() / 4, cond["label"]
+        )
+        features = encoding.bottleneck.float()
+        if num_denoise == 0:
+            return x[:0], features
+        x, sigma, inverse = x[:num_denoise], sigma[:num_denoise], inverse[:num_denoise]
+        c_skip, c_out = (self.sigma_data * inverse).square(), self.sigma_data * sigma * inverse
+        out = self.model.decode(encoding.first(num_denoise)).float()
+        return expand(c_skip, x) * x + expand(c_out, x) * out, features
+
+
+def edm_loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """EDM's lambda (table 1): (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, that is sigma^-2 + sigma_data^-2."""
+    return sigma.pow(-2) + sigma_data**-2
+
+
+def build_denoiser(teacher: config.Teacher, data: config.Data) -> EDMDenoiser:
+    """The denoiser that a configuration describes, with uninitialised weights; `torch.device("meta")` works."""
+    shape = (data.channels, data.resolution, data.resolution)
+    unet = UNet(teacher.network, data.resolution, data.channels, data.num_classes)
+    return EDMDenoiser(unet, shape, teacher.sigma_data)
+
+
+def load_edm(teacher: config.Teacher, data: config.Data, weights: Path | None, *, seed: int = 0) -> Teacher:
+    """The teacher with the weights in a file (see `load_weights`), or with initial ones drawn from `seed`."""
+    denoiser = build_denoiser(teacher, data)
+    if weights is None:
+        denoiser.model.reset(torch.Generator().manual_seed(seed))
+    else:
+        load_weights(denoiser, weights)
+    return Teacher(
+        denoiser=denoiser.eval().requires_grad_(False),
+        grid=NoiseGrid.karras(teacher.num_levels, teacher.sigma_min, teacher.sigma_max, teacher.rho),
+        codec=PixelCodec(data.levels, data.channels),
+        conditioner=ClassConditioner(data.num_classes),
+        sample_shape=denoiser.sample_shape,
+        sigma_data=teacher.sigma_data,
+    )

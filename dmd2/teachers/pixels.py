@@ -1,0 +1,96 @@
+"""Teachers that work on pixels with class labels: their way between images and x0, and their conditions.
+
+Shapes: B batch, H, W, C image height, width, channels; L grey levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmd2.denoiser import Cond
+from dmd2.errors import UserError
+
+OFF_GRID = 255  # no level of a codec that has fewer than 256
+
+
+class PixelCodec:
+    """Images of `levels` equally spaced grey levels as x0 in [-1, 1]; fulfils `denoiser.Codec`.
+
+    Images are uint8 (B, H, W, C) and show level k as round(255 k / (L - 1)). Storage is the level itself, uint8
+    (B, C, H, W). x0 is 2 k / (L - 1) - 1, float32 (B, C, H, W).
+    """
+
+    def __init__(self, levels: int, channels: int):
+        if not 2 <= levels <= 256:
+            raise ValueError(f"levels {levels} must lie in 2..256")
+        self.levels, self.channels = levels, channels
+        self._half = (levels - 1) / 2
+        self._grey = np.rint(np.arange(levels) * 255 / (levels - 1)).astype(np.uint8)  # (L,)
+        self._level = np.full(256, OFF_GRID, np.uint8)
+        self._level[self._grey] = np.arange(levels)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """uint8 images (B, H, W, C) -> levels (B, C, H, W). Raises UserError on a value between the levels."""
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != self.channels:
+            raise UserError(
+                f"images are {images.dtype} {images.shape}; expected uint8 (B, H, W, {self.channels}): "
+                f"correct `data.channels` or the source"
+            )
+        stored = self._level[images]
+        if self.levels < 256 and (stored == OFF_GRID).any():
+            value = images[stored == OFF_GRID][0]
+            raise UserError(f"pixel value {value} is none of {self.levels} grey levels; set `data.levels` to 256")
+        return np.ascontiguousarray(stored.transpose(0, 3, 1, 2))
+
+    def load(self, stored: np.ndarray) -> Tensor:
+        """Levels (B, C, H, W) -> x0 = 2 k / (L - 1) - 1."""
+        return torch.tensor(stored, dtype=torch.float32).div_(self._half).sub_(1.0)
+
+    def decode(self, x0: Tensor, *, rounding: str = "round") -> np.ndarray:
+        """x0 (B, C, H, W) -> uint8 images (B, H, W, C) of the codec's levels, clamped to their range.
+
+        "round" takes the nearest level, floor(x0 (L - 1) / 2 + L / 2): at L = 256 EDM's truncated 127.5 x0 + 128.
+        "truncate" takes the level below, floor((x0 + 1) (L - 1) / 2): at L = 256 DMD2's truncated 127.5 (x0 + 1).
+        Raises UserError if x0 holds NaN.
+        """
+        x0 = x0.detach().float()
+        if torch.isnan(x0).any():
+            raise UserError("samples hold NaN: the network diverged; lower its learning rate or take an earlier export")
+        if rounding == "round":
+            level = x0 * self._half + self.levels / 2
+        elif rounding == "truncate":
+            level = (x0 + 1) * self._half
+        else:
+            raise ValueError(f"rounding is {rounding!r}; use 'round' or 'truncate'")
+        index = level.clamp(0, self.levels - 1).to(torch.uint8).permute(0, 2, 3, 1)  # the cast truncates
+        return self._grey[index.cpu().numpy()]
+
+
+class ClassConditioner:
+    """Class labels as the condition `label`, int64 of shape (B,); fulfils `denoiser.Conditioner`."""
+
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+
+    def encode(self, labels: Sequence[Any]) -> Cond:
+        """Conditions of integer labels. Raises UserError on one outside 0 .. classes - 1."""
+        label = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        if len(label) and not 0 <= int(label.min()) <= int(label.max()) < self.num_classes:
+            raise UserError(
+                f"labels span {int(label.min())}..{int(label.max())}, but `data.num_classes` is {self.num_classes}; "
+                f"correct it or the source"
+            )
+        return {"label": label}
+
+    def draw(self, num: int, rng: torch.Generator) -> Cond:
+        """`num` uniform labels on the generator's device."""
+        return {"label": torch.randint(self.num_classes, (num,), generator=rng, device=rng.device)}
+
+    def null(self, num: int) -> Cond | None:
+        """None: EDM's class-conditional networks have no unconditional input."""
+        return None
