@@ -25,7 +25,7 @@ def group_norm_silu(
     _checks.norm_arguments(x, num_groups, weight, bias, scale, shift)
     args = (x, num_groups, weight, bias, eps, scale, shift, silu)
     if implementation(x) != "reference":
-        return _library_norm.group_norm_silu(*args)[0]  # type: ignore[no-any-return]
+        return _library_norm.group_norm_silu(*args)[0]
     return reference.group_norm_silu(*args)
 
 

@@ -31,7 +31,7 @@ def matching_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, weight, sq_norm, num_nonfinite); the gradient of the loss goes to x0."""
     ops = kernels_for(x0, "matching_loss").score_difference
-    return ops.forward(*_flat(x0, real, fake, x, a, k, uncond), scale)  # type: ignore[no-any-return]
+    return ops.forward(*_flat(x0, real, fake, x, a, k, uncond), scale)
 
 
 @matching_loss.register_fake
@@ -54,7 +54,7 @@ def matching_loss_backward(
 ) -> Tensor:
     """The gradient of the matching loss in x0."""
     ops = kernels_for(real, "matching_loss_backward").score_difference
-    return ops.backward(go, weight, *_flat(real, fake, k, uncond), scale, dtype)  # type: ignore[no-any-return]
+    return ops.backward(go, weight, *_flat(real, fake, k, uncond), scale, dtype)
 
 
 @matching_loss_backward.register_fake
@@ -75,7 +75,7 @@ def matching_loss_and_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """matching_loss's four values and the gradient in x0; no autograd."""
     ops = kernels_for(x0, "matching_loss_and_grad").score_difference
-    return ops.loss_and_grad(*_flat(x0, real, fake, x, a, k, uncond), scale)  # type: ignore[no-any-return]
+    return ops.loss_and_grad(*_flat(x0, real, fake, x, a, k, uncond), scale)
 
 
 @matching_loss_and_grad.register_fake
@@ -104,7 +104,7 @@ def denoising_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss, per_sample); the gradient of the loss goes to out."""
     ops = kernels_for(out, "denoising_loss").denoising_loss
-    return ops.forward(*_flat(out, target, weight, x, a, k))  # type: ignore[no-any-return]
+    return ops.forward(*_flat(out, target, weight, x, a, k))
 
 
 @denoising_loss.register_fake
@@ -125,7 +125,7 @@ def denoising_loss_backward(
 ) -> Tensor:
     """The gradient of the denoising loss in out."""
     ops = kernels_for(out, "denoising_loss_backward").denoising_loss
-    return ops.backward(go, *_flat(out, target, weight, x, a, k))  # type: ignore[no-any-return]
+    return ops.backward(go, *_flat(out, target, weight, x, a, k))
 
 
 @denoising_loss_backward.register_fake
@@ -150,7 +150,7 @@ def gan_critic_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, p_data, p_gen, r1) of (B,) logits; the gradient of the loss goes to all of them."""
     ops = kernels_for(gen, "gan_critic_loss").gan_loss
-    return ops.critic_forward(*_flat(gen, data, perturbed), kind, r1_weight)  # type: ignore[no-any-return]
+    return ops.critic_forward(*_flat(gen, data, perturbed), kind, r1_weight)
 
 
 @gan_critic_loss.register_fake
@@ -194,7 +194,7 @@ gan_critic_loss.register_autograd(_critic_gradient, setup_context=_critic_contex
 def gan_generator_loss(gen: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """(loss, p_gen) of (B,) logits; the gradient of the loss goes to them."""
     ops = kernels_for(gen, "gan_generator_loss").gan_loss
-    return ops.generator_forward(*_flat(gen), kind)  # type: ignore[no-any-return]
+    return ops.generator_forward(*_flat(gen), kind)
 
 
 @gan_generator_loss.register_fake
@@ -207,7 +207,7 @@ def _(gen, kind):
 def gan_generator_loss_backward(go: Tensor, gen: Tensor, kind: str) -> Tensor:
     """The gradient of the generator loss in the logits."""
     ops = kernels_for(gen, "gan_generator_loss_backward").gan_loss
-    return ops.generator_backward(go, *_flat(gen), kind)  # type: ignore[no-any-return]
+    return ops.generator_backward(go, *_flat(gen), kind)
 
 
 @gan_generator_loss_backward.register_fake

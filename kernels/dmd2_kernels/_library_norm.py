@@ -39,7 +39,7 @@ def group_norm_silu(
     kernels = kernels_for(x, "group_norm_silu")
     ops = kernels.group_norm_nhwc if channels_last(x) else kernels.group_norm_silu
     vectors = (weight.contiguous(), bias.contiguous(), eps, *_rows(scale, shift), silu)
-    return ops.forward(_dense(x), num_groups, *vectors)  # type: ignore[no-any-return]
+    return ops.forward(_dense(x), num_groups, *vectors)
 
 
 def _rows(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM300 (ACC is a constexpr, compared as Triton wants it)
 # mypy: allow-untyped-defs
 """Device functions that more than one kernel uses. ACC is the dtype of the arithmetic, float32 or float64."""
 
@@ -30,10 +31,7 @@ def is_nonfinite(v):
 @triton.jit
 def nan_to_num(v, ACC: tl.constexpr):
     """NaN as 0, infinities as the largest finite number of ACC."""
-    if ACC == tl.float32:
-        largest: tl.constexpr = 3.4028234663852886e38
-    else:
-        largest: tl.constexpr = 1.7976931348623157e308
+    largest: tl.constexpr = 3.4028234663852886e38 if ACC == tl.float32 else 1.7976931348623157e308
     v = tl.where(v != v, 0.0, v)
     return tl.minimum(tl.maximum(v, -largest), largest)
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import accumulation_dtype
 from ._device import exact_div
 from ._launch import launch, tl_accumulation
-from ..reference import accumulation_dtype
 from .score_difference import chunk
 
 

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import accumulation_dtype
 from ._device import exact_div, sigmoid, softplus
 from ._launch import launch, tl_accumulation
-from ..reference import accumulation_dtype
 
 BLOCK = 256
 
@@ -47,10 +47,9 @@ def _slope(v, SIGN: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr):
     """The derivative of one logit's loss."""
     if KIND == "softplus":
         return SIGN * sigmoid(SIGN * v, ACC)
-    elif KIND == "hinge":
+    if KIND == "hinge":
         return tl.where(1.0 + SIGN * v > 0.0, SIGN + v * 0.0, 0.0)
-    else:
-        return SIGN + v * 0.0
+    return SIGN + v * 0.0
 
 
 @triton.jit

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import accumulation_dtype
 from ._device import exact_div, exact_rsqrt
 from ._launch import launch, tl_accumulation
 from ._norm_math import activate, affine, slope_z, store_parameter_sums
 from .group_norm_silu import Gradients, parameter_gradients
-from ..reference import accumulation_dtype
 
 MERGE_ROWS = 16
 
@@ -110,7 +110,7 @@ def _apply(
     gain, offset = affine(weight, bias, scale, shift, b, channels, num_channels, inside, ACC)
     m, r = _statistics(mean, rstd, b, channels, inside, num_groups, CG, ACC)
     v = tl.load(x + offs, mask=mask, other=0.0).to(ACC)
-    out = activate((v - m) * r * gain[None, :] + offset[None, :], SILU, ACC)
+    out = activate((v - m) * r * gain[None, :] + offset[None, :], SILU)
     tl.store(y + offs, out.to(y.dtype.element_ty), mask=mask)
 
 
@@ -121,7 +121,7 @@ def _load_slopes(
     """(xhat, dz) of a tile, 0 outside the sample."""
     xhat = tl.where(mask, (tl.load(x + offs, mask=mask, other=0.0).to(ACC) - m) * r, 0.0)
     slope = tl.load(dy + offs, mask=mask, other=0.0).to(ACC)
-    dz = slope_z(slope, xhat * gain[None, :] + offset[None, :], SILU, ACC)
+    dz = slope_z(slope, xhat * gain[None, :] + offset[None, :], SILU)
     return xhat, tl.where(mask, dz, 0.0)
 
 

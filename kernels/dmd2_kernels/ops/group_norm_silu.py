@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """GroupNorm + adaptive scale and shift + SiLU in Triton, on NCHW memory, forward and backward.
 
-A group of one sample is contiguous in NCHW: one program owns it. Up to RESIDENT padded elements it stays in registers,
+A group of one sample is contiguous in NCHW: one program owns it. Up to its `budget` it stays in registers,
 so that x is read once and y written once (backward: x and dy once, dx once). A larger group is walked twice in tiles,
 the second time mostly from the L2 cache. The formulas are in `_norm_math.py`; `group_norm_nhwc.py` has channels_last.
 
@@ -10,7 +10,8 @@ about the tile's own mean, and tiles are merged by Chan's formula (Chan, Golub, 
 
     delta = mean_t - mean,   n' = n + n_t,   mean += delta n_t / n',   M2 += M2_t + delta^2 n n_t / n'
 
-Shapes: B samples, C channels, G groups of CG = C / G channels, S pixels; a tile is (CG_P, TILE), CG_P = 2^ceil(log2 CG).
+Shapes: B samples, C channels, G groups of CG = C / G channels, S pixels; a tile is
+(CG_P, TILE), with CG_P = 2^ceil(log2 CG).
 """
 
 import torch
@@ -18,19 +19,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import accumulation_dtype
 from ._device import exact_div, exact_rsqrt
 from ._launch import launch, tl_accumulation
 from ._norm_math import activate, affine, slope_z, store_parameter_sums, sum_over_batch
-from ..reference import accumulation_dtype
 
-RESIDENT = 32_768  # padded elements of a group that 16 warps keep in registers without spilling
-LOOPED = 8_192  # padded elements of a tile where the group is larger
+PADDED = 32_768  # the largest tile, in padded elements: 64 of them a thread with 16 warps
+LOOPED = 8_192  # padded elements of a tile where the group is larger than one
 
 
-def tiling(group_channels: int, num_pixels: int, resident: int = RESIDENT) -> tuple[int, int, int, int]:
-    """(CG_P, TILE, number of tiles, warps) of a group, by its shape alone."""
+def budget(group_channels: int, itemsize: int, *, backward: bool) -> int:
+    """The elements of a group that stay in registers without spilling; many channels' gains take registers too."""
+    if group_channels <= 8:
+        return 24_576
+    if backward:  # which holds two tiles
+        return 16_384
+    return 24_576 if itemsize == 2 else 20_480
+
+
+def tiling(group_channels: int, num_pixels: int, resident: int) -> tuple[int, int, int, int]:
+    """(CG_P, TILE, number of tiles, warps) of a group, by its shape and budget alone."""
     rows, cols = triton.next_power_of_2(group_channels), triton.next_power_of_2(num_pixels)
-    if rows * cols > resident:
+    if rows * cols > PADDED or group_channels * num_pixels > resident:
         cols = max(LOOPED // rows, 16)
     elements = rows * cols
     return rows, cols, triton.cdiv(num_pixels, cols), 4 if elements <= 2048 else 8 if elements <= 8192 else 16
@@ -53,8 +63,8 @@ def _moments(v, mask, count, ACC: tl.constexpr):
 
 
 @triton.jit
-def _normalise(v, mean, rstd, gain, offset, SILU: tl.constexpr, ACC: tl.constexpr):
-    return activate((v - mean) * rstd * gain[:, None] + offset[:, None], SILU, ACC)
+def _normalise(v, mean, rstd, gain, offset, SILU: tl.constexpr):
+    return activate((v - mean) * rstd * gain[:, None] + offset[:, None], SILU)
 
 
 @triton.jit
@@ -67,14 +77,15 @@ def _forward(
     b, g = pid // num_groups, pid % num_groups
     base = pid * CG * num_pixels
     rows = tl.arange(0, CG_P)
-    gain, offset = affine(weight, bias, scale, shift, b, g * CG + rows, num_groups * CG, rows < CG, ACC)
+    channels, inside = g * CG + rows, rows < CG
     total = tl.full((), num_pixels, ACC) * CG
     if TILES == 1:
         offs, mask, _ = _tile(num_pixels, 0, CG, CG_P, TILE)
         v = tl.load(x + base + offs, mask=mask, other=0.0).to(ACC)
         mean, m2 = _moments(v, mask, total, ACC)
         rstd = exact_rsqrt(exact_div(m2, total, ACC) + EPS, ACC)
-        out = _normalise(v, mean, rstd, gain, offset, SILU, ACC)
+        gain, offset = affine(weight, bias, scale, shift, b, channels, num_groups * CG, inside, ACC)
+        out = _normalise(v, mean, rstd, gain, offset, SILU)
         tl.store(y + base + offs, out.to(y.dtype.element_ty), mask=mask)
     else:
         mean, m2 = tl.full((), 0.0, ACC), tl.full((), 0.0, ACC)
@@ -89,10 +100,11 @@ def _forward(
             m2 += tile_m2 + delta * delta * before * share
             before += count.to(ACC)
         rstd = exact_rsqrt(exact_div(m2, total, ACC) + EPS, ACC)
+        gain, offset = affine(weight, bias, scale, shift, b, channels, num_groups * CG, inside, ACC)
         for t in range(TILES):
             offs, mask, _ = _tile(num_pixels, t, CG, CG_P, TILE)
             v = tl.load(x + base + offs, mask=mask, other=0.0).to(ACC)
-            out = _normalise(v, mean, rstd, gain, offset, SILU, ACC)
+            out = _normalise(v, mean, rstd, gain, offset, SILU)
             tl.store(y + base + offs, out.to(y.dtype.element_ty), mask=mask)
     tl.store(mean_out + pid, mean)
     tl.store(rstd_out + pid, rstd)
@@ -106,7 +118,7 @@ def _load_slopes(
     v = tl.load(x + base + offs, mask=mask, other=0.0).to(ACC)
     xhat = tl.where(mask, (v - mean) * rstd, 0.0)
     slope = tl.load(dy + base + offs, mask=mask, other=0.0).to(ACC)
-    dz = slope_z(slope, xhat * gain[:, None] + offset[:, None], SILU, ACC)
+    dz = slope_z(slope, xhat * gain[:, None] + offset[:, None], SILU)
     return xhat, tl.where(mask, dz, 0.0)
 
 
@@ -168,7 +180,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd) of a contiguous x (B, C, ...), in one launch; mean and rstd are (B, G)."""
     group_channels, num_pixels = x.shape[1] // num_groups, x[0, 0].numel()
-    rows, tile, tiles, num_warps = tiling(group_channels, num_pixels)
+    rows, tile, tiles, num_warps = tiling(
+        group_channels, num_pixels, budget(group_channels, x.itemsize, backward=False)
+    )
     mean = x.new_empty(len(x), num_groups, dtype=accumulation_dtype(x))
     y, rstd = torch.empty_like(x), torch.empty_like(mean)
     launch(
@@ -206,7 +220,7 @@ def backward(
 ) -> Gradients:
     """The gradients in x, weight, bias, scale and shift for contiguous dy and x, in two launches."""
     group_channels, num_pixels = x.shape[1] // num_groups, x[0, 0].numel()
-    rows, tile, tiles, num_warps = tiling(group_channels, num_pixels)
+    rows, tile, tiles, num_warps = tiling(group_channels, num_pixels, budget(group_channels, x.itemsize, backward=True))
     dx = torch.empty_like(x)
     sums = mean.new_empty(2, len(x), x.shape[1])
     d_scale = None if scale is None else torch.empty_like(scale)

@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import accumulation_dtype
 from ._device import exact_div, is_nonfinite, nan_to_num
 from ._launch import launch, tl_accumulation
-from ..reference import accumulation_dtype
 
 WHOLE_SAMPLE = 16_384  # the largest sample that one program keeps in registers without spilling
 

@@ -1,0 +1,65 @@
+"""What a compiled kernel is made of: registers, spills, and its memory instructions by width, read from the cubin."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_BITS = re.compile(r"\.(?:[US]?(8|16|32|64|128|256))(?:\.|$)")
+_DOUBLE = re.compile(r"^(DADD|DMUL|DFMA|DSETP|DMNMX|MUFU\.\w+64\w*|F2F\.F64\S*|F2F\.\S*F64|[IU]2F\.F64\S*)")
+
+
+class Statistics(NamedTuple):
+    """Counts of one kernel's machine code; loads and stores are global ones, as {bits: instructions}."""
+
+    registers: int
+    shared_bytes: int
+    spills: int  # local loads and stores
+    loads: dict[int, int]
+    stores: dict[int, int]
+    doubles: int
+    atomics: int
+    instructions: int
+
+
+def _run(tool: str, *args: str) -> str:
+    return subprocess.run([str(_TOOLS / tool), *args], check=True, capture_output=True, text=True).stdout
+
+
+def _widths(opcodes: Counter[str], name: str) -> dict[int, int]:
+    """Instructions of one name by the bits that a thread moves; no suffix means 32."""
+    widths: Counter[int] = Counter()
+    for opcode, count in opcodes.items():
+        if opcode.split(".")[0] == name:
+            found = _BITS.search(opcode)
+            widths[int(found.group(1)) if found else 32] += count
+    return dict(sorted(widths.items()))
+
+
+def statistics(cubin: bytes) -> Statistics:
+    """Read a cubin with the tools that triton ships."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _run("cuobjdump", "--dump-resource-usage", str(path))
+        text = _run("nvdisasm", "-c", str(path))
+    opcodes = Counter(_INSTRUCTION.findall(text))
+    if not opcodes:
+        raise RuntimeError("nvdisasm printed no instruction that _sass.py recognises; its format has changed")
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return Statistics(
+        registers=used["REG"],
+        shared_bytes=used["SHARED"],
+        spills=sum(n for o, n in opcodes.items() if o.split(".")[0] in ("LDL", "STL")),
+        loads=_widths(opcodes, "LDG"),
+        stores=_widths(opcodes, "STG"),
+        doubles=sum(n for o, n in opcodes.items() if _DOUBLE.match(o)),
+        atomics=sum(n for o, n in opcodes.items() if o.split(".")[0] in ("ATOM", "ATOMG", "RED", "REDG")),
+        instructions=sum(n for o, n in opcodes.items() if not o.startswith("NOP")),
+    )
