@@ -1,0 +1,55 @@
+"""Feature extractors, Frechet distances, and the other measures of a set of samples.
+
+Images are uint8 (N, H, W, C), labels int64 (N,); nothing here knows where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from dmd2 import config
+from dmd2.errors import UserError
+from dmd2.metrics.classifier import load_classifier, train_classifier
+from dmd2.metrics.extractor import Extractor
+from dmd2.metrics.frechet import FeatureStats, frechet_distance
+from dmd2.metrics.images import pixel_features
+from dmd2.metrics.inception import load_inception
+from dmd2.metrics.reference import Reference
+from dmd2.metrics.report import measure, resample_floor
+
+__all__ = [
+    "EXTRACTORS",
+    "Extractor",
+    "FeatureStats",
+    "Reference",
+    "frechet_distance",
+    "load_extractor",
+    "measure",
+    "pixel_features",
+    "resample_floor",
+    "train_classifier",
+]
+
+EXTRACTORS: dict[str, Callable[..., Extractor]] = {
+    "classifier": load_classifier,
+    "inception": load_inception,
+}
+
+
+def load_extractor(
+    features: config.Features, data: config.Data, weights: Path | None, device: torch.device | str = "cpu"
+) -> Extractor:
+    """The extractor that `features` names, with the weights in `weights`.
+
+    `weights` is the file of the rule that trains the classifier; None means the user's file in `features.weights`.
+    Raises UserError for an unknown kind and for a missing or foreign file.
+    """
+    if features.kind not in EXTRACTORS:
+        close = get_close_matches(features.kind, EXTRACTORS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(EXTRACTORS))}"
+        raise UserError(f"features.kind: no extractor {features.kind!r}; {hint}")
+    return EXTRACTORS[features.kind](features, data, weights, device)

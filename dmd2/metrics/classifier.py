@@ -1,0 +1,187 @@
+"""A small convolutional classifier whose last hidden layer gives the features of small images.
+
+It stands where Inception stands for ImageNet: fixed by its seed, its data and its settings, so that anyone can train
+the same one in seconds. Shapes: B batch, C channels, R resolution, D = 64 features, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmd2 import config
+from dmd2.errors import UserError
+from dmd2.metrics.images import Images, Labels, Matrix, batches, check_images
+
+DIM = 64
+FORWARD_BATCH = 256
+MIN_RESOLUTION = 8
+
+
+class Classifier(nn.Module):
+    """Two blocks of two 3x3 convolutions (32 and 64 channels) with pooling, then two linear layers."""
+
+    scale: Tensor  # (), standard deviation that makes the features' mean variance on the data 1
+
+    def __init__(self, channels: int, resolution: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 32, 3, padding=1)
+        self.conv3 = nn.Conv2d(32, 64, 3, padding=1)
+        self.conv4 = nn.Conv2d(64, 64, 3, padding=1)
+        self.fc1 = nn.Linear(64 * (resolution // 4) ** 2, DIM)
+        self.fc2 = nn.Linear(DIM, num_classes)
+        self.register_buffer("scale", torch.ones(()))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The output of the first linear layer before its activation, (B, D); x is (B, C, R, R) in [-1, 1]."""
+        x = F.max_pool2d(F.silu(self.conv2(F.silu(self.conv1(x)))), 2)  # (B, 32, R/2, R/2)
+        x = F.max_pool2d(F.silu(self.conv4(F.silu(self.conv3(x)))), 2)  # (B, 64, R/4, R/4)
+        return self.fc1(x.flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The class logits, (B, K)."""
+        return self.fc2(F.silu(self.hidden(x)))
+
+
+class ClassifierExtractor:
+    """Features and classes by a trained `Classifier`."""
+
+    name = "classifier"
+    dim = DIM
+
+    def __init__(self, network: Classifier, device: torch.device | str = "cpu") -> None:
+        self.network = network.to(device).eval()
+        self.device = device
+
+    @torch.no_grad()
+    def features(self, images: Images) -> Matrix:
+        """The hidden layer over its scale, float64 (N, 64)."""
+        parts = [self.network.hidden(x) / self.network.scale for x in self._inputs(images)]
+        return torch.cat(parts).double().cpu().numpy()
+
+    @torch.no_grad()
+    def classify(self, images: Images) -> Labels:
+        """The most probable class, int64 (N,)."""
+        return torch.cat([self.network(x).argmax(1) for x in self._inputs(images)]).cpu().numpy()
+
+    def _inputs(self, images: Images) -> list[Tensor]:
+        check_images(images)
+        return [as_input(images[part]).to(self.device) for part in batches(len(images), FORWARD_BATCH)]
+
+
+def as_input(images: Images) -> Tensor:
+    """The images in [-1, 1], float32 (B, C, R, R)."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def load_classifier(
+    features: config.Features, data: config.Data, weights: Path | None, device: torch.device | str = "cpu"
+) -> ClassifierExtractor:
+    """The extractor with weights that `train_classifier` gave, read from a safetensors file.
+
+    Raises UserError naming the file if it is missing, damaged, or made for other data.
+    """
+    if weights is None:
+        raise UserError("features.kind classifier needs the weights that the rule `features` writes, and got none")
+    try:
+        state = load_file(weights)
+    except FileNotFoundError:
+        raise UserError(f"{weights}: no such file; run the rule `features`") from None
+    except SafetensorError as error:
+        raise UserError(f"{weights}: not a safetensors file ({error}); delete it and run the workflow again") from None
+    network = Classifier(data.channels, data.resolution, data.num_classes)
+    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if wanted != found:
+        key = min(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+        raise UserError(
+            f"{weights}: `{key}` has shape {found.get(key)}, this data's classifier has {wanted.get(key)}; "
+            f"delete it and run the workflow again"
+        )
+    network.load_state_dict(state)
+    return ClassifierExtractor(network, device)
+
+
+def train_classifier(
+    images: Images,
+    labels: Labels,
+    features: config.Features,
+    data: config.Data,
+    device: torch.device | str = "cpu",
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a classifier trained on the labelled images, and what is known about it.
+
+    Weights, split and order of batches come from `features.seed` alone; the global generator is left as it was.
+    """
+    _check(images, labels, data)
+    rng = torch.Generator().manual_seed(features.seed)
+    order = torch.randperm(len(images), generator=rng)
+    num_held_out = max(1, round(len(images) * features.held_out))
+    held_out, train = order[:num_held_out], order[num_held_out:]
+    if len(train) == 0:
+        raise UserError(f"features.held_out {features.held_out} leaves none of {len(images)} images; lower it")
+    network = _initialised(data, rng).to(device)
+    _fit(network, as_input(images)[train].to(device), torch.from_numpy(labels)[train].to(device), features, rng)
+    extractor = ClassifierExtractor(network, device)
+    variance = extractor.features(images).var(axis=0, ddof=1).mean()
+    network.scale.fill_(math.sqrt(variance))
+    guessed = extractor.classify(images[held_out.numpy()])
+    facts = {
+        "kind": extractor.name,
+        "dim": DIM,
+        "held_out_accuracy": float((guessed == labels[held_out.numpy()]).mean()),
+        "num_train": len(train),
+        "num_held_out": num_held_out,
+        "scale": float(network.scale),
+        "epochs": features.epochs,
+        "num_parameters": sum(p.numel() for p in network.parameters()),
+    }
+    return {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, facts
+
+
+def _check(images: Images, labels: Labels, data: config.Data) -> None:
+    check_images(images, labels)
+    wanted = (data.resolution, data.resolution, data.channels)
+    if images.shape[1:] != wanted:
+        raise UserError(f"images are {images.shape[1:]} but data.resolution and data.channels ask for {wanted}")
+    if data.resolution < MIN_RESOLUTION:
+        raise UserError(f"data.resolution {data.resolution} is below {MIN_RESOLUTION}, the classifier's least; enlarge")
+    if labels.min() < 0 or labels.max() >= data.num_classes:
+        raise UserError(f"data.num_classes is {data.num_classes} but labels reach {labels.max()}; set it above that")
+
+
+def _initialised(data: config.Data, rng: torch.Generator) -> Classifier:
+    """A classifier with He et al.'s uniform weights, drawn from `rng` alone."""
+    with torch.device("meta"):  # where nothing is drawn
+        network = Classifier(data.channels, data.resolution, data.num_classes)
+    network.to_empty(device="cpu")
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, nonlinearity="relu", generator=rng)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    network.scale.fill_(1)
+    return network
+
+
+def _fit(network: Classifier, x: Tensor, y: Tensor, features: config.Features, rng: torch.Generator) -> None:
+    """Adam on the cross-entropy with a rate that falls as a cosine to zero."""
+    network.train()
+    num_batches = math.ceil(len(x) / features.batch_size)
+    optimizer = torch.optim.Adam(network.parameters(), lr=features.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, features.epochs * num_batches)
+    for _ in range(features.epochs):
+        for batch in torch.randperm(len(x), generator=rng).split(features.batch_size):
+            loss = F.cross_entropy(network(x[batch]), y[batch])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()

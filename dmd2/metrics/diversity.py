@@ -1,0 +1,50 @@
+"""How far samples are from the data and from one another: copies and collapse, which a Frechet distance can hide.
+
+Shapes: N samples, M real images, D dimensions, K classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.neighbors import NearestNeighbors
+
+from dmd2.metrics.images import Labels, Matrix
+
+MAX_QUERIES = 10_000  # samples per block whose neighbour is searched; a mean over more says nothing new
+
+
+def nearest_distance(samples: NDArray, data: NDArray) -> float:
+    """The mean Euclidean distance from each sample (N, D) to the nearest row of `data` (M, D)."""
+    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(data)
+    return float(search.kneighbors(samples[:MAX_QUERIES])[0].mean())
+
+
+def leave_one_out_distance(data: NDArray) -> float:
+    """The mean Euclidean distance from each row of `data` (M, D), M at least 2, to the nearest other row."""
+    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(data)
+    return float(search.kneighbors()[0][:MAX_QUERIES].mean())
+
+
+def class_variance(features: Matrix, labels: Labels, num_classes: int) -> Matrix:
+    """The trace of each class's covariance, (K,); NaN for a class with fewer than 2 members.
+
+    Twice this is the mean squared distance between two different members of the class.
+    """
+    counts = np.bincount(labels, minlength=num_classes).astype(np.float64)
+    sums = np.zeros((num_classes, features.shape[1]))
+    np.add.at(sums, labels, features)
+    means = sums / np.maximum(counts, 1)[:, None]
+    squares = np.bincount(labels, ((features - means[labels]) ** 2).sum(axis=1), minlength=num_classes)
+    return np.where(counts >= 2, squares / np.maximum(counts - 1, 1), np.nan)
+
+
+def relative_diversity(variance: Matrix, data_variance: Matrix) -> float:
+    """The spread within classes over the data's: 1 is the data's, 0 one image per class.
+
+    The square root of the ratio of the mean variances, (K,) each, over the classes that both have.
+    """
+    both = np.isfinite(variance) & np.isfinite(data_variance)
+    if not both.any() or not data_variance[both].sum() > 0:
+        raise ValueError("no class has two different images in the data and two samples; take more samples")
+    return float(np.sqrt(variance[both].sum() / data_variance[both].sum()))
