@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from dmd2.datasets import members
+
+NUMBERS = st.sampled_from([np.uint8, np.int64, np.float16, np.float32, np.bool_, np.dtype(">f4")])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    NUMBERS.flatmap(
+        lambda dtype: arrays.arrays(
+            dtype,
+            arrays.array_shapes(min_dims=0, max_dims=4, max_side=5),
+            elements={"allow_nan": False, "allow_infinity": False} if np.dtype(dtype).kind == "f" else None,
+        )
+    )
+)
+def test_arrays_come_back_with_their_dtype_shape_and_values(value: np.ndarray) -> None:
+    back = members.decode("latent.npy", members.encode("latent.npy", value), members.layout_of(value))
+    assert back.dtype == value.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(back, value)
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+@pytest.mark.parametrize("channels", [1, 3])
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_images_are_stored_without_loss(kind: str, channels: int, data: st.DataObject) -> None:
+    height, width = data.draw(st.integers(1, 17)), data.draw(st.integers(1, 17))
+    image = data.draw(arrays.arrays(np.uint8, (height, width, channels)))
+    field = f"image.{kind}"
+    back = members.decode(field, members.encode(field, image), members.layout_of(image))
+    np.testing.assert_array_equal(back, image)
+
+
+def test_transposed_values_come_back_in_their_own_order() -> None:
+    value = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    back = members.decode("latent.npy", members.encode("latent.npy", value), members.layout_of(value))
+    np.testing.assert_array_equal(back, value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("x0.npy", np.array([0.0, np.nan], np.float32), "NaN"),
+        ("x0.npy", np.array([np.inf], np.float16), "infinity"),
+        ("x0.npy", np.array([{"a": 1}], object), "object"),
+        ("x0.pickle", np.zeros(2), "unknown way"),
+        ("image.png", np.zeros((4, 4), np.uint8), "shape"),
+        ("image.webp", np.zeros((4, 4, 3), np.float32), "uint8"),
+        ("cls", np.zeros(2, np.int64), "one int64"),
+    ],
+)
+def test_values_that_cannot_be_stored_are_refused_with_the_rule(field: str, value: np.ndarray, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        members.encode(field, value)
+
+
+def test_another_shape_or_dtype_than_the_layout_is_refused() -> None:
+    data = members.encode("x0.npy", np.zeros((1, 3), np.float32))
+    for layout in ({"dtype": "float32", "shape": [4, 3]}, {"dtype": "float16", "shape": [1, 3]}):
+        with pytest.raises(ValueError, match="expected float"):
+            members.decode("x0.npy", data, layout)
+
+
+def test_a_pickle_in_a_member_is_not_executed() -> None:
+    import io
+    import os
+
+    class Attack:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, ("/nonexistent/executed",)
+
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.array([Attack()], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        members.decode("x0.npy", stream.getvalue(), {"dtype": "object", "shape": [1]})
