@@ -12,13 +12,14 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dmd2.errors import UserError
@@ -68,8 +69,7 @@ class CheckpointStore:
     def save(self, step: int, state: Mapping[str, Any], **facts: Any) -> None:
         """Writes the checkpoint after `step` iterations, then removes all but the newest `keep`."""
         path = self._path(step)
-        with atomic(path) as temporary:
-            torch.save(dict(state), temporary)
+        _write(path, lambda temporary: torch.save(dict(state), temporary))
         content = {"step": step, "digest": self.digest, "sha256": sha256(path), "bytes": path.stat().st_size, **facts}
         write_json(path.with_suffix(".json"), content)
         write_json(self.folder / "newest.json", {"step": step})
@@ -137,9 +137,22 @@ class ForeignCheckpoint(UserError):
 
 
 def save_weights(path: Path | str, weights: Mapping[str, torch.Tensor]) -> None:
-    """Writes a state dict as safetensors, atomically."""
-    with atomic(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary)
+    """Writes a state dict as safetensors, atomically. Raises UserError when the disk is full."""
+    state = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    _write(Path(path), lambda temporary: save_file(state, temporary))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file atomically; torch and safetensors report a full disk in ways of their own."""
+    try:
+        with atomic(path) as temporary:
+            write(temporary)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise UserError(
+            f"{path}: could not be written, {free:.0f} MiB are free ({str(error).splitlines()[0]}); "
+            f"free space and run the same command: what was saved before is kept"
+        ) from error
 
 
 def _now() -> str:

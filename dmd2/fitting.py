@@ -17,6 +17,7 @@ from torch import Tensor
 from dmd2 import distributed
 from dmd2.checkpoint import CheckpointStore
 from dmd2.config import Runtime
+from dmd2.errors import Interrupted
 from dmd2.optimization import FiniteGuard
 from dmd2.progress import Progress
 from dmd2.train_log import TrainLog
@@ -33,14 +34,6 @@ class Trainee(Protocol):
     def export(self) -> dict[str, Tensor]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved. `code` is the shell's exit status, 128 + signal."""
-
-    def __init__(self, signum: int, step: int):
-        super().__init__(f"{signal.Signals(signum).name}: saved after iteration {step}; run the same command to go on")
-        self.code = 128 + signum
 
 
 class StopSignals:

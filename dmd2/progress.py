@@ -13,19 +13,19 @@ log = logging.getLogger(__name__)
 class Progress:
     """Writes a line at most every `interval_s` seconds and one at the end."""
 
-    def __init__(self, title: str, total: int, done: int = 0, *, interval_s: float = 5.0):
+    def __init__(self, title: str, total: int | None, done: int = 0, *, interval_s: float = 5.0):
         self._title, self._total, self._initial, self._interval = title, total, done, interval_s
         self._started = self._written = time.monotonic()
 
     def update(self, done: int, loss: float | None = None) -> None:
         """Reports that `done` of the total are finished, and a loss to show if there is one."""
         now = time.monotonic()
-        if done < self._total and now - self._written < self._interval:
+        if done != self._total and now - self._written < self._interval:
             return
         self._written = now
         line = tqdm.format_meter(
             done,
-            self._total,
+            self._total,  # type: ignore[arg-type]  # None: no total
             now - self._started,
             ncols=0,
             prefix=self._title,
@@ -33,3 +33,16 @@ class Progress:
             postfix=None if loss is None else f"loss {loss:.4g}",
         )
         log.info("%s", line)
+
+
+class Counter:
+    """A `Progress` that is told how many more are done; without a total it shows the count and the rate."""
+
+    def __init__(self, title: str, total: int | None = None):
+        self._done = 0
+        self._progress = Progress(title, total)
+
+    def __call__(self, num: int) -> None:
+        """`num` more are done."""
+        self._done += num
+        self._progress.update(self._done)

@@ -1,0 +1,23 @@
+# DMD2 (arXiv 2405.14867), every table of the paper as one target: snakemake --cores all results/table1.csv
+# Choose the data with --config preset=NAME (workflow/presets); override any of its keys with --configfile.
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/teacher.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/tables.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        expand("results/{table}.csv", table=MEASURED_TABLES),
+        figures_of_all_runs,

@@ -1,0 +1,187 @@
+"""The command line: `dmd2 STAGE --spec ... --input ... --output ...`, one command per workflow rule; no logic here."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from dmd2.config import Runtime
+from dmd2.errors import Interrupted, UserError
+from dmd2.presets import parse
+from dmd2.spec import Spec, read_spec
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+SpecOption = Annotated[str, typer.Option("--spec", help="the stage's spec as JSON, or @FILE")]
+RuntimeOption = Annotated[str, typer.Option(help="how to execute, as JSON or YAML (config.Runtime)")]
+PathOption = Annotated[Path, typer.Option()]
+OptionalPath = Annotated[Path | None, typer.Option()]
+
+
+def _runtime(text: str) -> Runtime:
+    return parse(Runtime, yaml.safe_load(text) or {}, "--runtime")
+
+
+def _spec(text: str, stage: str) -> Spec:
+    spec = read_spec(text)
+    if spec.stage != stage:
+        raise UserError(f"--spec is for the stage {spec.stage}, not {stage}")
+    return spec
+
+
+@app.callback()
+def settings(
+    log: Annotated[Path | None, typer.Option(help="also write the log there")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="processor threads")] = None,
+) -> None:
+    """Settings of every stage."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log))
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported, by the stage
+
+
+@app.command()
+def shards(spec: SpecOption, manifest: PathOption) -> None:
+    """Write the source's images as shards."""
+    from dmd2.stages import data
+
+    data.shards(_spec(spec, "shards"), manifest)
+
+
+@app.command()
+def latents(spec: SpecOption, images: PathOption, manifest: PathOption, runtime: RuntimeOption = "{}") -> None:
+    """Write the images in the teacher's space, with conditions."""
+    from dmd2.stages import data
+
+    data.latents(_spec(spec, "latents"), images, manifest, _runtime(runtime))
+
+
+@app.command()
+def pairs(spec: SpecOption, teacher: PathOption, manifest: PathOption, runtime: RuntimeOption = "{}") -> None:
+    """Write the teacher's noise-image pairs."""
+    from dmd2.stages import data
+
+    data.pairs(_spec(spec, "pairs"), teacher, manifest, _runtime(runtime))
+
+
+@app.command()
+def teacher(
+    spec: SpecOption,
+    latents: PathOption,
+    state: PathOption,
+    weights: PathOption,
+    train_log: PathOption,
+    runtime: RuntimeOption = "{}",
+) -> None:
+    """Train the teacher, or import its weights."""
+    from dmd2.stages import train as stage
+
+    stage.teacher(_spec(spec, "teacher"), latents, state, weights, train_log, _runtime(runtime))
+
+
+@app.command()
+def train(
+    spec: SpecOption,
+    teacher: PathOption,
+    latents: PathOption,
+    state: PathOption,
+    generator: PathOption,
+    networks: PathOption,
+    snapshots: PathOption,
+    train_log: PathOption,
+    pairs: OptionalPath = None,
+    start: OptionalPath = None,
+    runtime: RuntimeOption = "{}",
+) -> None:
+    """Train a student."""
+    from dmd2.stages import train as stage
+
+    out = stage.TrainOutputs(generator, networks, snapshots, train_log)
+    stage.train(_spec(spec, "train"), teacher, latents, pairs, start, state, out, _runtime(runtime))
+
+
+@app.command()
+def features(spec: SpecOption, images: PathOption, weights: PathOption) -> None:
+    """Make the feature extractor of the Frechet distance."""
+    from dmd2.stages import evaluate
+
+    evaluate.features(_spec(spec, "features"), images, weights)
+
+
+@app.command()
+def reference(spec: SpecOption, images: PathOption, extractor: PathOption, out: PathOption) -> None:
+    """Compute the statistics of the real images."""
+    from dmd2.stages import evaluate
+
+    evaluate.reference(_spec(spec, "reference"), images, extractor, out)
+
+
+@app.command()
+def sample(spec: SpecOption, weights: PathOption, manifest: PathOption, runtime: RuntimeOption = "{}") -> None:
+    """Sample from the teacher or a student."""
+    from dmd2.stages import evaluate
+
+    evaluate.sample(_spec(spec, "sample"), weights, manifest, _runtime(runtime))
+
+
+@app.command()
+def metrics(
+    spec: SpecOption, reference: PathOption, extractor: PathOption, out: PathOption, samples: OptionalPath = None
+) -> None:
+    """Measure a set of samples, or the floor where none is given."""
+    from dmd2.stages import evaluate
+
+    evaluate.metrics(_spec(spec, "metrics"), samples, reference, extractor, out)
+
+
+@app.command()
+def curve(
+    spec: SpecOption,
+    snapshots: PathOption,
+    reference: PathOption,
+    extractor: PathOption,
+    out: PathOption,
+    runtime: RuntimeOption = "{}",
+) -> None:
+    """Measure a run's snapshots."""
+    from dmd2.stages import evaluate
+
+    evaluate.curve(_spec(spec, "curve"), snapshots, reference, extractor, out, _runtime(runtime))
+
+
+def main() -> None:
+    """Runs the command line; a problem the user can mend is one line and status 2, an interruption 128 + signal."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}disk full ({error.strerror}); free space and run the same command: finished work is kept", 2)
+    except Interrupted as stop:
+        _fail(str(stop), stop.status)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, status: int) -> None:
+    logging.getLogger("dmd2").error("error: %s", message)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Stages that write shards: images, latents, noise-image pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dmd2 import distributed, sampling
+from dmd2.config import Runtime
+from dmd2.datasets import write_images
+from dmd2.datasets.latents import write_latents, write_pairs
+from dmd2.datasets.loader import PairBatch
+from dmd2.denoiser import concat, move
+from dmd2.noise import SampleNoise, step_rng
+from dmd2.progress import Counter
+from dmd2.spec import Spec
+from dmd2.stages.weights import open_teacher
+from dmd2.teachers import load_teacher
+
+
+def shards(spec: Spec, manifest: Path) -> None:
+    """The source's images and classes as shards."""
+    write_images(manifest, spec.need("data"), spec, progress=Counter("shards"))
+
+
+def latents(spec: Spec, images: Path, manifest: Path, runtime: Runtime) -> None:
+    """The images in the teacher's space (itself, for a pixel teacher) with the teacher's conditions."""
+    teacher = load_teacher(spec.need("teacher"), spec.need("data"))
+    write_latents(
+        images,
+        manifest,
+        teacher.codec,
+        teacher.conditioner,
+        spec,
+        images_digest=spec.upstream["shards"],
+        batch_size=runtime.sample_batch_size,
+        progress=Counter("latents"),
+    )
+
+
+def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
+    """Noise-image pairs of the teacher's deterministic sampler; each rank makes its share of the shards."""
+    settings, sampler = spec.need("pairs"), spec.need("sampler")
+    device = distributed.device_of(runtime.device)
+    teacher = open_teacher(spec, weights).to(device)
+
+    def make(ids: range) -> PairBatch:
+        noise = SampleNoise(settings.seed, ids, teacher.sample_shape, device)()
+        cond = concat([teacher.conditioner.draw(1, step_rng(settings.seed, i, rank=1)) for i in ids])
+        x0 = sampling.heun(
+            teacher.denoiser,
+            move(cond, device),
+            teacher.grid,
+            sampler.num_steps,
+            lambda: noise,
+            rho=spec.need("teacher").rho,
+        )
+        return PairBatch(noise.cpu(), x0.cpu(), cond)
+
+    with distributed.process_group(device):
+        write_pairs(
+            manifest,
+            settings.num_pairs,
+            make,
+            spec,
+            shard_size=settings.shard_size,
+            batch_size=runtime.sample_batch_size,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            barrier=distributed.barrier,
+            progress=Counter("pairs", settings.num_pairs),
+        )

@@ -1,0 +1,184 @@
+"""Stages that sample and measure."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmd2 import distributed, sampling
+from dmd2.checkpoint import save_weights
+from dmd2.config import Runtime, Sampler
+from dmd2.datasets import ShardReader, read_manifest, write_shards
+from dmd2.denoiser import Teacher, move
+from dmd2.metrics import Extractor, Reference, load_extractor, measure, resample_floor, train_classifier
+from dmd2.noise import SampleNoise
+from dmd2.progress import Counter
+from dmd2.records import atomic, provenance, read_json, sha256, write_json, write_record
+from dmd2.spec import Spec
+from dmd2.stages.weights import checked_record, open_teacher
+from dmd2.teachers.weights import check_sha256
+
+SHARD = 4096
+"""Samples in one shard of generated images."""
+STUDENT = Sampler(kind="few_step")
+
+
+def read_images(manifest: Path, digest: str) -> tuple[np.ndarray, np.ndarray]:
+    """All images (N, H, W, C) uint8 and classes (N,) of a set of shards."""
+    content = ShardReader(manifest, digest).read(range(read_manifest(manifest, digest)["num_samples"]))
+    return content["image"], content["cls"]
+
+
+def features(spec: Spec, images: Path, weights: Path) -> None:
+    """The feature extractor of the Frechet distance: trained on the data, or a copy of the user's file."""
+    config, data = spec.need("features"), spec.need("data")
+    facts: dict[str, Any] = {"origin": "file"}
+    if config.weights is not None:
+        check_sha256(config.weights.path, config.weights.sha256)
+        with atomic(weights) as temporary:
+            shutil.copyfile(config.weights.path, temporary)
+        load_extractor(config, data, weights)
+    else:
+        pixels, labels = read_images(images, spec.upstream["shards"])
+        state, facts = train_classifier(pixels, labels, config, data)
+        save_weights(weights, state)
+    write_record(weights, spec, kind=config.kind, **facts)
+
+
+def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path) -> None:
+    """Statistics of the real images."""
+    pixels, labels = read_images(images, spec.upstream["shards"])
+    Reference.build(pixels, labels, _extractor(spec, extractor_weights)).save(out)
+    write_record(out, spec, num_samples=len(pixels))
+
+
+def _extractor(spec: Spec, weights: Path) -> Extractor:
+    checked_record(weights, spec.upstream["features"])
+    return load_extractor(spec.need("features"), spec.need("data"), weights)
+
+
+def sample_images(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler: Sampler, seed: int) -> np.ndarray:
+    """The images of the samples `ids`: each a function of the model, `seed` and its id, in whatever batch it is made.
+
+    Sample i has class i modulo the number of classes. Returns uint8 (len(ids), H, W, C).
+    """
+    device = teacher.grid.sigmas.device
+    noise = SampleNoise(seed, list(ids), teacher.sample_shape, device)
+    cond = move(teacher.conditioner.encode(labels_of(spec, ids).tolist()), device)
+    if sampler.kind == "few_step":
+        sigmas = teacher.grid.student_steps(spec.need("train").num_steps)
+        x0 = sampling.few_step(teacher.denoiser, cond, sigmas, teacher.grid.init_scale, noise)
+    else:
+        high = float("inf") if sampler.s_max is None else sampler.s_max
+        churn = sampling.Churn(sampler.s_churn, sampler.s_min, high, sampler.s_noise)
+        assert sampler.num_steps is not None
+        rho = spec.need("teacher").rho
+        x0 = sampling.heun(teacher.denoiser, cond, teacher.grid, sampler.num_steps, noise, rho=rho, churn=churn)
+    return teacher.codec.decode(x0.cpu(), rounding=spec.need("evaluation").rounding)
+
+
+def labels_of(spec: Spec, ids: Sequence[int] | range) -> np.ndarray:
+    """The classes of the samples `ids`: equal shares, in turn."""
+    return np.asarray(ids, dtype=np.int64) % spec.need("data").num_classes
+
+
+def num_passes(spec: Spec, sampler: Sampler) -> int:
+    """Network passes per sample: 2n - 1 for n Heun steps, one per step of a student."""
+    return spec.need("train").num_steps if sampler.num_steps is None else 2 * sampler.num_steps - 1
+
+
+def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
+    """Images of a teacher or student as shards; each rank makes its share."""
+    evaluation, sampler = spec.need("evaluation"), spec.need("sampler")
+    device = distributed.device_of(runtime.device)
+    model = open_teacher(spec, weights, upstream="model").to(device)
+    total = evaluation.num_samples * evaluation.num_blocks
+
+    def make(ids: range) -> dict[str, Any]:
+        images = sample_images(spec, model, ids, sampler, evaluation.seed)
+        return {"image.png": list(images), "cls": labels_of(spec, ids)}
+
+    record = checked_record(weights, spec.upstream["model"])
+    with distributed.process_group(device):
+        write_shards(
+            manifest,
+            total,
+            SHARD,
+            make,
+            spec,
+            batch_size=runtime.sample_batch_size,
+            inputs=record["sha256"],
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            barrier=distributed.barrier,
+            progress=Counter(f"sampling {spec.name}", total),
+            facts={"nfe": num_passes(spec, sampler), "model": model_facts(record)},
+        )
+
+
+def model_facts(record: dict[str, Any]) -> dict[str, Any]:
+    """What a table says of the model behind a set of samples."""
+    names = ("run", "iterations", "generator_updates", "checkpoint_step", "train_wall_s", "train_cpu_s", "device")
+    return {
+        "run": "teacher",
+        **{name: record[name] for name in names if name in record},
+        "sha256": record["sha256"],
+        "digest": record["provenance"]["digest"],
+    }
+
+
+def metrics(spec: Spec, samples: Path | None, reference: Path, extractor_weights: Path, out: Path) -> None:
+    """The metrics record of a set of samples; without samples, of resamples of the data (the floor)."""
+    evaluation = spec.need("evaluation")
+    checked_record(reference, spec.upstream["reference"])
+    extractor, real = _extractor(spec, extractor_weights), Reference.load(reference)
+    if samples is None:
+        found = resample_floor(real, evaluation.num_samples, evaluation.num_blocks, evaluation.seed)
+        facts: dict[str, Any] = {"nfe": None, "model": {"run": "data"}}
+    else:
+        images, labels = read_images(samples, spec.upstream["samples"])
+        found = measure(images, labels, real, extractor, evaluation.num_blocks, evaluation.covariance_start)
+        facts = read_manifest(samples, spec.upstream["samples"])["facts"]
+    content = {
+        **found,
+        **facts,
+        "entry": spec.name,
+        "seed": evaluation.seed,
+        "protocol": {"rounding": evaluation.rounding, "covariance_start": evaluation.covariance_start},
+        "features": {"name": extractor.name, "sha256": sha256(extractor_weights)},
+        "provenance": provenance(spec),
+    }
+    write_json(out, content)
+
+
+def curve(spec: Spec, snapshots: Path, reference: Path, extractor_weights: Path, out: Path, runtime: Runtime) -> None:
+    """Metrics of a run's snapshots against training, as CSV: paper, figure 9."""
+    evaluation, train = spec.need("evaluation"), spec.need("train")
+    checked_record(reference, spec.upstream["reference"])
+    extractor, real = _extractor(spec, extractor_weights), Reference.load(reference)
+    device = distributed.device_of(runtime.device)
+    listed = read_json(snapshots)["snapshots"]
+    bounds = [*range(0, evaluation.curve_samples, runtime.sample_batch_size), evaluation.curve_samples]
+    count = Counter(f"curve {spec.name}", len(listed))
+    rows = []
+    for item in listed:
+        model = open_teacher(spec, snapshots.parent / item["file"], upstream="model").to(device)
+        parts = [range(start, stop) for start, stop in pairwise(bounds)]
+        images = np.concatenate([sample_images(spec, model, ids, STUDENT, evaluation.seed) for ids in parts])
+        labels = labels_of(spec, range(evaluation.curve_samples))
+        found = measure(images, labels, real, extractor, 1, evaluation.covariance_start)["metrics"]
+        updates = -(-item["step"] // train.critic_steps_per_generator)
+        means = {name: value["mean"] for name, value in found.items()}
+        rows.append({"step": item["step"], "generator_updates": updates, **means})
+        count(1)
+    with atomic(out) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    write_record(out, spec, num_samples=evaluation.curve_samples)

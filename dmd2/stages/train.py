@@ -1,0 +1,173 @@
+"""Stages that train: the teacher of a small data set, and the students."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dmd2 import distributed
+from dmd2.checkpoint import CheckpointStore, save_weights
+from dmd2.config import Runtime
+from dmd2.datasets.loader import Loader, to_batch, to_pairs
+from dmd2.denoiser import Cond, Teacher
+from dmd2.fitting import fit, log
+from dmd2.records import atomic, write_json, write_record
+from dmd2.spec import Spec
+from dmd2.stages.weights import open_teacher, open_weights
+from dmd2.teacher_training import TeacherFit
+from dmd2.teachers import load_teacher
+from dmd2.training import Batches, Distillation, Pairs
+from dmd2_kernels import implementation
+
+COLLAPSE = 0.15
+"""Mean nearest-neighbour over mean pair distance in a batch below which the log warns of a collapse."""
+
+
+def _data(spec: Spec, manifest: Path, teacher: Teacher, batch_size: int, seed: int) -> Batches:
+    loader = Loader(
+        manifest,
+        batch_size=distributed.local_share(batch_size),
+        seed=seed,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        digest=spec.upstream["latents"],
+    )
+
+    def batch(index: int) -> tuple[Tensor, Cond]:
+        return to_batch(loader.batch(index), teacher.codec)
+
+    return batch
+
+
+def _pairs(spec: Spec, manifest: Path | None, batch_size: int, seed: int) -> Pairs | None:
+    if manifest is None:
+        return None
+    loader = Loader(
+        manifest,
+        batch_size=distributed.local_share(batch_size),
+        seed=seed + 1,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        digest=spec.upstream["pairs"],
+    )
+    return lambda index: to_pairs(loader.batch(index))
+
+
+def _store(root: Path, spec: Spec, runtime: Runtime) -> CheckpointStore:
+    name = f"{spec.name}-{spec.digest}"
+    return CheckpointStore(root / name, spec.digest, keep=runtime.keep_checkpoints, warn=log)
+
+
+def teacher(spec: Spec, latents: Path, state_root: Path, weights: Path, train_log: Path, runtime: Runtime) -> None:
+    """The teacher's weights: trained here, or read from the user's file and written out as safetensors."""
+    config, device = spec.need("teacher"), distributed.device_of(runtime.device)
+    initial = load_teacher(config, spec.need("data"), seed=config.training.seed if config.training else 0)
+    if config.training is None:
+        save_weights(weights, initial.denoiser.state_dict())
+        train_log.write_text("")
+        write_record(weights, spec, iterations=0, origin="file" if config.weights else "closed form")
+        return
+    training = config.training
+    with distributed.process_group(device), _store(state_root, spec, runtime) as store:
+        data = _data(spec, latents, initial, training.batch_size, training.seed)
+        trainee = TeacherFit(initial, training, data, device=device)
+        took = fit(trainee, training.iterations, store, runtime, title="teacher")
+        if distributed.rank() == 0:
+            save_weights(weights, trainee.export())
+            _publish_log(store, train_log)
+            facts = {"iterations": training.iterations, "origin": "trained", **_train_seconds(took, device.type)}
+            write_record(weights, spec, **facts)
+            store.clear()
+        distributed.barrier()
+
+
+class TrainOutputs(NamedTuple):
+    """Where a run's results go: all below one folder, so that they appear together."""
+
+    generator: Path
+    networks: Path
+    snapshots: Path
+    train_log: Path
+
+
+def train(
+    spec: Spec,
+    teacher_weights: Path,
+    latents: Path,
+    pairs: Path | None,
+    start: Path | None,
+    state_root: Path,
+    out: TrainOutputs,
+    runtime: Runtime,
+) -> None:
+    """One student: generator, networks to go on from, snapshots with their manifest, and the log."""
+    config, device = spec.need("train"), distributed.device_of(runtime.device)
+    frozen = open_teacher(spec, teacher_weights)
+    with distributed.process_group(device), _store(state_root, spec, runtime) as store:
+        run = Distillation(
+            frozen,
+            config,
+            data=_data(spec, latents, frozen, config.batch_size, config.seed),
+            pairs=_pairs(spec, pairs, config.batch_size, config.seed),
+            start=open_weights(start, spec.upstream["start"]) if start is not None else None,
+            device=device,
+        )
+        kernels = implementation(next(run.generator.parameters()))
+        log.info("%s: digest %s on %s, losses by the %s kernels", spec.name, spec.digest, device, kernels)
+        steps = config.snapshot_steps()
+        took = fit(run, config.iterations, store, runtime, title=spec.name, snapshots=steps, alarm=_collapse_alarm)
+        if distributed.rank() == 0:
+            facts = {
+                "run": spec.name,
+                "iterations": config.iterations,
+                "generator_updates": -(-config.iterations // config.critic_steps_per_generator),
+                "checkpoint_step": config.iterations,
+                "kernels": kernels,
+                "ema_decay": config.ema_decay,
+                **_train_seconds(took, device.type),
+            }
+            _publish_snapshots(store, steps, out.snapshots, spec)
+            _publish_log(store, out.train_log)
+            save_weights(out.networks, run.networks())
+            write_record(out.networks, spec, **facts)
+            save_weights(out.generator, run.export())
+            write_record(out.generator, spec, **facts)
+            store.clear()
+        distributed.barrier()
+
+
+def _train_seconds(took: dict[str, float], device: str) -> dict[str, Any]:
+    seconds = {"train_wall_s": took["wall_s"], "train_cpu_s": took["cpu_s"]}
+    return {**seconds, "num_processes": distributed.world_size(), "device": device}
+
+
+def _collapse_alarm(row: dict[str, float]) -> str | None:
+    ratio = row.get("neighbour_ratio")
+    if ratio is None or ratio >= COLLAPSE:
+        return None
+    return f"generated images are nearly alike (neighbour ratio {ratio:.3f}): the generator may have collapsed"
+
+
+def _publish_log(store: CheckpointStore, out: Path) -> None:
+    with atomic(out) as temporary:
+        shutil.copyfile(store.folder / "log.jsonl", temporary)
+    board = out.parent / "tensorboard"
+    shutil.rmtree(board, ignore_errors=True)
+    if (store.folder / "tensorboard").exists():
+        shutil.copytree(store.folder / "tensorboard", board)
+
+
+def _publish_snapshots(store: CheckpointStore, steps: list[int], manifest: Path, spec: Spec) -> None:
+    """Moves the exported generators beside `manifest`, which lists them with their checksums, written last."""
+    folder = manifest.parent / "snapshots"
+    listed = []
+    for step in steps:
+        target = folder / f"{step:08d}.safetensors"
+        with atomic(target) as temporary:
+            shutil.copyfile(store.folder / f"snapshot-{step:08d}.safetensors", temporary)
+        write_record(target, spec, checkpoint_step=step)
+        listed.append({"step": step, "file": f"snapshots/{target.name}"})
+    write_json(manifest, {"snapshots": listed, "digest": spec.digest})

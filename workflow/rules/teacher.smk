@@ -1,0 +1,41 @@
+# The teacher's weights, and its noise-image pairs for the original DMD.
+
+
+rule teacher:
+    input:
+        latents=rules.latents.output.manifest,
+    output:
+        weights=f"{RESULTS}/teacher/teacher.safetensors",
+        record=f"{RESULTS}/teacher/teacher.json",
+        train_log=f"{RESULTS}/teacher/train_log.jsonl",
+    log:
+        f"{LOGS}/teacher.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        gpu=PRESET.gpus,
+        state="state",
+    params:
+        spec=spec("teacher"),
+    shell:
+        "{STAGE} {resources.gpu} --log {log} --threads {threads} teacher --spec {params.spec:q} --runtime {RUNTIME:q}"
+        " --latents {input.latents} --state {resources.state} --weights {output.weights} --train-log {output.train_log}"
+
+
+rule pairs:
+    input:
+        weights=rules.teacher.output.weights,
+        record=rules.teacher.output.record,
+    output:
+        manifest=f"{DATA}/pairs/manifest.json",
+    log:
+        f"{LOGS}/pairs.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        gpu=PRESET.gpus,
+    params:
+        spec=spec("pairs"),
+    shell:
+        "{STAGE} {resources.gpu} --log {log} --threads {threads} pairs --spec {params.spec:q} --runtime {RUNTIME:q}"
+        " --teacher {input.weights} --manifest {output.manifest}"

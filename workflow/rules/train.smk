@@ -1,0 +1,42 @@
+# One student per run. Checkpoints are no output: they lie in the state folder, named by the spec's digest, so that
+# neither a failed job nor Snakemake removes them, and a changed configuration never finds them.
+
+
+def pairs_of(wildcards):
+    needs = or_stop(PLAN.run, wildcards.run).train.regression_weight > 0
+    return rules.pairs.output.manifest if needs else []
+
+
+def start_of(wildcards):
+    parent = or_stop(PLAN.run, wildcards.run).train.init_run
+    return f"{RESULTS}/{parent}/networks.safetensors" if parent else []
+
+
+rule train:
+    input:
+        teacher=rules.teacher.output.weights,
+        latents=rules.latents.output.manifest,
+        pairs=pairs_of,
+        start=start_of,
+    output:
+        generator=f"{RESULTS}/{{run}}/generator.safetensors",
+        record=f"{RESULTS}/{{run}}/generator.json",
+        networks=f"{RESULTS}/{{run}}/networks.safetensors",
+        snapshots=f"{RESULTS}/{{run}}/snapshots.json",
+        train_log=f"{RESULTS}/{{run}}/train_log.jsonl",
+    log:
+        f"{LOGS}/train/{{run}}.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        gpu=PRESET.gpus,
+        state="state",
+    params:
+        spec=lambda wildcards: or_stop(PLAN.train, wildcards.run).to_json(),
+        pairs=lambda wildcards, input: f"--pairs {input.pairs}" if input.pairs else "",
+        start=lambda wildcards, input: f"--start {input.start}" if input.start else "",
+    shell:
+        "{STAGE} {resources.gpu} --log {log} --threads {threads} train --spec {params.spec:q} --runtime {RUNTIME:q}"
+        " --teacher {input.teacher} --latents {input.latents} {params.pairs} {params.start}"
+        " --state {resources.state} --generator {output.generator} --networks {output.networks}"
+        " --snapshots {output.snapshots} --train-log {output.train_log}"
