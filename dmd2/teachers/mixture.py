@@ -25,6 +25,7 @@ from dmd2.teachers.weights import load_weights
 MODE_WEIGHTS = (0.7, 0.3)
 MODE_STD = 0.1
 FREQUENCIES = (1.0, 2.0, 4.0, 8.0)
+WIDTH = 64
 
 
 class GaussianMixture(nn.Module):
@@ -84,22 +85,23 @@ class MixtureDenoiser(Denoiser):
     """The exact denoiser plus c_out times a small network that starts at zero.
 
     As a teacher it is frozen there and so exact; a copy starts at the teacher, as DMD2's generator and critic do, and
-    is trained through the network. The tap is the network's last hidden layer, (F, 1, 1).
+    is trained through the network. The tap is the network's last hidden layer as (F, 4, 4), since realism heads take
+    images.
     """
 
     def __init__(
-        self, mixture: GaussianMixture, sample_shape: tuple[int, ...], sigma_data: float, num_features: int = 64
+        self, mixture: GaussianMixture, sample_shape: tuple[int, ...], sigma_data: float, num_features: int = 16
     ):
         super().__init__()
         num_classes, _, num = mixture.means.shape
         if num != math.prod(sample_shape):
             raise ValueError(f"means have {num} elements, but a sample of shape {sample_shape} has another number")
         self.mixture, self.sample_shape, self.sigma_data = mixture, tuple(sample_shape), sigma_data
-        self.feature_shape = (num_features, 1, 1)
-        self.first = Linear(num + 2 * len(FREQUENCIES), num_features)
-        self.label = LabelEmbedding(num_classes, num_features)
-        self.second = Linear(num_features, num_features)
-        self.last = Linear(num_features, num)
+        self.feature_shape = (num_features, 4, 4)
+        self.first = Linear(num + 2 * len(FREQUENCIES), WIDTH)
+        self.label = LabelEmbedding(num_classes, WIDTH)
+        self.second = Linear(WIDTH, 16 * num_features)
+        self.last = Linear(16 * num_features, num)
 
     def reset(self, rng: torch.Generator) -> None:
         """Draws the network's initial values; its last layer is zero."""
@@ -115,7 +117,7 @@ class MixtureDenoiser(Denoiser):
         angles = torch.outer(sigma.log() / 4, torch.tensor(FREQUENCIES, device=sigma.device))
         inputs = torch.cat([inverse[:, None] * x.flatten(1), angles.cos(), angles.sin()], dim=1)
         hidden = F.silu(self.second(F.silu(self.first(inputs) + self.label(label))))
-        features = hidden[:, :, None, None]
+        features = hidden.view(-1, *self.feature_shape)
         x, sigma, label = x[:num_denoise], sigma[:num_denoise], label[:num_denoise]
         c_out = expand(sigma * self.sigma_data * inverse[:num_denoise], x)
         exact = self.mixture.posterior_mean(x, sigma, label)
