@@ -1,0 +1,275 @@
+"""The tables: every row of the paper in its order, and measured figures only where something was measured."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dmd2.errors import UserError
+from dmd2.presets import load_preset
+from dmd2.records import write_json
+from dmd2.tables import load_table, needed, read_records, rounded, rows, write_csv, write_markdown
+
+ROOT = Path(__file__).parent.parent
+PRESET = load_preset(ROOT / "workflow", "digits")
+NUMBERS = range(1, 7)
+
+
+def load(number: int):
+    return load_table(ROOT / "workflow" / "tables" / f"table{number}.yaml")
+
+
+def paper_rows(number: int) -> dict[str, dict[str, Any]]:
+    """The published figures, read from the list that the table files were checked against."""
+    found: dict[str, dict[str, Any]] = {}
+    with (ROOT / "tests/data/paper_tables.csv").open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            if line["table"] == str(number):
+                nfe = int(line["nfe"]) if line["nfe"] else None
+                row = found.setdefault(line["row_id"], {"method": line["method"], "nfe": nfe, "paper": {}})
+                if line["paper_value"]:
+                    row["paper"][line["metric"]] = float(line["paper_value"])
+    return found
+
+
+def record(fid: float, **model: Any) -> dict[str, Any]:
+    return {
+        "metrics": {
+            "fid": {"mean": fid, "sd": 0.0061, "blocks": [fid - 0.0061, fid, fid + 0.0061]},
+            "pixel_fd": {"mean": 0.16, "sd": 0.01, "blocks": [0.15, 0.16, 0.17]},
+            "accuracy": {"mean": 0.98, "sd": 0.001, "blocks": [0.98]},
+            "nearest_distance": {"mean": 2.2701, "sd": 0.01, "blocks": [2.27]},
+            "diversity": {"mean": 0.97, "sd": 0.01, "blocks": [0.97]},
+        },
+        "nfe": 1,
+        "num_samples": 5391,
+        "num_blocks": 3,
+        "seed": 0,
+        "protocol": "round, covariance from zeros",
+        "features": {"name": "classifier", "sha256": "ab" * 32},
+        "model": {"run": "dmd2", "iterations": 2500, "generator_updates": 500, "checkpoint_step": 2500, **model},
+        "provenance": {"digest": "0123456789abcdef", "commit": "feedbeef", "stage": "metrics"},
+    }
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_every_row_of_the_paper_is_there_in_its_order_with_its_figures(number):
+    found = {row.id: {"method": row.method, "nfe": row.nfe, "paper": row.paper} for row in load(number).rows}
+    published = paper_rows(number)
+    assert len(published) >= 4
+    assert list(found)[: len(published)] == list(published)
+    assert {key: found[key] for key in published} == published
+    assert set(found) - set(published) <= {f"t{number}.floor"}
+
+
+def test_every_run_a_table_names_has_a_file_and_every_sampler_a_preset_entry():
+    for number in NUMBERS:
+        for entry in needed(load(number)):
+            if entry == "floor":
+                continue
+            model, sampler = entry.split("/")
+            assert model == "teacher" or (ROOT / "workflow" / "runs" / f"{model}.yaml").is_file()
+            assert sampler in PRESET.samplers
+
+
+def test_needed_lists_each_entry_once_in_order():
+    assert needed(load(1)) == [
+        "dmd/student", "dmd2/student", "dmd2_long/student", "teacher/ode", "teacher/sde", "floor"
+    ]  # fmt: skip
+    assert needed(load(2)) == []
+
+
+def test_ablation_ticks_are_the_papers():
+    ticks = {row.id: set(row.ticks) for row in load(3).rows}
+    assert ticks == {
+        "t3.dmd": {"distribution_matching"},
+        "t3.noreg": {"distribution_matching", "no_regression"},
+        "t3.noreg_ttur": {"distribution_matching", "no_regression", "ttur"},
+        "t3.full": {"distribution_matching", "no_regression", "ttur", "gan"},
+        "t3.gan": {"gan"},
+        "t3.gan_ttur": {"ttur", "gan"},
+        "t3.floor": set(),
+    }
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_rows_of_the_same_model_measure_the_same_run(number):
+    shared = {"t1.dmd": "t3.dmd", "t1.dmd2": "t3.full"}
+    measured = {row.id: row.measure for table in (load(1), load(3)) for row in table.rows}
+    assert all(measured[a] == measured[b] is not None for a, b in shared.items())
+
+
+def test_without_records_rows_are_pending_or_quoted_and_nothing_is_measured():
+    for number in NUMBERS:
+        table = load(number)
+        for row, spec in zip(rows(table, dict.fromkeys(needed(table)), PRESET), table.rows, strict=True):
+            assert row["source"] == ("pending" if spec.measure or spec.pending else "quoted")
+            assert row["fid"] is None
+            assert row["source"] == "quoted" or row["note"]
+
+
+def test_a_record_fills_its_row_and_no_other():
+    table = load(1)
+    found = {row["row_id"]: row for row in rows(table, {"dmd2/student": record(0.0513, seed=10)}, PRESET)}
+    row = found.pop("t1.dmd2")
+    assert (row["paper_fid"], row["fid"], row["fid_sd"], row["nfe"], row["paper_nfe"]) == (1.51, 0.0513, 0.0061, 1, 1)
+    assert (row["source"], row["preset"], row["dataset"]) == ("measured", "digits", "digits 8x8")
+    assert (row["run"], row["iterations"], row["generator_updates"]) == ("dmd2", 2500, 500)
+    assert (row["seeds"], row["num_samples"], row["num_blocks"]) == ("training 10; samples 0", 5391, 3)
+    assert (row["config_digest"], row["commit"]) == ("0123456789abcdef", "feedbeef")
+    assert row["features"] == "classifier abababababab"
+    assert {other["source"] for other in found.values()} == {"quoted", "pending"}
+    assert all(other["fid"] is None for other in found.values())
+
+
+def test_quoted_rows_stay_quoted_whatever_records_there_are():
+    table = load(1)
+    records = {entry: record(0.01) for entry in [*needed(table), "t1.adm", "ADM/student"]}
+    found = {row["row_id"]: row for row in rows(table, records, PRESET)}
+    assert found["t1.adm"]["source"] == "quoted"
+    assert found["t1.adm"]["fid"] is None
+    assert found["t1.edm_ode"]["source"] == "measured"
+
+
+def test_floor_needs_no_model_and_has_no_paper_figure():
+    floor = {key: value for key, value in record(0.03).items() if key not in ("nfe", "model")}
+    row = rows(load(3), {"floor": floor}, PRESET)[-1]
+    assert (row["row_id"], row["source"], row["fid"], row["paper_fid"]) == ("t3.floor", "measured", 0.03, None)
+    assert row["run"] is None
+    assert row["gan"] is None
+
+
+def test_csv_reads_back_with_full_precision_and_all_rows(tmp_path: Path):
+    table = load(3)
+    written = rows(table, {"gan/student": record(1 / 3)}, PRESET)
+    write_csv(written, tmp_path / "table3.csv")
+    with (tmp_path / "table3.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert list(found[0]) == table.columns()
+    assert [row["row_id"] for row in found] == [row.id for row in table.rows]
+    assert float(found[4]["fid"]) == 1 / 3
+    assert (found[4]["gan"], found[4]["ttur"]) == ("yes", "no")
+    assert (found[0]["fid"], found[0]["paper_fid"], found[0]["source"]) == ("", "2.62", "pending")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda r: r.pop("metrics"), "missing key `metrics`"),
+        (lambda r: r["metrics"].pop("fid"), r"missing key `metrics\.fid`"),
+        (lambda r: r["metrics"]["fid"].update(mean="low"), r"`metrics\.fid\.mean` is 'low'"),
+        (lambda r: r["metrics"]["fid"].update(mean=float("nan")), r"`metrics\.fid\.mean` is nan"),
+        (lambda r: r["provenance"].pop("commit"), r"missing key `provenance\.commit`"),
+        (lambda r: r["features"].update(sha256=None), r"`features\.sha256` is None"),
+    ],
+)
+def test_malformed_record_is_named_with_its_key(tmp_path: Path, break_it, message):
+    content = record(0.05)
+    break_it(content)
+    path = tmp_path / "dmd2.json"
+    with pytest.raises(UserError, match=rf"dmd2\.json: {message}"):
+        rows(load(1), {"dmd2/student": content}, PRESET, {"dmd2/student": path})
+    with pytest.raises(UserError, match=rf"metrics of dmd2/student: {message}"):
+        rows(load(1), {"dmd2/student": content}, PRESET)
+
+
+def test_missing_file_is_a_missing_record_and_a_damaged_one_an_error(tmp_path: Path):
+    write_json(tmp_path / "a.json", record(0.1))
+    found = read_records({"a/student": tmp_path / "a.json", "b/student": tmp_path / "b.json"})
+    assert found == {"a/student": record(0.1), "b/student": None}
+    (tmp_path / "b.json").write_text('{"metrics": ')
+    with pytest.raises(UserError, match=r"b\.json: damaged JSON"):
+        read_records({"b/student": tmp_path / "b.json"})
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_markdown_shows_both_figures_and_says_whose_data_they_are_of(tmp_path: Path):
+    table = load(1)
+    write_markdown(table, rows(table, {"dmd2/student": record(0.05134)}, PRESET), tmp_path / "table1.md")
+    text = (tmp_path / "table1.md").read_text()
+    head = cells_of(next(line for line in text.splitlines() if "Method" in line))
+    row = dict(zip(head, cells_of(next(line for line in text.splitlines() if "| DMD2 |" in line)), strict=True))
+    assert row["FID (paper)"] == "1.51"
+    assert row["FID"] == "0.0513 ± 0.0061"
+    assert row["source"] == "measured"
+    assert "on **digits 8x8** (preset `digits`)" in text
+    assert "not the paper's" in text
+    assert "3 x 5,391 samples" in text
+    pending = dict(zip(head, cells_of(next(line for line in text.splitlines() if "teacher ODE" in line)), strict=True))
+    assert (pending["FID (paper)"], pending["FID"], pending["source"]) == ("2.32", "pending", "pending")
+    quoted = dict(zip(head, cells_of(next(line for line in text.splitlines() if "StyleGAN-XL" in line)), strict=True))
+    assert (quoted["FID"], quoted["source"]) == ("", "quoted")
+    assert "- pending: not measured here yet: no metrics of dmd/student; " in text
+
+
+def test_markdown_of_the_ablation_states_ticks_and_compute(tmp_path: Path):
+    table = load(3)
+    found = rows(table, {"noreg_ttur/student": record(0.08, train_cpu_s=1234.5)}, PRESET)
+    write_markdown(table, found, tmp_path / "table3.md")
+    lines = (tmp_path / "table3.md").read_text().splitlines()
+    head = cells_of(next(line for line in lines if "Method" in line))
+    row = dict(zip(head, cells_of(next(line for line in lines if "no regression, TTUR |" in line)), strict=True))
+    assert [row[name] for name in ("distribution matching", "no regression", "TTUR", "GAN")] == ["✓", "✓", "✓", ""]
+    assert (row["iterations"], row["generator updates"], row["training CPU-s"]) == ("2,500", "500", "1,234")
+
+
+def test_markdown_of_a_table_nothing_is_measured_for_has_the_papers_columns_alone(tmp_path: Path):
+    table = load(5)
+    write_markdown(table, rows(table, {}, PRESET), tmp_path / "table5.md")
+    text = (tmp_path / "table5.md").read_text()
+    assert "pixel FD" not in text
+    assert "| DMD2 | 512 | 0.09 | 8.35 | pending |" in text
+    assert "needs a Stable Diffusion 1.5 teacher" in text
+
+
+def test_markdown_on_the_papers_data_does_not_call_the_figures_foreign(tmp_path: Path):
+    data = PRESET.data.model_copy(update={"source": "imagenet", "resolution": 64})
+    preset = PRESET.model_copy(update={"data": data, "name": "imagenet64"})
+    table = load(1)
+    write_markdown(table, rows(table, {}, preset), tmp_path / "table1.md")
+    text = (tmp_path / "table1.md").read_text()
+    assert "**imagenet 64x64** (preset `imagenet64`)" in text
+    assert "figures of other data" not in text
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "text"),
+    [
+        (0.05134, 0.0061, "0.0513 ± 0.0061"),
+        (64.71, 3.2, "64.7 ± 3.2"),
+        (64.71, 32.0, "65 ± 32"),
+        (0.98, None, "0.980"),
+        (2.2701, None, "2.27"),
+        (152.4, None, "152"),
+        (0.5, 0.0, "0.500"),
+    ],
+)
+def test_numbers_are_rounded_to_what_their_spread_supports(mean, sd, text):
+    assert rounded(mean, sd) == text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["rows"][0].update(mesure="a/b"), r"unknown key `rows\.0\.mesure`; did you mean 'measure'"),
+        (lambda t: t["rows"][0].update(measure="dmd2"), r"`rows\.0\.measure` is 'dmd2'"),
+        (lambda t: t["rows"][0].update(measure="a/b", pending="later"), "`measure` or `pending`, not both"),
+        (lambda t: t["rows"][0].update(paper={"fit": 1}), r"rows\.0\.paper\.fit"),
+        (lambda t: t["rows"][0].update(id="t2.adm"), r"'t2\.adm' does not start with t1\."),
+        (lambda t: t["rows"].append(t["rows"][0]), r"'t1\.biggan_deep' stands twice"),
+        (lambda t: t["rows"][0].update(ticks=["gan"]), r"ticks \['gan'\] are not among"),
+        (lambda t: t.pop("title"), "missing key `title`"),
+    ],
+)
+def test_mistake_in_a_table_file_is_named(tmp_path: Path, change, message):
+    content = yaml.safe_load((ROOT / "workflow/tables/table1.yaml").read_text())
+    change(content)
+    path = tmp_path / "table1.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=rf"table1\.yaml: .*{message}"):
+        load_table(path)
