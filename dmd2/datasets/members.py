@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,8 @@ def encode(field: str, value: np.ndarray) -> bytes:
 
 def decode(field: str, data: bytes, layout: Layout) -> np.ndarray:
     """The value of `layout` in `data`. Raises ValueError if its shape or dtype is another one."""
-    value = _DECODERS[field.rpartition(".")[2]](data)
     shape = tuple(layout["shape"])
+    value = _DECODERS[field.rpartition(".")[2]](data, np.dtype(layout["dtype"]), shape)
     if value.ndim == 3 and len(shape) == 3 and shape[2] == 1:
         value = value[..., :1]  # WebP has no grey images: it keeps them as three equal channels
     if value.shape != shape or value.dtype != np.dtype(layout["dtype"]):
@@ -74,7 +75,8 @@ def _encode_png(value: np.ndarray) -> bytes:
 
 
 def _encode_webp(value: np.ndarray) -> bytes:
-    return _encode_image(value, format="WEBP", lossless=True)
+    # 1.1 ms per 64x64 photograph where the default effort takes 8 ms for 6 % fewer bytes (PNG: 1.3 ms, 11 % more)
+    return _encode_image(value, format="WEBP", lossless=True, method=1, quality=20)
 
 
 def _encode_npy(value: np.ndarray) -> bytes:
@@ -96,8 +98,20 @@ def _decode_image(data: bytes, kind: str) -> np.ndarray:
     return value if value.ndim == 3 else value[..., None]
 
 
-def _decode_npy(data: bytes) -> np.ndarray:
+def _decode_npy(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Compares the header with the one expected: NumPy's parser takes 80 us to read it, for every member anew."""
+    header = _npy_header(dtype, shape)
+    if data.startswith(header):
+        return np.frombuffer(data, dtype, offset=len(header)).reshape(shape)
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
+@lru_cache
+def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
 
 
 _ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {
@@ -106,9 +120,9 @@ _ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {
     "npy": _encode_npy,
     "cls": _encode_class,
 }
-_DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {
-    "png": lambda data: _decode_image(data, "PNG"),
-    "webp": lambda data: _decode_image(data, "WEBP"),
+_DECODERS: dict[str, Callable[[bytes, np.dtype[Any], tuple[int, ...]], np.ndarray]] = {
+    "png": lambda data, *_: _decode_image(data, "PNG"),
+    "webp": lambda data, *_: _decode_image(data, "WEBP"),
     "npy": _decode_npy,
-    "cls": lambda data: np.asarray(int(data), np.int64),
+    "cls": lambda data, *_: np.asarray(int(data), np.int64),
 }

@@ -12,7 +12,7 @@ from dmd2.datasets.shards import write_shards
 from dmd2.spec import Spec
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def digits() -> Data:
     return Data(
         source="digits", resolution=8, channels=1, num_classes=10, levels=17, shard_size=600, image_format="png"

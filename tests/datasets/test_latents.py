@@ -50,13 +50,15 @@ class Classes:
         return None
 
 
-@pytest.fixture(params=["png", "webp"])
-def images(request: pytest.FixtureRequest, digits: Data, tmp_path: Path) -> tuple[Path, Spec]:
-    data = digits.model_copy(update={"image_format": request.param})
-    spec = Spec.of("shards", "digits", data=data)
-    manifest = tmp_path / "images" / "manifest.json"
+def write_digits(folder: Path, data: Data) -> tuple[Path, Spec]:
+    manifest, spec = folder / "images" / "manifest.json", Spec.of("shards", "digits", data=data)
     write_images(manifest, data, spec)
     return manifest, spec
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory, digits: Data) -> tuple[Path, Spec]:
+    return write_digits(tmp_path_factory.mktemp("digits"), digits)
 
 
 @pytest.fixture
@@ -64,7 +66,11 @@ def latents_spec(digits: Data) -> Spec:
     return Spec.of("latents", "digits", {"shards": Spec.of("shards", "digits", data=digits)}, data=digits)
 
 
-def test_batches_of_digits_are_the_data_set(images: tuple[Path, Spec], latents_spec: Spec, tmp_path: Path) -> None:
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_batches_of_digits_are_the_data_set(
+    image_format: str, digits: Data, latents_spec: Spec, tmp_path: Path
+) -> None:
+    images = write_digits(tmp_path, digits.model_copy(update={"image_format": image_format}))
     out, codec = tmp_path / "latents" / "manifest.json", Levels()
     write_latents(images[0], out, codec, Classes(), latents_spec, images_digest=images[1].digest)
     truth = load_digits()
@@ -111,17 +117,15 @@ def test_images_of_another_configuration_are_refused(
         )
 
 
-def test_latents_are_made_again_when_the_images_changed(
-    images: tuple[Path, Spec], latents_spec: Spec, digits: Data, tmp_path: Path
-) -> None:
+def test_latents_are_made_again_when_the_images_changed(latents_spec: Spec, digits: Data, tmp_path: Path) -> None:
     manifest = tmp_path / "latents" / "manifest.json"
-    write_latents(images[0], manifest, Levels(), Classes(), latents_spec)
+    images, _ = write_digits(tmp_path, digits)
+    write_latents(images, manifest, Levels(), Classes(), latents_spec)
     first = (manifest.parent / "shard-00000.tar").stat().st_ino
-    write_latents(images[0], manifest, Levels(), Classes(), latents_spec)
+    write_latents(images, manifest, Levels(), Classes(), latents_spec)
     assert (manifest.parent / "shard-00000.tar").stat().st_ino == first
-    other = digits.model_copy(update={"channels": 3})
-    write_images(images[0], other, Spec.of("shards", "digits", data=other))
-    write_latents(images[0], manifest, Levels(), Classes(), latents_spec)
+    write_digits(tmp_path, digits.model_copy(update={"channels": 3}))
+    write_latents(images, manifest, Levels(), Classes(), latents_spec)
     assert ShardReader(manifest).read([0])["latent"].shape == (1, 3, 8, 8)
 
 

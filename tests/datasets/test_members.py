@@ -1,3 +1,8 @@
+import io
+import os
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,6 +65,20 @@ def test_values_that_cannot_be_stored_are_refused_with_the_rule(field: str, valu
         members.encode(field, value)
 
 
+def test_an_npy_header_as_another_program_writes_it_is_read() -> None:
+    value = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, value, version=(2, 0))
+    back = members.decode("latent.npy", stream.getvalue(), members.layout_of(value))
+    np.testing.assert_array_equal(back, value)
+
+
+def test_an_npy_member_cut_short_is_refused() -> None:
+    data = members.encode("x0.npy", np.zeros((2, 3), np.float32))
+    with pytest.raises(ValueError, match=r"size|reshape"):
+        members.decode("x0.npy", data[:-4], {"dtype": "float32", "shape": [2, 3]})
+
+
 def test_another_shape_or_dtype_than_the_layout_is_refused() -> None:
     data = members.encode("x0.npy", np.zeros((1, 3), np.float32))
     for layout in ({"dtype": "float32", "shape": [4, 3]}, {"dtype": "float16", "shape": [1, 3]}):
@@ -67,15 +86,22 @@ def test_another_shape_or_dtype_than_the_layout_is_refused() -> None:
             members.decode("x0.npy", data, layout)
 
 
-def test_a_pickle_in_a_member_is_not_executed() -> None:
-    import io
-    import os
+class Attack:
+    """Makes the folder `path` when unpickled."""
 
-    class Attack:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.mkdir, ("/nonexistent/executed",)
+    def __init__(self, path: str):
+        self.path = path
 
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.array([Attack()], object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
-        members.decode("x0.npy", stream.getvalue(), {"dtype": "object", "shape": [1]})
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "object"])
+def test_a_pickle_in_a_member_is_not_executed(dtype: str, tmp_path: Path) -> None:
+    stream, trace = io.BytesIO(), tmp_path / "executed"
+    np.lib.format.write_array(stream, np.array([Attack(str(trace))], object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"allow_pickle|OBJECT"):
+        members.decode("x0.npy", stream.getvalue(), {"dtype": dtype, "shape": [1]})
+    assert not trace.exists()
+    np.lib.format.read_array(io.BytesIO(stream.getvalue()), allow_pickle=True)
+    assert trace.exists()  # the attack is a real one
