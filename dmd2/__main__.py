@@ -115,25 +115,25 @@ def train(
 @app.command()
 def features(spec: SpecOption, images: PathOption, weights: PathOption) -> None:
     """Make the feature extractor of the Frechet distance."""
-    from dmd2.stages import evaluate
+    from dmd2.stages import measure
 
-    evaluate.features(_spec(spec, "features"), images, weights)
+    measure.features(_spec(spec, "features"), images, weights)
 
 
 @app.command()
 def reference(spec: SpecOption, images: PathOption, extractor: PathOption, out: PathOption) -> None:
     """Compute the statistics of the real images."""
-    from dmd2.stages import evaluate
+    from dmd2.stages import measure
 
-    evaluate.reference(_spec(spec, "reference"), images, extractor, out)
+    measure.reference(_spec(spec, "reference"), images, extractor, out)
 
 
 @app.command()
 def sample(spec: SpecOption, weights: PathOption, manifest: PathOption, runtime: RuntimeOption = "{}") -> None:
     """Sample from the teacher or a student."""
-    from dmd2.stages import evaluate
+    from dmd2.stages import sample as stage
 
-    evaluate.sample(_spec(spec, "sample"), weights, manifest, _runtime(runtime))
+    stage.sample(_spec(spec, "sample"), weights, manifest, _runtime(runtime))
 
 
 @app.command()
@@ -141,9 +141,9 @@ def metrics(
     spec: SpecOption, reference: PathOption, extractor: PathOption, out: PathOption, samples: OptionalPath = None
 ) -> None:
     """Measure a set of samples, or the floor where none is given."""
-    from dmd2.stages import evaluate
+    from dmd2.stages import measure
 
-    evaluate.metrics(_spec(spec, "metrics"), samples, reference, extractor, out)
+    measure.metrics(_spec(spec, "metrics"), samples, reference, extractor, out)
 
 
 @app.command()
@@ -156,9 +156,9 @@ def curve(
     runtime: RuntimeOption = "{}",
 ) -> None:
     """Measure a run's snapshots."""
-    from dmd2.stages import evaluate
+    from dmd2.stages import measure
 
-    evaluate.curve(_spec(spec, "curve"), snapshots, reference, extractor, out, _runtime(runtime))
+    measure.curve(_spec(spec, "curve"), snapshots, reference, extractor, out, _runtime(runtime))
 
 
 def main() -> None:
