@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,7 +81,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ig
     def find_class(self, module: str, name: str) -> type:
         full = f"{module}.{name}"
         if full not in KNOWN:
-            raise UserError(f"blocked global {full!r}: not part of EDM's format; get the file from its publisher")
+            raise UserError(f"blocked global {full[:100]!r}: not part of EDM's format; get the file from its publisher")
         if full not in self._classes:
             self._classes[full] = _Sealed(full, (_Record,), {"__slots__": (), "name": full})
         return self._classes[full]
@@ -108,8 +109,13 @@ def read_edm_pickle(path: Path | str) -> dict[str, Tensor]:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # whatever damaged bytes make of the reader
         raise UserError(
-            f"{path}: not a pickle in EDM's format, or truncated ({type(error).__name__}: {error}); fetch it again"
+            f"{path}: not a pickle in EDM's format, or truncated ({_brief(error)}); fetch it again"
         ) from None
+
+
+def _brief(error: Exception) -> str:
+    """The error on one line of bounded length."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _network(content: Any) -> dict[str, Tensor]:
@@ -169,7 +175,12 @@ def _flat(storage: Any, name: str) -> Tensor:
     """All values of a stored buffer, read by torch's own restricted loader."""
     if not isinstance(storage, _Record) or storage.name != STORAGE:
         raise ValueError(f"{name!r} has no storage")
-    loaded = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
+    try:
+        loaded = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # its message advises to load without the restriction
+        blocked = re.search(r"GLOBAL (\S+)", str(error))
+        cause = f"blocked global {blocked[1]!r}" if blocked else "no plain values"
+        raise UserError(f"{cause} in the storage of {name!r}; get the file from its publisher") from None
     if not isinstance(loaded, torch.storage.TypedStorage):
         raise ValueError(f"the storage of {name!r} is {type(loaded).__name__}")
     return torch.tensor([], dtype=loaded.dtype).set_(loaded)

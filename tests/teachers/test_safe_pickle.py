@@ -1,0 +1,240 @@
+"""EDM's pickles are read exactly; hostile and damaged ones execute nothing and end in one line."""
+
+import builtins
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from edm_by_hand import randomised
+from edm_pickles import edm_pickle
+from safetensors.torch import load_file
+from torch import nn
+
+from dmd2 import config
+from dmd2.errors import UserError
+from dmd2.teachers import load_teacher
+from dmd2.teachers.safe_pickle import read_edm_pickle
+from dmd2.teachers.weights import import_edm
+
+DATA = config.Data(source="digits", resolution=8, channels=1, num_classes=10, levels=17)
+NETWORK = config.Network(
+    model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8
+)
+TEACHER = config.Teacher(kind="edm", network=NETWORK)
+
+EXECUTION = ("exec", "compile", "os.system", "os.exec", "os.posix_spawn", "os.putenv", "subprocess.Popen", "open")
+watched: list[str] | None = None
+
+
+def audit(event: str, args: tuple[Any, ...]) -> None:
+    """Notes whatever could come of running a file's content, while a test watches."""
+    if watched is not None and event in EXECUTION:
+        watched.append(f"{event} {args[0] if args else ''!r}")
+
+
+sys.addaudithook(audit)
+
+
+@pytest.fixture
+def executed(tmp_path: Path) -> Iterator[list[str]]:
+    """What was executed during the test, reading the test's own file aside."""
+    global watched
+    path = tmp_path / "warm.pkl"
+    path.write_bytes(edm_pickle(nn.Linear(1, 1)))
+    read_edm_pickle(path)  # torch's own first-call imports happen here
+    events: list[str] = []
+    watched = events
+    yield events
+    watched = None
+
+
+def write(folder: Path, content: bytes) -> Path:
+    path = folder / "network.pkl"
+    path.write_bytes(content)
+    return path
+
+
+def network(seed: int = 0) -> nn.Module:
+    return randomised(load_teacher(TEACHER, DATA).denoiser, seed)
+
+
+class Call:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function: Any, *args: Any):
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_edm_pickle_is_read_bit_exactly_in_order_without_running_its_source(tmp_path: Path, protocol: int):
+    flag, source = tmp_path / "flag", network()
+    path = write(tmp_path, edm_pickle(source, f"open({str(flag)!r}, 'w')", protocol, augment_pipe={1, 2}))
+    state = read_edm_pickle(path)
+    assert list(state) == list(source.state_dict())
+    assert all(torch.equal(state[name], value) for name, value in source.state_dict().items())
+    assert not flag.exists()
+
+
+def test_teacher_can_be_loaded_from_a_pickle(tmp_path: Path):
+    source = network()
+    loaded = load_teacher(TEACHER, DATA, write(tmp_path, edm_pickle(source))).denoiser
+    x, sigma, cond = torch.randn(2, 1, 8, 8), torch.ones(2), {"label": torch.tensor([1, 2])}
+    assert torch.equal(loaded(x, sigma, cond), source(x, sigma, cond))
+
+
+def test_views_of_shared_storage_are_read_as_their_own_values(tmp_path: Path):
+    module = nn.Module()
+    values = torch.arange(12.0)
+    module.register_buffer("turned", values.view(3, 4).t())
+    module.register_buffer("part", values[5:9])
+    state = read_edm_pickle(write(tmp_path, edm_pickle(module)))
+    assert torch.equal(state["turned"], values.view(3, 4).t())
+    assert torch.equal(state["part"], values[5:9])
+
+
+def test_import_writes_safetensors_that_a_teacher_reads(tmp_path: Path):
+    source, out = network(), tmp_path / "teacher.safetensors"
+    with torch.device("meta"):
+        expected = load_teacher(TEACHER, DATA).to("meta").denoiser.state_dict()
+    import_edm(write(tmp_path, edm_pickle(source)), out, expected)
+    state = load_file(out)
+    assert state.keys() == source.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in source.state_dict().items())
+
+
+def test_import_of_another_network_names_the_keys_and_writes_nothing(tmp_path: Path):
+    wider = NETWORK.model_copy(update={"channel_mult": (1, 3)})
+    expected = load_teacher(TEACHER.model_copy(update={"network": wider}), DATA).denoiser.state_dict()
+    path = write(tmp_path, edm_pickle(network()))
+    with pytest.raises(UserError, match=r"network\.pkl: not the weights .* mismatching: model\.enc\.4x4_block0\.conv0"):
+        import_edm(path, tmp_path / "out.safetensors", expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["network.pkl"]
+
+
+def with_storage(content: bytes) -> bytes:
+    """An EDM pickle whose tensor says that its values are in the nested file `content`."""
+    reduce = lambda storage: (torch.storage._load_from_bytes, (content,))  # noqa: E731
+    with mock.patch.object(torch.storage.TypedStorage, "__reduce__", reduce):
+        return edm_pickle(nn.Linear(1, 1))
+
+
+def hostile(flag: Path) -> dict[str, tuple[bytes, str]]:
+    """Pickles that would touch `flag` under a plain loader, and what the error must tell."""
+    touch = f"touch {flag}"
+    code = f"open({str(flag)!r}, 'w')"
+    plain = {
+        "os.system": (Call(os.system, touch), f"blocked global '{os.name}.system'"),
+        "eval": (Call(builtins.eval, code), "blocked global 'builtins.eval'"),
+        "exec": (Call(builtins.exec, code), "blocked global 'builtins.exec'"),
+        "popen": (Call(subprocess.Popen, ["touch", str(flag)]), "blocked global 'subprocess.Popen'"),
+        "getattr": (Call(getattr, Call(__import__, "os"), "system"), "blocked global 'builtins.getattr'"),
+        "torch.load": (Call(torch.load, str(flag)), "blocked global 'torch.serialization.load'"),
+        "partial": (Call(__import__("functools").partial, os.system, touch), "blocked global 'functools.partial'"),
+    }
+    dumped = {name: (pickle.dumps({"ema": value}, 4), told) for name, (value, told) in plain.items()}
+    unicode = [pickle.SHORT_BINUNICODE + bytes([len(s)]) + s for s in (b"collections", b"OrderedDict.__init__")]
+    order = b"ccollections\nOrderedDict\n"
+    opcodes = {
+        "protocol 0": (f"cos\nsystem\n(S'{touch}'\ntR.".encode(), "blocked global 'os.system'"),
+        "INST": (f"(S'{touch}'\nios\nsystem\n.".encode(), "blocked global 'os.system'"),
+        "OBJ": (f"(cos\nsystem\nS'{touch}'\no.".encode(), "blocked global 'os.system'"),
+        "dotted": (
+            b"\x80\x04" + unicode[0] + unicode[1] + pickle.STACK_GLOBAL + b".",
+            "blocked global 'collections.OrderedDict.__init__'",
+        ),
+        "state on a class": (order + b"(N}S'__new__'\nNstb.", "not a pickle in EDM's format, or truncated"),
+        "call of a record": (order + b")R)R.", "not a pickle in EDM's format, or truncated"),
+        "extension": (b"\x80\x02\x82\x01.", "extension code 1"),
+        "persistent id": (b"Pos.system\n.", "persistent id"),
+        "huge memo index": (b"\x80\x04Nr\xff\xff\xff\xff.", "holds no `ema` network"),
+        "huge bytes": (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x00.", "not a pickle in EDM's format, or truncated"),
+        "huge number": (b"\x80\x02\x8b\xff\xff\xff\x7f.", "not a pickle in EDM's format, or truncated"),
+        "nested pickle": (with_storage(pickle.dumps(Call(os.system, touch), 2)), f"blocked global '{os.name}.system'"),
+        "not a pickle": (b"PK\x03\x04 something else", "not a pickle in EDM's format, or truncated"),
+        "empty": (b"", "not a pickle in EDM's format, or truncated"),
+        "not a network": (pickle.dumps({"ema": 3}), "'ema' is int, not a module"),
+    }
+    return dumped | opcodes
+
+
+@pytest.mark.parametrize("name", list(hostile(Path("flag"))))
+def test_hostile_pickle_executes_nothing_and_names_what_it_asked_for(name: str, tmp_path: Path, executed: list[str]):
+    flag = tmp_path / "flag"
+    content, told = hostile(flag)[name]
+    path = write(tmp_path, content)
+    executed.clear()
+    with pytest.raises(UserError) as caught:
+        read_edm_pickle(path)
+    assert told in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+    assert [event for event in executed if str(path) not in event] == []
+    assert not flag.exists()
+
+
+def test_hostile_pickles_would_act_under_a_plain_loader(tmp_path: Path):
+    flag = tmp_path / "flag"
+    for name in ("os.system", "eval", "exec", "protocol 0", "INST", "OBJ"):
+        pickle.loads(hostile(flag)[name][0])
+        assert flag.exists(), name
+        flag.unlink()
+
+
+def test_module_that_appears_twice_is_refused(tmp_path: Path):
+    twice = nn.Module()
+    twice.a = twice.b = nn.Linear(1, 1)
+    with pytest.raises(UserError, match=r"module 'b\.' appears twice"):
+        read_edm_pickle(write(tmp_path, edm_pickle(twice)))
+
+
+def test_truncation_at_any_point_is_a_user_error(tmp_path: Path):
+    content = edm_pickle(nn.Linear(2, 2))
+    for length in range(0, len(content), 7):
+        with pytest.raises(UserError, match=r"truncated|holds no"):
+            read_edm_pickle(write(tmp_path, content[:length]))
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """Up to four bytes replaced, removed, doubled, or exchanged for an opcode or a hostile global."""
+    data = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(data))
+        kind = rng.randrange(5)
+        if kind == 0:
+            data[at] = rng.randrange(256)
+        elif kind == 1:
+            del data[at : at + rng.randint(1, 9)]
+        elif kind == 2:
+            data[at:at] = data[at : at + rng.randint(1, 20)]
+        elif kind == 3:
+            data[at : at + 1] = rng.choice([b"R", b"b", b"o", b"\x81", b"\x93", b"0", b"2", b"s", b"u", b"e", b"}"])
+        else:
+            data[at:at] = rng.choice([b"cos\nsystem\n", b"cbuiltins\neval\n", b"\x8c\x02os\x8c\x06system\x93"])
+    return bytes(data)
+
+
+def test_mutated_pickles_execute_nothing_and_end_in_tensors_or_a_user_error(tmp_path: Path, executed: list[str]):
+    content, rng, outcomes = edm_pickle(nn.Linear(2, 2)), random.Random(0), {"read": 0, "refused": 0, "blocked": 0}
+    for _ in range(600):
+        path = write(tmp_path, mutated(content, rng))
+        executed.clear()
+        try:
+            state = read_edm_pickle(path)
+        except UserError as error:
+            outcomes["blocked" if "blocked global" in str(error) else "refused"] += 1
+        else:
+            outcomes["read"] += 1
+            assert all(isinstance(value, torch.Tensor) for value in state.values())
+        assert [event for event in executed if str(path) not in event] == []
+    assert min(outcomes.values()) > 20, outcomes
