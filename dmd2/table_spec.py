@@ -140,7 +140,7 @@ class MetricsRecord(_Read):
     num_samples: int
     num_blocks: int
     seed: int
-    protocol: str
+    protocol: dict[str, str] = Field(description="named choices, such as rounding: round")
     features: FeaturesUsed
     model: ModelUsed | None = None
     provenance: MadeBy

@@ -112,7 +112,7 @@ def _measured(record: MetricsRecord) -> Cells:
         "num_samples": record.num_samples,
         "num_blocks": record.num_blocks,
         "seeds": seeds,
-        "protocol": record.protocol,
+        "protocol": ", ".join(f"{key}: {value}" for key, value in record.protocol.items()).replace("_", " "),
         "features": f"{record.features.name} {record.features.sha256[:12]}",
         "config_digest": made.digest,
         "commit": made.commit,

@@ -47,7 +47,7 @@ def record(fid: float, **model: Any) -> dict[str, Any]:
         "num_samples": 5391,
         "num_blocks": 3,
         "seed": 0,
-        "protocol": "round, covariance from zeros",
+        "protocol": {"rounding": "round", "covariance_start": "zeros"},
         "features": {"name": "classifier", "sha256": "ab" * 32},
         "model": {"run": "dmd2", "iterations": 2500, "generator_updates": 500, "checkpoint_step": 2500, **model},
         "provenance": {"digest": "0123456789abcdef", "commit": "feedbeef", "stage": "metrics"},
@@ -119,6 +119,7 @@ def test_a_record_fills_its_row_and_no_other():
     assert (row["run"], row["iterations"], row["generator_updates"]) == ("dmd2", 2500, 500)
     assert (row["seeds"], row["num_samples"], row["num_blocks"]) == ("training 10; samples 0", 5391, 3)
     assert (row["config_digest"], row["commit"]) == ("0123456789abcdef", "feedbeef")
+    assert row["protocol"] == "rounding: round, covariance start: zeros"
     assert row["features"] == "classifier abababababab"
     assert {other["source"] for other in found.values()} == {"quoted", "pending"}
     assert all(other["fid"] is None for other in found.values())
