@@ -77,12 +77,12 @@ def sum_over_batch(
     channels = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < num_channels
     stride = tl.full((), num_samples, tl.int64) * num_channels
-    first, second = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+    first, second = tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, BLOCK), ACC)
     for start in range(0, num_samples, ROWS):
         rows = start + tl.arange(0, ROWS).to(tl.int64)
         mask = (rows < num_samples)[:, None] & inside[None, :]
         at = rows[:, None] * num_channels + channels[None, :]
-        first += tl.sum(tl.load(sums + at, mask=mask, other=0.0).to(ACC), 0)
-        second += tl.sum(tl.load(sums + stride + at, mask=mask, other=0.0).to(ACC), 0)
-    tl.store(d_weight + channels, first.to(d_weight.dtype.element_ty), mask=inside)
-    tl.store(d_bias + channels, second.to(d_bias.dtype.element_ty), mask=inside)
+        first += tl.load(sums + at, mask=mask, other=0.0).to(ACC)
+        second += tl.load(sums + stride + at, mask=mask, other=0.0).to(ACC)
+    tl.store(d_weight + channels, tl.sum(first, 0).to(d_weight.dtype.element_ty), mask=inside)
+    tl.store(d_bias + channels, tl.sum(second, 0).to(d_bias.dtype.element_ty), mask=inside)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..reference import accumulation_dtype
 from ._device import exact_div
 from ._launch import launch, tl_accumulation
-from .score_difference import chunk
+from .score_difference import chunk, sum_chunks
 
 
 @triton.jit
@@ -52,13 +52,10 @@ def _finish(
     for start in range(0, num_samples, ROWS):
         rows = start + tl.arange(0, ROWS).to(tl.int64)
         inside = rows < num_samples
-        squares = tl.zeros((ROWS,), ACC)
-        for first in range(0, num_chunks, COLS):
-            cols = first + tl.arange(0, COLS)
-            mask = inside[:, None] & (cols < num_chunks)[None, :]
-            offs = rows[:, None] * num_chunks + cols[None, :]
-            squares += tl.sum(tl.load(partial + offs, mask=mask, other=0.0).to(ACC), 1)
-        each = tl.load(weight + rows, mask=inside, other=0.0).to(ACC) * exact_div(squares, squares * 0 + count, ACC)
+        squares = sum_chunks(partial, rows, num_samples, num_chunks, ROWS, COLS, ACC)
+        each = tl.load(weight + rows, mask=inside, other=0.0).to(ACC) * exact_div(
+            squares, tl.zeros((ROWS,), ACC) + count, ACC
+        )
         tl.store(per_sample + rows, each, mask=inside)
         total += tl.sum(tl.where(inside, each, 0.0))
     tl.store(loss, exact_div(total, tl.full((), num_samples, ACC), ACC))

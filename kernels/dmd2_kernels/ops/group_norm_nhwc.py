@@ -78,19 +78,20 @@ def _merge_moments(
     b, g = pid // num_groups, pid % num_groups
     stride = tl.full((), num_samples, tl.int64) * blocks * num_groups * CG
     total = tl.full((), num_pixels, ACC) * CG
-    mean, m2 = tl.full((), 0.0, ACC), tl.full((), 0.0, ACC)
+    means, squares = tl.zeros((NUM, CG_P), ACC), tl.zeros((NUM, CG_P), ACC)
     for start in range(0, blocks, NUM):
         k, offs, mask = _entries(start, b, g, num_groups * CG, blocks, CG, CG_P, NUM)
         share = exact_div(tl.minimum(num_pixels - k * ROWS, ROWS).to(ACC), tl.zeros((NUM,), ACC) + total, ACC)
-        mean += tl.sum(share[:, None] * tl.load(partial + offs, mask=mask, other=0.0).to(ACC))
+        means += share[:, None] * tl.load(partial + offs, mask=mask, other=0.0).to(ACC)
+    mean = tl.sum(means)
     for start in range(0, blocks, NUM):
         k, offs, mask = _entries(start, b, g, num_groups * CG, blocks, CG, CG_P, NUM)
         count = tl.minimum(num_pixels - k * ROWS, ROWS).to(ACC)
         delta = tl.where(mask, tl.load(partial + offs, mask=mask, other=0.0).to(ACC) - mean, 0.0)
         inner = tl.load(partial + stride + offs, mask=mask, other=0.0).to(ACC)
-        m2 += tl.sum(inner + count[:, None] * delta * delta)
+        squares += inner + count[:, None] * delta * delta
     tl.store(mean_out + pid, mean)
-    tl.store(rstd_out + pid, exact_rsqrt(exact_div(m2, total, ACC) + EPS, ACC))
+    tl.store(rstd_out + pid, exact_rsqrt(exact_div(tl.sum(squares), total, ACC) + EPS, ACC))
 
 
 @triton.jit
@@ -148,18 +149,19 @@ def _merge_slopes(
     b, g = pid // num_groups, pid % num_groups
     num_channels = num_groups * CG
     stride = tl.full((), num_samples, tl.int64) * blocks * num_channels
-    p1, p2 = tl.zeros((CG_P,), ACC), tl.zeros((CG_P,), ACC)
+    first, second = tl.zeros((NUM, CG_P), ACC), tl.zeros((NUM, CG_P), ACC)
     for start in range(0, blocks, NUM):
         _, offs, mask = _entries(start, b, g, num_channels, blocks, CG, CG_P, NUM)
-        p1 += tl.sum(tl.load(partial + offs, mask=mask, other=0.0).to(ACC), 0)
-        p2 += tl.sum(tl.load(partial + stride + offs, mask=mask, other=0.0).to(ACC), 0)
+        first += tl.load(partial + offs, mask=mask, other=0.0).to(ACC)
+        second += tl.load(partial + stride + offs, mask=mask, other=0.0).to(ACC)
+    p1, p2 = tl.sum(first, 0), tl.sum(second, 0)
     rows = tl.arange(0, CG_P)
     channels, inside = g * CG + rows, rows < CG
     gain, _ = affine(weight, bias, scale, shift, b, channels, num_channels, inside, ACC)
     total = tl.full((), num_pixels, ACC) * CG
     tl.store(means + pid, exact_div(tl.sum(gain * p1), total, ACC))  # means: (2, B, G)
-    second = tl.full((), num_samples, tl.int64) * num_groups
-    tl.store(means + second + pid, exact_div(tl.sum(gain * p2), total, ACC))
+    half = tl.full((), num_samples, tl.int64) * num_groups
+    tl.store(means + half + pid, exact_div(tl.sum(gain * p2), total, ACC))
     store_parameter_sums(
         p1, p2, weight, bias, scale, sums, d_scale, d_shift, b, channels, num_samples, num_channels, inside, ACC
     )

@@ -86,14 +86,14 @@ def _partial_sums(
 
 
 @triton.jit
-def _sum_chunks(partial, rows, num_samples, num_chunks, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
+def sum_chunks(partial, rows, num_samples, num_chunks, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
     """The sums over K of ROWS rows of one (B, K) table, in one order."""
-    total = tl.zeros((ROWS,), ACC)
+    total = tl.zeros((ROWS, COLS), ACC)
     for start in range(0, num_chunks, COLS):
         cols = start + tl.arange(0, COLS)
         mask = (rows < num_samples)[:, None] & (cols < num_chunks)[None, :]
-        total += tl.sum(tl.load(partial + rows[:, None] * num_chunks + cols[None, :], mask=mask, other=0.0).to(ACC), 1)
-    return total
+        total += tl.load(partial + rows[:, None] * num_chunks + cols[None, :], mask=mask, other=0.0).to(ACC)
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -107,9 +107,9 @@ def _finish(
     for start in range(0, num_samples, ROWS):
         rows = start + tl.arange(0, ROWS).to(tl.int64)
         mask = rows < num_samples
-        s1 = _sum_chunks(partial, rows, num_samples, num_chunks, ROWS, COLS, ACC)
-        s2 = _sum_chunks(partial + stride, rows, num_samples, num_chunks, ROWS, COLS, ACC)
-        bad = _sum_chunks(partial + 2 * stride, rows, num_samples, num_chunks, ROWS, COLS, ACC)
+        s1 = sum_chunks(partial, rows, num_samples, num_chunks, ROWS, COLS, ACC)
+        s2 = sum_chunks(partial + stride, rows, num_samples, num_chunks, ROWS, COLS, ACC)
+        bad = sum_chunks(partial + 2 * stride, rows, num_samples, num_chunks, ROWS, COLS, ACC)
         w = exact_div(s1, tl.zeros_like(s1) + count, ACC)
         norm = exact_div(tl.sqrt(s2), w, ACC)
         sq = tl.where(mask & (norm == norm), norm * norm, 0.0)

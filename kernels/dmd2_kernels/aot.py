@@ -1,0 +1,260 @@
+"""Compiles every kernel without a GPU, through Triton's own binder, and checks the machine code.
+
+    python -m dmd2_kernels.aot --arch 80,90,100 --check
+
+The host functions run on unallocated CPU tensors with a launcher that compiles instead of launching, so that what is
+checked is specialised exactly as a real call would be. `--check` fails on a spilled register, a float64 instruction,
+an atomic, more registers than the ceiling, or bulk data that moves in less than 128 bits at a time.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from . import ops, shapes
+from ._sass import Statistics, statistics
+from .ops import _launch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_REGISTERS = 128
+_READ = ("x0", "real", "fake", "x", "uncond", "out", "target", "dy")
+_WRITTEN = ("grad", "y", "dx")
+
+
+class Compiled(NamedTuple):
+    """One kernel as compiled for one call, and the bytes that one of its programs must move."""
+
+    case: str
+    kernel: str
+    dtype: str
+    arch: int
+    num_warps: int
+    read_bytes: int
+    written_bytes: int
+    code: Statistics
+
+    def faults(self) -> list[str]:
+        """What `--check` refuses, in words."""
+        code, threads = self.code, 32 * self.num_warps
+        found = [
+            f"{count} {what}"
+            for count, what in (
+                (code.spills, "spill instructions"),
+                (code.doubles, "float64 instructions"),
+                (code.atomics, "atomics"),
+            )
+            if count
+        ]
+        if code.registers > MAX_REGISTERS:
+            found.append(f"{code.registers} registers, more than {MAX_REGISTERS}")
+        if "ragged" in self.case:
+            return found
+        for what, needed, widths in (
+            ("read", self.read_bytes, code.loads),
+            ("written", self.written_bytes, code.stores),
+        ):
+            wide = sum(bits // 8 * count for bits, count in widths.items() if bits >= 128) * threads
+            if needed >= 16 * threads and wide < needed:
+                found.append(f"{wide} of {needed} bytes {what} in 128 bits or more: {widths}")
+        return found
+
+
+class _Compiler:
+    """A CUDA driver that knows its target and nothing else: enough for the binder, never a launch."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _tile_elements(options: dict[str, Any]) -> int:
+    if "CG_P" in options and "TILE" in options:
+        return int(options["CG"] * options["TILE"])
+    return int(options.get("BLOCK", 0) or options.get("ROWS", 0) * options.get("COLS", 0))
+
+
+def _bulk_bytes(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], names: tuple[str, ...]) -> int:
+    """The bytes of one tile of each named tensor."""
+    named = dict(zip(kernel.arg_names, args, strict=False))
+    sizes = [named[n].itemsize for n in names if isinstance(named.get(n), Tensor)]
+    return sum(sizes) * _tile_elements(options)
+
+
+@contextmanager
+def recording(arch: int, case: str, dtype: str, into: list[Compiled]) -> Iterator[None]:
+    """Inside the block a launch compiles its kernel for `arch` and appends it."""
+
+    def compile_only(kernel: Any, num_programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__.lstrip('_')}"
+        sweeps = 2 if options.get("TILES", 1) > 1 else 1
+        read = sweeps * _bulk_bytes(kernel, args, options, _READ)
+        written = _bulk_bytes(kernel, args, options, _WRITTEN)
+        if any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args):
+            raise RuntimeError("ahead-of-time compilation takes CPU tensors, which stand for CUDA ones")
+        cubin = kernel.warmup(*args, grid=(num_programs,), **options).asm["cubin"]
+        into.append(Compiled(case, name, dtype, arch, options["num_warps"], read, written, statistics(cubin)))
+
+    if _launch.interpreted():
+        raise RuntimeError("TRITON_INTERPRET is set, so that kernels cannot be compiled; unset it")
+    before, _launch.launcher = _launch.launcher, compile_only
+    driver = triton.runtime.driver
+    active = driver._active
+    driver.set_active(_Compiler(arch))
+    try:
+        yield
+    finally:
+        _launch.launcher = before
+        driver._active = active
+
+
+def _matching(shape: tuple[int, ...], head: bool, guided: bool) -> Callable[[torch.dtype], None]:
+    def run(dtype: torch.dtype) -> None:
+        x0, real, fake, x, uncond = torch.empty(5, *shape, dtype=dtype)
+        a, k, weight = torch.empty(3, 1024)[:, : shape[0]].clone()
+        at = (x, a, k) if head else (None, None, None)
+        free = (uncond, 8.0) if guided else (None, 1.0)
+        ops.score_difference.forward(x0, real, fake, *at, *free)
+        ops.score_difference.backward(torch.ones(()), weight, real, fake, at[2], *free, dtype)
+        ops.score_difference.loss_and_grad(x0, real, fake, *at, *free)
+
+    return run
+
+
+def _denoising(shape: tuple[int, ...], head: bool) -> Callable[[torch.dtype], None]:
+    def run(dtype: torch.dtype) -> None:
+        out, target, x = torch.empty(3, *shape, dtype=dtype)
+        a, k, weight = torch.empty(3, 1024)[:, : shape[0]].clone()
+        args = (out, target, weight, *((x, a, k) if head else (None, None, None)))
+        ops.denoising_loss.forward(*args)
+        ops.denoising_loss.backward(torch.ones(()), *args)
+
+    return run
+
+
+def _gan(kind: str) -> Callable[[torch.dtype], None]:
+    def run(dtype: torch.dtype) -> None:
+        gen, data, perturbed, go = torch.empty(64, dtype=dtype), *torch.empty(2, 40, dtype=dtype), torch.ones(())
+        ops.gan_loss.critic_forward(gen, data, perturbed, kind, 0.5)
+        ops.gan_loss.critic_backward(go, gen, data, perturbed, kind, 0.5)
+        ops.gan_loss.generator_forward(gen, kind)
+        ops.gan_loss.generator_backward(go, gen, kind)
+
+    return run
+
+
+def _norm(channels: int, side: int, groups: int, adaptive: bool, nhwc: bool) -> Callable[[torch.dtype], None]:
+    def run(dtype: torch.dtype) -> None:
+        x, w = torch.empty(2, channels, side, side, dtype=dtype), torch.empty(channels)
+        rows = (torch.empty(2, channels, dtype=dtype),) * 2 if adaptive else (None, None)
+        x = x.to(memory_format=torch.channels_last) if nhwc else x
+        module = ops.group_norm_nhwc if nhwc else ops.group_norm_silu
+        _, mean, rstd = module.forward(x, groups, w, w, 1e-5, *rows, True)
+        module.backward(x, x, mean, rstd, groups, w, w, *rows, True)
+
+    return run
+
+
+def cases() -> dict[str, Callable[[torch.dtype], None]]:
+    """Every call that is compiled, by name; a name with `ragged` has sizes that no wide access fits."""
+    found = {
+        "matching x0 3x64x64": _matching((2, 3, 64, 64), head=False, guided=False),
+        "matching head+cfg 4x64x64": _matching((2, 4, 64, 64), head=True, guided=True),
+        "matching head+cfg 4x128x128": _matching((2, 4, 128, 128), head=True, guided=True),
+        "matching ragged 3x7x5": _matching((3, 3, 7, 5), head=True, guided=True),
+        "matching ragged 1x1x1 batch 1": _matching((1, 1, 1, 1), head=False, guided=False),
+        "denoising head 3x64x64": _denoising((2, 3, 64, 64), head=True),
+        "denoising x0 4x128x128": _denoising((2, 4, 128, 128), head=False),
+        "denoising ragged 3x7x5": _denoising((3, 3, 7, 5), head=True),
+        "gan softplus": _gan("softplus"),
+        "gan hinge": _gan("hinge"),
+        "norm ragged 12ch 5x5": _norm(12, 5, 2, adaptive=True, nhwc=False),
+        "norm ragged 12ch 1x1": _norm(12, 1, 2, adaptive=False, nhwc=False),
+        "norm nhwc ragged 12ch 5x5": _norm(12, 5, 2, adaptive=True, nhwc=True),
+        "norm plain 192ch 64x64": _norm(192, 64, shapes.ADM_GROUPS, adaptive=False, nhwc=False),
+    }
+    for channels, side in shapes.ADM_NORMS:
+        name = f"{channels}ch {side}x{side}"
+        found[f"norm {name}"] = _norm(channels, side, shapes.ADM_GROUPS, adaptive=True, nhwc=False)
+        found[f"norm nhwc {name}"] = _norm(channels, side, shapes.ADM_GROUPS, adaptive=True, nhwc=True)
+    for name, (_, channels, side) in shapes.HEAD_NORMS.items():
+        found[f"norm {name}"] = _norm(channels, side, 32, adaptive=False, nhwc=False)
+    return found
+
+
+def compile_case(case: str, dtype: str, arch: int) -> list[Compiled]:
+    """The kernels of one case, compiled."""
+    found: list[Compiled] = []
+    with recording(arch, case, dtype, found):
+        cases()[case](DTYPES[dtype])
+    return found
+
+
+def compile_sizes(sizes: list[int], arch: int) -> None:
+    """Print the access widths of the matching loss in bf16 for samples of these sizes."""
+    for num in sizes:
+        found: list[Compiled] = []
+        with recording(arch, f"matching {num}", "bf16", found):
+            _matching((2, num), head=False, guided=False)(torch.bfloat16)
+        for each in found[::2]:
+            print(f"{num:8d} {each.kernel:34s} loads {each.code.loads} stores {each.code.stores}")
+
+
+def _report(each: Compiled) -> dict[str, Any]:
+    code = each.code._asdict()
+    return {**{key: getattr(each, key) for key in each._fields if key != "code"}, **code}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile what is asked for, print a line for each kernel, and with --check fail on any fault."""
+    parser = argparse.ArgumentParser(prog="python -m dmd2_kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="90", help="compute capabilities, as in 80,90,100")
+    parser.add_argument("--dtype", default="bf16,fp16,fp32", help="dtypes, as in bf16,fp32")
+    parser.add_argument("--only", default="", help="compile the cases whose name has this in it")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a kernel has a fault")
+    parser.add_argument("--csv", help="write the statistics to this file")
+    parser.add_argument("--warmup-mock", type=int, nargs="+", metavar="N", help="widths at samples of N elements")
+    args = parser.parse_args(argv)
+    archs = [int(arch) for arch in args.arch.split(",")]
+    if args.warmup_mock:
+        compile_sizes(args.warmup_mock, archs[0])
+        return 0
+    done: list[Compiled] = []
+    names = [name for name in cases() if args.only in name]
+    for arch in archs:
+        for dtype in args.dtype.split(","):
+            for name in names:
+                done += compile_case(name, dtype, arch)
+    faulty = 0
+    for each in done:
+        faults = each.faults()
+        faulty += bool(faults)
+        if faults or not args.check:
+            label = f"sm_{each.arch} {each.dtype} {each.case}: {each.kernel}"
+            print(f"{label}: {'; '.join(faults) or each.code}", flush=True)
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(_report(done[0])))
+            writer.writeheader()
+            writer.writerows(map(_report, done))
+    print(f"{len(done)} kernels compiled for {args.arch} in {args.dtype}, {faulty} with faults")
+    return 1 if args.check and faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
