@@ -19,5 +19,4 @@ include: "workflow/rules/tables.smk"
 rule all:
     default_target: True
     input:
-        expand("results/{table}.csv", table=MEASURED_TABLES),
-        figures_of_all_runs,
+        expand("results/{table}.csv", table=TABLES),

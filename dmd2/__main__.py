@@ -20,7 +20,9 @@ from dmd2.spec import Spec, read_spec
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 SpecOption = Annotated[str, typer.Option("--spec", help="the stage's spec as JSON, or @FILE")]
-RuntimeOption = Annotated[str, typer.Option(help="how to execute, as JSON or YAML (config.Runtime)")]
+RuntimeOption = Annotated[
+    str, typer.Option(envvar="DMD2_RUNTIME", help="how to execute, as JSON or YAML (config.Runtime)")
+]
 PathOption = Annotated[Path, typer.Option()]
 OptionalPath = Annotated[Path | None, typer.Option()]
 
@@ -159,6 +161,21 @@ def curve(
     from dmd2.stages import measure
 
     measure.curve(_spec(spec, "curve"), snapshots, reference, extractor, out, _runtime(runtime))
+
+
+@app.command()
+def table(
+    spec: SpecOption,
+    source: PathOption,
+    csv: PathOption,
+    markdown: PathOption,
+    metrics: Annotated[list[str] | None, typer.Option(help="ENTRY=FILE, repeated")] = None,
+) -> None:
+    """Fill a table with metric records."""
+    from dmd2.stages import tables
+
+    files = {entry: Path(path) for entry, _, path in (item.partition("=") for item in metrics or [])}
+    tables.table(_spec(spec, "table"), source, files, csv, markdown)
 
 
 def main() -> None:

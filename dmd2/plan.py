@@ -123,6 +123,10 @@ class Plan:
             train=self.run(run).train,
         )
 
+    def table(self, entries: list[str]) -> Spec:
+        """A table that reads the metrics of `entries`; its name is the preset's, which the table states."""
+        return Spec.of("table", self.preset.name, {entry: self.metrics(entry) for entry in entries}, data=self._data)
+
     def split(self, entry: str) -> tuple[str, str]:
         """(model, sampler) of an entry. Raises UserError where they do not exist or do not fit together."""
         model, _, name = entry.partition("/")

@@ -87,7 +87,7 @@ def load_run(folder: Path | str, name: str, preset: Preset) -> Run:
 
 
 def _known(names: Iterable[str], wrong: str | None = None) -> str:
-    close = difflib.get_close_matches(wrong, list(names), n=1) if wrong else []
+    close = difflib.get_close_matches(wrong, list(names), n=1, cutoff=0.65) if wrong else []
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(names)) or 'none'}"
 
 

@@ -24,6 +24,7 @@ VERSIONS = {
     "sample": 1,
     "metrics": 1,
     "curve": 1,
+    "table": 1,
 }
 """The algorithm version of each stage: raise it when a change of code changes what the stage writes."""
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmd2.config import Preset
+from dmd2.config import Data
 from dmd2.presets import parse, read_yaml
 from dmd2.records import read_json, write_text
 from dmd2.table_spec import FLOOR, PLAIN, WITH_SD, Measure, MetricsRecord, Table
@@ -55,7 +55,8 @@ def read_records(files: Mapping[str, Path]) -> dict[str, dict[str, Any] | None]:
 def rows(
     table: Table,
     records: Mapping[str, Mapping[str, Any] | None],
-    preset: Preset,
+    preset: str,
+    data: Data,
     files: Mapping[str, Path] | None = None,
 ) -> list[Cells]:
     """The cells of every row, keyed by `table.columns()`, in the table's order; None where there is no value.
@@ -70,29 +71,26 @@ def rows(
         if record is not None
     }
     columns = table.columns()
-    return [{column: cells.get(column) for column in columns} for cells in _cells(table, parsed, preset)]
+    side = data.resolution
+    where = {"preset": preset, "dataset": f"{data.source} {side}x{side}"}
+    return [{column: cells.get(column) for column in columns} for cells in _cells(table, parsed, where)]
 
 
-def _cells(table: Table, records: Mapping[str, MetricsRecord], preset: Preset) -> Iterable[Cells]:
+def _cells(table: Table, records: Mapping[str, MetricsRecord], where: Cells) -> Iterable[Cells]:
     for row in table.rows:
         cells: Cells = {"row_id": row.id, "group": row.group, "method": row.method, "paper_nfe": row.nfe}
         cells |= {f"paper_{metric}": value for metric, value in row.paper.items()}
         cells |= {tick: "yes" if tick in row.ticks else "no" for tick in table.ticks if row.measure != FLOOR}
         record = records.get(row.measure or "")
         if record is not None:
-            cells |= {"source": "measured"} | _where(preset) | _measured(record)
+            cells |= {"source": "measured"} | where | _measured(record)
         elif row.measure:
-            cells |= {"source": "pending", "note": f"no metrics of {row.measure}"} | _where(preset)
+            cells |= {"source": "pending", "note": f"no metrics of {row.measure}"} | where
         elif row.pending:
             cells |= {"source": "pending", "note": row.pending}
         else:
             cells |= {"source": "quoted"}
         yield cells
-
-
-def _where(preset: Preset) -> Cells:
-    side = preset.data.resolution
-    return {"preset": preset.name, "dataset": f"{preset.data.source} {side}x{side}"}
 
 
 def _measured(record: MetricsRecord) -> Cells:

@@ -104,7 +104,9 @@ def test_rows_of_the_same_model_measure_the_same_run(number):
 def test_without_records_rows_are_pending_or_quoted_and_nothing_is_measured():
     for number in NUMBERS:
         table = load(number)
-        for row, spec in zip(rows(table, dict.fromkeys(needed(table)), PRESET), table.rows, strict=True):
+        for row, spec in zip(
+            rows(table, dict.fromkeys(needed(table)), PRESET.name, PRESET.data), table.rows, strict=True
+        ):
             assert row["source"] == ("pending" if spec.measure or spec.pending else "quoted")
             assert row["fid"] is None
             assert row["source"] == "quoted" or row["note"]
@@ -112,7 +114,9 @@ def test_without_records_rows_are_pending_or_quoted_and_nothing_is_measured():
 
 def test_a_record_fills_its_row_and_no_other():
     table = load(1)
-    found = {row["row_id"]: row for row in rows(table, {"dmd2/student": record(0.0513, seed=10)}, PRESET)}
+    found = {
+        row["row_id"]: row for row in rows(table, {"dmd2/student": record(0.0513, seed=10)}, PRESET.name, PRESET.data)
+    }
     row = found.pop("t1.dmd2")
     assert (row["paper_fid"], row["fid"], row["fid_sd"], row["nfe"], row["paper_nfe"]) == (1.51, 0.0513, 0.0061, 1, 1)
     assert (row["source"], row["preset"], row["dataset"]) == ("measured", "digits", "digits 8x8")
@@ -128,7 +132,7 @@ def test_a_record_fills_its_row_and_no_other():
 def test_quoted_rows_stay_quoted_whatever_records_there_are():
     table = load(1)
     records = {entry: record(0.01) for entry in [*needed(table), "t1.adm", "ADM/student"]}
-    found = {row["row_id"]: row for row in rows(table, records, PRESET)}
+    found = {row["row_id"]: row for row in rows(table, records, PRESET.name, PRESET.data)}
     assert found["t1.adm"]["source"] == "quoted"
     assert found["t1.adm"]["fid"] is None
     assert found["t1.edm_ode"]["source"] == "measured"
@@ -136,7 +140,7 @@ def test_quoted_rows_stay_quoted_whatever_records_there_are():
 
 def test_floor_needs_no_model_and_has_no_paper_figure():
     floor = {key: value for key, value in record(0.03).items() if key not in ("nfe", "model")}
-    row = rows(load(3), {"floor": floor}, PRESET)[-1]
+    row = rows(load(3), {"floor": floor}, PRESET.name, PRESET.data)[-1]
     assert (row["row_id"], row["source"], row["fid"], row["paper_fid"]) == ("t3.floor", "measured", 0.03, None)
     assert row["run"] is None
     assert row["gan"] is None
@@ -144,7 +148,7 @@ def test_floor_needs_no_model_and_has_no_paper_figure():
 
 def test_csv_reads_back_with_full_precision_and_all_rows(tmp_path: Path):
     table = load(3)
-    written = rows(table, {"gan/student": record(1 / 3)}, PRESET)
+    written = rows(table, {"gan/student": record(1 / 3)}, PRESET.name, PRESET.data)
     write_csv(written, tmp_path / "table3.csv")
     with (tmp_path / "table3.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
@@ -171,9 +175,9 @@ def test_malformed_record_is_named_with_its_key(tmp_path: Path, break_it, messag
     break_it(content)
     path = tmp_path / "dmd2.json"
     with pytest.raises(UserError, match=rf"dmd2\.json: {message}"):
-        rows(load(1), {"dmd2/student": content}, PRESET, {"dmd2/student": path})
+        rows(load(1), {"dmd2/student": content}, PRESET.name, PRESET.data, {"dmd2/student": path})
     with pytest.raises(UserError, match=rf"metrics of dmd2/student: {message}"):
-        rows(load(1), {"dmd2/student": content}, PRESET)
+        rows(load(1), {"dmd2/student": content}, PRESET.name, PRESET.data)
 
 
 def test_missing_file_is_a_missing_record_and_a_damaged_one_an_error(tmp_path: Path):
@@ -191,7 +195,9 @@ def cells_of(line: str) -> list[str]:
 
 def test_markdown_shows_both_figures_and_says_whose_data_they_are_of(tmp_path: Path):
     table = load(1)
-    write_markdown(table, rows(table, {"dmd2/student": record(0.05134)}, PRESET), tmp_path / "table1.md")
+    write_markdown(
+        table, rows(table, {"dmd2/student": record(0.05134)}, PRESET.name, PRESET.data), tmp_path / "table1.md"
+    )
     text = (tmp_path / "table1.md").read_text()
     head = cells_of(next(line for line in text.splitlines() if "Method" in line))
     row = dict(zip(head, cells_of(next(line for line in text.splitlines() if "| DMD2 |" in line)), strict=True))
@@ -210,7 +216,7 @@ def test_markdown_shows_both_figures_and_says_whose_data_they_are_of(tmp_path: P
 
 def test_markdown_of_the_ablation_states_ticks_and_compute(tmp_path: Path):
     table = load(3)
-    found = rows(table, {"noreg_ttur/student": record(0.08, train_cpu_s=1234.5)}, PRESET)
+    found = rows(table, {"noreg_ttur/student": record(0.08, train_cpu_s=1234.5)}, PRESET.name, PRESET.data)
     write_markdown(table, found, tmp_path / "table3.md")
     lines = (tmp_path / "table3.md").read_text().splitlines()
     head = cells_of(next(line for line in lines if "Method" in line))
@@ -221,7 +227,7 @@ def test_markdown_of_the_ablation_states_ticks_and_compute(tmp_path: Path):
 
 def test_markdown_of_a_table_nothing_is_measured_for_has_the_papers_columns_alone(tmp_path: Path):
     table = load(5)
-    write_markdown(table, rows(table, {}, PRESET), tmp_path / "table5.md")
+    write_markdown(table, rows(table, {}, PRESET.name, PRESET.data), tmp_path / "table5.md")
     text = (tmp_path / "table5.md").read_text()
     assert "pixel FD" not in text
     assert "| DMD2 | 512 | 0.09 | 8.35 | pending |" in text
@@ -230,9 +236,8 @@ def test_markdown_of_a_table_nothing_is_measured_for_has_the_papers_columns_alon
 
 def test_markdown_on_the_papers_data_does_not_call_the_figures_foreign(tmp_path: Path):
     data = PRESET.data.model_copy(update={"source": "imagenet", "resolution": 64})
-    preset = PRESET.model_copy(update={"data": data, "name": "imagenet64"})
     table = load(1)
-    write_markdown(table, rows(table, {}, preset), tmp_path / "table1.md")
+    write_markdown(table, rows(table, {}, "imagenet64", data), tmp_path / "table1.md")
     text = (tmp_path / "table1.md").read_text()
     assert "**imagenet 64x64** (preset `imagenet64`)" in text
     assert "figures of other data" not in text

@@ -1,4 +1,4 @@
-# What every rule file uses: the plan of the chosen preset, its paths, and how a stage is started.
+# What the other files use: the plan of the chosen preset, its paths, and how a stage is started.
 import os
 import sys
 from pathlib import Path
@@ -10,7 +10,9 @@ from dmd2.plan import Plan
 from dmd2.tables import load_table, needed
 
 FOLDER = Path(workflow.basedir) / "workflow"
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+# Stages are started by launch.sh with this Python, also where the environment is not activated.
+SEARCH = [str(FOLDER), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+os.environ.update(PATH=os.pathsep.join(SEARCH))
 
 
 def or_stop(function, *arguments):
@@ -25,14 +27,17 @@ OVERRIDES = {key: value for key, value in config.items() if key != "preset"}
 PLAN = or_stop(Plan, FOLDER, config.get("preset", "digits"), OVERRIDES)
 PRESET = PLAN.preset
 RUNS = sorted(path.stem for path in (FOLDER / "runs").glob("*.yaml"))
-TABLES = {path.stem: or_stop(load_table, path) for path in sorted((FOLDER / "tables").glob("*.yaml"))}
+TABLES = {
+    path.stem: or_stop(load_table, path)
+    for path in sorted((FOLDER / "tables").glob("*.yaml"))
+}
+ENTRIES = {name: needed(table) for name, table in TABLES.items()}
 
 DATA = f"data/{PRESET.name}"
 RESULTS = f"results/{PRESET.name}"
 LOGS = f"logs/{PRESET.name}"
-# Execution settings are no parameters: changing them runs nothing again.
-RUNTIME = PRESET.runtime.model_dump_json()
-STAGE = f"bash {FOLDER}/launch.sh"
+# Settings of execution change no result. They go by the environment: as a parameter they would start jobs again.
+os.environ.update(DMD2_RUNTIME=PRESET.runtime.model_dump_json())
 
 
 wildcard_constraints:
@@ -56,3 +61,27 @@ def weights_of(wildcards):
     if wildcards.model == "teacher":
         return f"{RESULTS}/teacher/teacher.safetensors"
     return f"{RESULTS}/{wildcards.model}/generator.safetensors"
+
+
+def pairs_of(wildcards):
+    """The teacher's pairs, for a run with a regression loss."""
+    needs = or_stop(PLAN.run, wildcards.run).train.regression_weight > 0
+    return f"{DATA}/pairs/manifest.json" if needs else []
+
+
+def start_of(wildcards):
+    """The networks of the run that this one goes on from."""
+    parent = or_stop(PLAN.run, wildcards.run).train.init_run
+    return f"{RESULTS}/{parent}/networks.safetensors" if parent else []
+
+
+def metrics_file(entry):
+    """The metrics record of an entry, or of the floor."""
+    if entry != "floor":
+        or_stop(PLAN.split, entry)
+    return f"{RESULTS}/{entry}/metrics.json"
+
+
+def metrics_files(wildcards):
+    """The records that a table reads."""
+    return [metrics_file(entry) for entry in ENTRIES[wildcards.table]]

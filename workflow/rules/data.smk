@@ -11,7 +11,7 @@ rule shards:
     params:
         spec=spec("shards"),
     shell:
-        "{STAGE} 0 --log {log} --threads {threads} shards --spec {params.spec:q} --manifest {output.manifest}"
+        "launch.sh 0 --log {log} --threads {threads} shards --spec {params.spec:q} --manifest {output.manifest}"
 
 
 rule latents:
@@ -26,5 +26,5 @@ rule latents:
     params:
         spec=spec("latents"),
     shell:
-        "{STAGE} 0 --log {log} --threads {threads} latents --spec {params.spec:q} --runtime {RUNTIME:q}"
+        "launch.sh 0 --log {log} --threads {threads} latents --spec {params.spec:q}"
         " --images {input.images} --manifest {output.manifest}"

@@ -14,7 +14,7 @@ rule features:
     params:
         spec=spec("features"),
     shell:
-        "{STAGE} 0 --log {log} --threads {threads} features --spec {params.spec:q}"
+        "launch.sh 0 --log {log} --threads {threads} features --spec {params.spec:q}"
         " --images {input.images} --weights {output.weights}"
 
 
@@ -32,7 +32,7 @@ rule reference:
     params:
         spec=spec("reference"),
     shell:
-        "{STAGE} 0 --log {log} --threads {threads} reference --spec {params.spec:q}"
+        "launch.sh 0 --log {log} --threads {threads} reference --spec {params.spec:q}"
         " --images {input.images} --extractor {input.extractor} --out {output.stats}"
 
 
@@ -50,7 +50,7 @@ rule sample:
     params:
         spec=lambda wildcards: or_stop(PLAN.sample, entry_of(wildcards)).to_json(),
     shell:
-        "{STAGE} {resources.gpu} --log {log} --threads {threads} sample --spec {params.spec:q} --runtime {RUNTIME:q}"
+        "launch.sh {resources.gpu} --log {log} --threads {threads} sample --spec {params.spec:q}"
         " --weights {input.weights} --manifest {output.manifest}"
 
 
@@ -68,7 +68,7 @@ rule metrics:
     params:
         spec=lambda wildcards: or_stop(PLAN.metrics, entry_of(wildcards)).to_json(),
     shell:
-        "{STAGE} 0 --log {log} --threads {threads} metrics --spec {params.spec:q} --samples {input.samples}"
+        "launch.sh 0 --log {log} --threads {threads} metrics --spec {params.spec:q} --samples {input.samples}"
         " --reference {input.reference} --extractor {input.extractor} --out {output}"
 
 
@@ -85,7 +85,7 @@ rule floor:
     params:
         spec=lambda wildcards: or_stop(PLAN.metrics, "floor").to_json(),
     shell:
-        "{STAGE} 0 --log {log} --threads {threads} metrics --spec {params.spec:q}"
+        "launch.sh 0 --log {log} --threads {threads} metrics --spec {params.spec:q}"
         " --reference {input.reference} --extractor {input.extractor} --out {output}"
 
 
@@ -105,5 +105,5 @@ rule curve:
     params:
         spec=lambda wildcards: or_stop(PLAN.curve, wildcards.run).to_json(),
     shell:
-        "{STAGE} {resources.gpu} --log {log} --threads {threads} curve --spec {params.spec:q} --runtime {RUNTIME:q}"
+        "launch.sh {resources.gpu} --log {log} --threads {threads} curve --spec {params.spec:q}"
         " --snapshots {input.snapshots} --reference {input.reference} --extractor {input.extractor} --out {output}"

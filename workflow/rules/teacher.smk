@@ -18,7 +18,7 @@ rule teacher:
     params:
         spec=spec("teacher"),
     shell:
-        "{STAGE} {resources.gpu} --log {log} --threads {threads} teacher --spec {params.spec:q} --runtime {RUNTIME:q}"
+        "launch.sh {resources.gpu} --log {log} --threads {threads} teacher --spec {params.spec:q}"
         " --latents {input.latents} --state {resources.state} --weights {output.weights} --train-log {output.train_log}"
 
 
@@ -37,5 +37,5 @@ rule pairs:
     params:
         spec=spec("pairs"),
     shell:
-        "{STAGE} {resources.gpu} --log {log} --threads {threads} pairs --spec {params.spec:q} --runtime {RUNTIME:q}"
+        "launch.sh {resources.gpu} --log {log} --threads {threads} pairs --spec {params.spec:q}"
         " --teacher {input.weights} --manifest {output.manifest}"

@@ -2,16 +2,6 @@
 # neither a failed job nor Snakemake removes them, and a changed configuration never finds them.
 
 
-def pairs_of(wildcards):
-    needs = or_stop(PLAN.run, wildcards.run).train.regression_weight > 0
-    return rules.pairs.output.manifest if needs else []
-
-
-def start_of(wildcards):
-    parent = or_stop(PLAN.run, wildcards.run).train.init_run
-    return f"{RESULTS}/{parent}/networks.safetensors" if parent else []
-
-
 rule train:
     input:
         teacher=rules.teacher.output.weights,
@@ -36,7 +26,7 @@ rule train:
         pairs=lambda wildcards, input: f"--pairs {input.pairs}" if input.pairs else "",
         start=lambda wildcards, input: f"--start {input.start}" if input.start else "",
     shell:
-        "{STAGE} {resources.gpu} --log {log} --threads {threads} train --spec {params.spec:q} --runtime {RUNTIME:q}"
+        "launch.sh {resources.gpu} --log {log} --threads {threads} train --spec {params.spec:q}"
         " --teacher {input.teacher} --latents {input.latents} {params.pairs} {params.start}"
         " --state {resources.state} --generator {output.generator} --networks {output.networks}"
         " --snapshots {output.snapshots} --train-log {output.train_log}"

@@ -1,0 +1,22 @@
+"""The stage that fills a table. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dmd2.records import expect_digest
+from dmd2.spec import Spec
+from dmd2.tables import load_table, read_records, rows, write_csv, write_markdown
+
+
+def table(spec: Spec, source: Path, metrics: Mapping[str, Path], out_csv: Path, out_markdown: Path) -> None:
+    """The table of `source` with the metric records by entry; an entry without a file stays pending."""
+    content = load_table(source)
+    records = read_records(metrics)
+    for entry, record in records.items():
+        if record is not None:
+            expect_digest(metrics[entry], record, spec.upstream[entry])
+    filled = rows(content, records, spec.name, spec.need("data"), metrics)
+    write_csv(filled, out_csv)
+    write_markdown(content, filled, out_markdown)
