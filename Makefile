@@ -1,0 +1,56 @@
+# One command each, on a fresh machine: sets up the environment in .venv if it is not there, then does the job.
+#   make table1   results/table1.csv on the embedded digits      make test    the test suite
+#   make tables   all six tables, figures and the report         make lint    style, types, layers, workflow
+# Choose another preset or number of cores: make table1 PRESET=smoke CORES=1
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
+PRESET ?= digits
+CORES ?= all
+SETUP := .venv/installed-$(shell sha256sum pyproject.toml | cut -c1-16)
+RUN := source .venv/bin/activate &&
+SNAKEMAKE := $(RUN) snakemake --cores $(CORES) --config preset=$(PRESET)
+
+TABLES := table1 table2 table3 table4 table5 table6
+.PHONY: help setup $(TABLES) tables report test fast-test lint format dag bench
+help:
+	@sed -n '1,4p' Makefile | cut -c3-
+
+setup: $(SETUP)
+$(SETUP):
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
+	    "Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d; say which: make PYTHON=/path/to/python3.11" % v)'
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@echo "Setting up .venv (about 6 GB with torch, a few minutes) ..."
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@rm -f .venv/installed-* && touch $@
+
+$(TABLES): $(SETUP)
+	@$(SNAKEMAKE) -- results/$@.csv
+	@echo && cat results/$@.md
+
+tables: $(SETUP)
+	@$(SNAKEMAKE)
+
+report: tables
+	@$(SNAKEMAKE) --report results/report.html
+	@echo "open results/report.html"
+
+test: $(SETUP)
+	@$(RUN) python -m pytest -n 2
+
+fast-test: $(SETUP)
+	@$(RUN) python -m pytest -n 2 -m 'not slow'
+
+lint: $(SETUP)
+	@$(RUN) ruff check . && ruff format --check . && mypy && lint-imports && snakefmt --check Snakefile workflow \
+	    && snakemake --lint && python -m dmd2_kernels.lint
+
+format: $(SETUP)
+	@$(RUN) ruff check --fix . ; ruff format . ; snakefmt Snakefile workflow
+
+dag: $(SETUP)
+	@$(SNAKEMAKE) --rulegraph mermaid-js -- results/table1.csv results/table3.csv
+
+bench: $(SETUP)
+	@$(RUN) python -m dmd2_kernels.bench && python -m dmd2.bench --preset $(PRESET)
