@@ -43,14 +43,7 @@ KNOWN = frozenset(
 """Globals of EDM's files. None is ever imported or called: each stands for an inert record."""
 
 
-class _Sealed(type):
-    """A class whose attributes cannot be set, as a pickle's BUILD would."""
-
-    def __setattr__(cls, name: str, value: object) -> NoReturn:
-        raise pickle.UnpicklingError(f"attempt to set {name} on a class")
-
-
-class _Record(metaclass=_Sealed):
+class _Record:
     """What a file said about one object: its global, the call's arguments, its state and its items."""
 
     __slots__ = ("args", "items", "state")
@@ -83,7 +76,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ig
         if full not in KNOWN:
             raise UserError(f"blocked global {full[:100]!r}: not part of EDM's format; get the file from its publisher")
         if full not in self._classes:
-            self._classes[full] = _Sealed(full, (_Record,), {"__slots__": (), "name": full})
+            self._classes[full] = type(full, (_Record,), {"__slots__": (), "name": full})
         return self._classes[full]
 
     def get_extension(self, code: int) -> NoReturn:
