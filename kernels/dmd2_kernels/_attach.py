@@ -4,23 +4,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+
+class _Once(torch.autograd.Function):
+    """A gradient as a function of its input whose own derivative is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, go: Tensor, tensor: Tensor) -> Tensor:
+        return (grad * go).to(tensor.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("the losses of dmd2_kernels are differentiable once; use dmd2_kernels.reference's formulas")
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *pairs: Tensor) -> Tensor:
-        inputs, grads = pairs[::2], pairs[1::2]
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = [t.dtype for t in inputs]
+        ctx.save_for_backward(*pairs)
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
         out: list[Tensor | None] = [None]
-        for i, (grad, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
-            out += [(grad * go).to(dtype) if ctx.needs_input_grad[1 + 2 * i] else None, None]
+        pairs = ctx.saved_tensors
+        for i, (tensor, grad) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
+            scaled = None
+            if ctx.needs_input_grad[1 + 2 * i]:
+                again = torch.is_grad_enabled()  # that is create_graph=True
+                scaled = _Once.apply(grad, go, tensor) if again else (grad * go).to(tensor.dtype)
+            out += [scaled, None]
         return tuple(out)
 
 
@@ -32,7 +45,7 @@ def wanted(*tensors: Tensor | None) -> bool:
 def attach(loss: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     """The loss, whose gradient in each (tensor, gradient) pair's tensor is that pair's gradient times the upstream one.
 
-    Differentiable once. A loss that nobody asks a gradient of comes back as it is.
+    A second derivative raises. A loss that nobody asks a gradient of comes back as it is.
     """
     if not wanted(*(tensor for tensor, _ in pairs)):
         return loss

@@ -9,6 +9,8 @@ an atomic, more registers than the ceiling, or bulk data that moves in less than
 
 import argparse
 import csv
+import functools
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from .ops import _launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_REGISTERS = 128
+_statistics = functools.cache(statistics)  # several cases end in the same summing kernels
 _READ = ("x0", "real", "fake", "x", "uncond", "out", "target", "dy")
 _WRITTEN = ("grad", "y", "dx")
 
@@ -105,10 +108,9 @@ def recording(arch: int, case: str, dtype: str, into: list[Compiled]) -> Iterato
         sweeps = 2 if options.get("TILES", 1) > 1 else 1
         read = sweeps * _bulk_bytes(kernel, args, options, _READ)
         written = _bulk_bytes(kernel, args, options, _WRITTEN)
-        if any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args):
-            raise RuntimeError("ahead-of-time compilation takes CPU tensors, which stand for CUDA ones")
-        cubin = kernel.warmup(*args, grid=(num_programs,), **options).asm["cubin"]
-        into.append(Compiled(case, name, dtype, arch, options["num_warps"], read, written, statistics(cubin)))
+        compiled = kernel.warmup(*args, grid=(num_programs,), **options)
+        code = _statistics(compiled.asm["cubin"])
+        into.append(Compiled(case, name, dtype, arch, options["num_warps"], read, written, code))
 
     if _launch.interpreted():
         raise RuntimeError("TRITON_INTERPRET is set, so that kernels cannot be compiled; unset it")
@@ -191,17 +193,21 @@ def cases() -> dict[str, Callable[[torch.dtype], None]]:
     for channels, side in shapes.ADM_NORMS:
         name = f"{channels}ch {side}x{side}"
         found[f"norm {name}"] = _norm(channels, side, shapes.ADM_GROUPS, adaptive=True, nhwc=False)
-        found[f"norm nhwc {name}"] = _norm(channels, side, shapes.ADM_GROUPS, adaptive=True, nhwc=True)
+    for channels, side in shapes.ADM_NORMS[::5]:  # their tiles don't depend on the group size
+        name = f"norm nhwc {channels}ch {side}x{side}"
+        found[name] = _norm(channels, side, shapes.ADM_GROUPS, adaptive=True, nhwc=True)
     for name, (_, channels, side) in shapes.HEAD_NORMS.items():
         found[f"norm {name}"] = _norm(channels, side, 32, adaptive=False, nhwc=False)
     return found
 
 
-def compile_case(case: str, dtype: str, arch: int) -> list[Compiled]:
-    """The kernels of one case, compiled."""
+def compile_cases(arch: int, dtype: str, only: str = "") -> list[Compiled]:
+    """The kernels of the cases whose name has `only` in it, compiled for one target and one dtype."""
     found: list[Compiled] = []
-    with recording(arch, case, dtype, found):
-        cases()[case](DTYPES[dtype])
+    for case, run in cases().items():
+        if only in case:
+            with recording(arch, case, dtype, found):
+                run(DTYPES[dtype])
     return found
 
 
@@ -226,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", default="90", help="compute capabilities, as in 80,90,100")
     parser.add_argument("--dtype", default="bf16,fp16,fp32", help="dtypes, as in bf16,fp32")
     parser.add_argument("--only", default="", help="compile the cases whose name has this in it")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile; a target is never split")
     parser.add_argument("--check", action="store_true", help="exit 1 if a kernel has a fault")
     parser.add_argument("--csv", help="write the statistics to this file")
     parser.add_argument("--warmup-mock", type=int, nargs="+", metavar="N", help="widths at samples of N elements")
@@ -234,26 +241,27 @@ def main(argv: list[str] | None = None) -> int:
     if args.warmup_mock:
         compile_sizes(args.warmup_mock, archs[0])
         return 0
-    done: list[Compiled] = []
-    names = [name for name in cases() if args.only in name]
-    for arch in archs:
-        for dtype in args.dtype.split(","):
-            for name in names:
-                done += compile_case(name, dtype, arch)
+    targets = [(arch, dtype, args.only) for arch in archs for dtype in args.dtype.split(",")]
+    with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(targets))) as pool:
+        done = [each for found in pool.starmap(compile_cases, targets, chunksize=1) for each in found]
+    return _print(done, args.check, args.csv)
+
+
+def _print(done: list[Compiled], check: bool, path: str | None) -> int:
     faulty = 0
     for each in done:
         faults = each.faults()
         faulty += bool(faults)
-        if faults or not args.check:
+        if faults or not check:
             label = f"sm_{each.arch} {each.dtype} {each.case}: {each.kernel}"
             print(f"{label}: {'; '.join(faults) or each.code}", flush=True)
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
+    if path:
+        with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, list(_report(done[0])))
             writer.writeheader()
             writer.writerows(map(_report, done))
-    print(f"{len(done)} kernels compiled for {args.arch} in {args.dtype}, {faulty} with faults")
-    return 1 if args.check and faulty else 0
+    print(f"{len(done)} kernels compiled, {faulty} with faults")
+    return 1 if check and faulty else 0
 
 
 if __name__ == "__main__":

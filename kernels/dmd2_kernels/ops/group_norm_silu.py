@@ -25,7 +25,7 @@ from ._launch import launch, tl_accumulation
 from ._norm_math import activate, affine, slope_z, store_parameter_sums, sum_over_batch
 
 PADDED = 32_768  # the largest tile, in padded elements: 64 of them a thread with 16 warps
-LOOPED = 8_192  # padded elements of a tile where the group is larger than one
+LOOPED = 4_096  # padded elements of a tile where the group is larger than one
 
 
 def budget(group_channels: int, itemsize: int, *, backward: bool) -> int:
@@ -43,7 +43,7 @@ def tiling(group_channels: int, num_pixels: int, resident: int) -> tuple[int, in
     if rows * cols > PADDED or group_channels * num_pixels > resident:
         cols = max(LOOPED // rows, 16)
     elements = rows * cols
-    return rows, cols, triton.cdiv(num_pixels, cols), 4 if elements <= 2048 else 8 if elements <= 8192 else 16
+    return rows, cols, triton.cdiv(num_pixels, cols), 4 if elements <= 2048 else 8 if elements <= 4096 else 16
 
 
 @triton.jit

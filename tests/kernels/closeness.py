@@ -1,0 +1,32 @@
+"""How close an answer must be: to float64 on the same rounded inputs, in units of the stored dtype's last place."""
+
+import torch
+from torch import Tensor
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of dtype's numbers at float64 values."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(exact.abs().clamp(min=info.tiny))[1] - 1
+    return torch.ldexp(torch.full_like(exact, info.eps), exponent)
+
+
+def assert_rounded_once(actual: Tensor, exact: Tensor, noise: float = 0.0) -> None:
+    """Low precision: within 0.51 ulp of float64, plus `noise` of the largest value where terms cancel.
+
+    float32: within 1e-6 of the largest value.
+    """
+    error, largest = (actual.double() - exact).abs(), exact.abs().max()
+    if actual.dtype in LOW:
+        allowed = 0.51 * ulp(exact, actual.dtype) + noise * largest
+    else:
+        allowed = torch.full_like(error, 1e-6) * largest
+    worst = (error / allowed.clamp(min=1e-300)).max().item()
+    assert (error <= allowed).all(), f"{actual.dtype} is off by {worst:.2f} of what is allowed"
+
+
+def assert_relative(actual: Tensor, exact: Tensor, rtol: float = 5e-7) -> None:
+    """Losses and statistics: relative closeness to float64."""
+    torch.testing.assert_close(actual.double(), exact.double(), rtol=rtol, atol=0)
