@@ -24,7 +24,7 @@ class RealismHead(nn.Sequential):
         if height != width or height < 4 or height & (height - 1):
             raise ValueError(f"the realism head needs square features of 4, 8, 16, ... pixels, got {feature_shape}")
         num_halvings = (height // 4).bit_length() - 1
-        groups = min(32, max(1, channels // 4))
+        groups = max(g for g in range(1, min(32, max(1, channels // 4)) + 1) if channels % g == 0)
         layers: list[nn.Module] = []
 
         def stage(conv: nn.Conv2d) -> None:
