@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
@@ -51,7 +50,7 @@ class ShardReader:
         self.fields = {members.name_of(field): field for field in self.manifest["fields"]}
         self._order = sorted(self.manifest["fields"])
         self._open_shard = open_shard
-        self._files: OrderedDict[int, BufferedReader] = OrderedDict()  # the least recently used first
+        self._files: dict[int, BufferedReader] = {}  # the first opened first
         self._indexes: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -118,7 +117,6 @@ class ShardReader:
 
     def _open(self, shard: int) -> BufferedReader:
         if shard in self._files:
-            self._files.move_to_end(shard)
             return self._files[shard]
         path = self.path.parent / self.manifest["shards"][shard]["name"]
         try:
@@ -133,7 +131,7 @@ class ShardReader:
             file.close()
             raise
         if len(self._files) >= MAX_OPEN_FILES:
-            self._files.popitem(last=False)[1].close()
+            self._files.pop(next(iter(self._files))).close()
         self._files[shard] = file
         return file
 

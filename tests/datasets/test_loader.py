@@ -91,22 +91,25 @@ def test_changing_a_batch_does_not_change_the_cache(write: Write) -> None:
     np.testing.assert_array_equal(loader.batch(0)["latent"][:, 0], loader.ids(0))
 
 
-def test_the_next_steps_are_read_in_the_background(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_steps_are_read_once_and_in_the_background(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = Loader(write(23), batch_size=4, seed=5, cache_bytes=0, prefetch=2)
-    read, threads = loader.reader.read, []
+    read, asked, threads = loader.reader.read, [], set()
 
-    def recorded(*args, **kwargs):
-        threads.append(threading.current_thread())
-        return read(*args, **kwargs)
+    def recorded(ids: np.ndarray, names: None) -> dict[str, np.ndarray]:
+        threads.add(threading.current_thread())
+        asked.append(ids.tolist())
+        return read(ids, names)
 
     monkeypatch.setattr(loader.reader, "read", recorded)
     loader.batch(0)
+    loader.batch(1)
     deadline = time.monotonic() + 20
-    while len(threads) < 3 and time.monotonic() < deadline:
+    while len(asked) < 4 and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert len(threads) == 3  # steps 0, 1 and 2
-    assert threading.main_thread() not in threads
     loader.close()
+    assert asked == [loader.ids(step).tolist() for step in range(4)]
+    assert len(threads) == 1
+    assert threading.main_thread() not in threads
 
 
 def test_damage_found_in_the_background_reaches_the_caller(write: Write) -> None:

@@ -1,6 +1,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,19 @@ def test_a_damaged_shard_is_named_with_the_remedy_and_the_others_are_read(
         ShardReader(manifest).verify()
 
 
+def test_a_refused_shard_is_closed(write: Write) -> None:
+    manifest, opened = write(), []
+
+    def open_shard(path: Path) -> BufferedReader:
+        opened.append(path.open("rb"))
+        return opened[-1]
+
+    alter(manifest.parent / "shard-00001.tar")
+    with pytest.raises(UserError, match="was altered"):
+        ShardReader(manifest, open_shard=open_shard).read([12])
+    assert [file.closed for file in opened] == [True]
+
+
 def test_a_shard_cut_while_open_is_named(write: Write) -> None:
     manifest = write()
     reader = ShardReader(manifest)
@@ -121,7 +135,7 @@ def test_more_shards_than_open_files_are_read_by_several_threads(write: Write, m
     monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", 2)
     opened = []
 
-    def open_shard(path: Path):
+    def open_shard(path: Path) -> BufferedReader:
         file = path.open("rb")
         opened.append(file)
         return file

@@ -233,7 +233,7 @@ def test_other_errors_of_the_maker_are_not_called_a_full_disk(tmp_path: Path, sp
 
 def test_several_ranks_write_the_set_that_one_rank_writes(write: Write, tmp_path: Path, spec: Spec) -> None:
     alone = write(45, folder="alone")
-    manifest, meeting, made = tmp_path / "together" / "manifest.json", threading.Barrier(3), []
+    manifest, meeting, made = tmp_path / "together" / "manifest.json", threading.Barrier(3, timeout=20), []
 
     def run(rank: int) -> dict[str, Any]:
         def make(ids: range) -> dict[str, Any]:

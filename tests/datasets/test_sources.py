@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,22 @@ def test_classes_are_numbered_in_sorted_order_of_their_folders(tree: Path) -> No
         assert found == label
         # short side 6 of 6x9 at resolution 6: the middle columns, untouched by the resize
         np.testing.assert_array_equal(image, np.asarray(Image.open(tree / name))[:, 1:7])
+
+
+def test_ids_do_not_depend_on_the_order_in_which_the_disk_lists_files(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = {order: [] for order in (False, True)}
+    for backwards, found in listed.items():
+
+        def rglob(folder: Path, pattern: str, backwards: bool = backwards) -> list[Path]:
+            names = [os.path.join(top, name) for top, _, names in os.walk(folder) for name in names]
+            return [Path(name) for name in sorted(names, reverse=backwards)]
+
+        monkeypatch.setattr(Path, "rglob", rglob)
+        found += [image.tobytes() for image, _ in ImageFolder(folder_data(tree))]
+    assert len(listed[False]) == 4
+    assert listed[False] == listed[True]
 
 
 def test_images_are_cropped_to_the_short_side_and_resized_with_lanczos(tree: Path) -> None:
