@@ -14,9 +14,15 @@ include: "workflow/rules/teacher.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/tables.smk"
+include: "workflow/rules/report.smk"
 
 
 rule all:
     default_target: True
     input:
         expand("results/{table}.csv", table=TABLES),
+        expand(f"{RESULTS}/{{entry}}/grid.png", entry=SAMPLED),
+        rules.curves.output,
+        rules.real_grid.output,
+        rules.compare.output,
+        rules.configuration.output,

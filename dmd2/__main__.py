@@ -123,11 +123,13 @@ def features(spec: SpecOption, images: PathOption, weights: PathOption) -> None:
 
 
 @app.command()
-def reference(spec: SpecOption, images: PathOption, extractor: PathOption, out: PathOption) -> None:
+def reference(
+    spec: SpecOption, images: PathOption, extractor: PathOption, out: PathOption, runtime: RuntimeOption = "{}"
+) -> None:
     """Compute the statistics of the real images."""
     from dmd2.stages import measure
 
-    measure.reference(_spec(spec, "reference"), images, extractor, out)
+    measure.reference(_spec(spec, "reference"), images, extractor, out, _runtime(runtime))
 
 
 @app.command()
@@ -140,12 +142,17 @@ def sample(spec: SpecOption, weights: PathOption, manifest: PathOption, runtime:
 
 @app.command()
 def metrics(
-    spec: SpecOption, reference: PathOption, extractor: PathOption, out: PathOption, samples: OptionalPath = None
+    spec: SpecOption,
+    reference: PathOption,
+    extractor: PathOption,
+    out: PathOption,
+    samples: OptionalPath = None,
+    runtime: RuntimeOption = "{}",
 ) -> None:
     """Measure a set of samples, or the floor where none is given."""
     from dmd2.stages import measure
 
-    measure.metrics(_spec(spec, "metrics"), samples, reference, extractor, out)
+    measure.metrics(_spec(spec, "metrics"), samples, reference, extractor, out, _runtime(runtime))
 
 
 @app.command()
@@ -163,6 +170,48 @@ def curve(
     measure.curve(_spec(spec, "curve"), snapshots, reference, extractor, out, _runtime(runtime))
 
 
+def _named(items: list[str]) -> dict[str, Path]:
+    """NAME=FILE options as a mapping."""
+    return {name: Path(path) for name, _, path in (item.partition("=") for item in items)}
+
+
+@app.command()
+def curves(
+    log: Annotated[list[str], typer.Option(help="RUN=FILE, repeated")],
+    curve: Annotated[list[str], typer.Option(help="RUN=FILE, repeated")],
+    real: PathOption,
+    folder: PathOption,
+) -> None:
+    """Draw training logs and quality curves."""
+    from dmd2.stages import figures
+
+    figures.curves(_named(log), _named(curve), real, folder)
+
+
+@app.command()
+def grid(manifest: PathOption, out: PathOption) -> None:
+    """Draw a sheet of samples, one class per column."""
+    from dmd2.stages import figures
+
+    figures.grid(manifest, out)
+
+
+@app.command()
+def compare(panel: Annotated[list[str], typer.Option(help="TITLE=FILE, repeated")], out: PathOption) -> None:
+    """Draw sets of samples side by side."""
+    from dmd2.stages import figures
+
+    figures.compare(_named(panel), out)
+
+
+@app.command()
+def configuration(preset: str, runs: str, out: PathOption) -> None:
+    """Write the resolved configuration."""
+    from dmd2.stages import figures
+
+    figures.configuration(preset, runs, out)
+
+
 @app.command()
 def table(
     spec: SpecOption,
@@ -174,8 +223,7 @@ def table(
     """Fill a table with metric records."""
     from dmd2.stages import tables
 
-    files = {entry: Path(path) for entry, _, path in (item.partition("=") for item in metrics or [])}
-    tables.table(_spec(spec, "table"), source, files, csv, markdown)
+    tables.table(_spec(spec, "table"), source, _named(metrics or []), csv, markdown)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from dmd2.denoiser import concat, move
 from dmd2.noise import SampleNoise, step_rng
 from dmd2.progress import Counter
 from dmd2.spec import Spec
-from dmd2.stages.weights import open_teacher
+from dmd2.stages.weights import checked_record, open_teacher
 from dmd2.teachers import load_teacher
 
 
@@ -42,6 +42,7 @@ def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
     settings, sampler = spec.need("pairs"), spec.need("sampler")
     device = distributed.device_of(runtime.device)
     teacher = open_teacher(spec, weights).to(device)
+    record = checked_record(weights, spec.upstream["teacher"])
 
     def make(ids: range) -> PairBatch:
         noise = SampleNoise(settings.seed, ids, teacher.sample_shape, device)()
@@ -64,6 +65,7 @@ def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
             spec,
             shard_size=settings.shard_size,
             batch_size=runtime.sample_batch_size,
+            inputs=record["sha256"],
             rank=distributed.rank(),
             world=distributed.world_size(),
             barrier=distributed.barrier,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dmd2 import distributed
 from dmd2.checkpoint import save_weights
@@ -47,23 +48,27 @@ def features(spec: Spec, images: Path, weights: Path) -> None:
     write_record(weights, spec, **{"kind": config.kind, **facts})
 
 
-def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path) -> None:
+def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runtime: Runtime) -> None:
     """Statistics of the real images."""
     pixels, labels = read_images(images, spec.upstream["shards"])
-    Reference.build(pixels, labels, _extractor(spec, extractor_weights)).save(out)
+    extractor = _extractor(spec, extractor_weights, distributed.device_of(runtime.device))
+    Reference.build(pixels, labels, extractor).save(out)
     write_record(out, spec, num_samples=len(pixels))
 
 
-def _extractor(spec: Spec, weights: Path) -> Extractor:
+def _extractor(spec: Spec, weights: Path, device: torch.device | str = "cpu") -> Extractor:
     checked_record(weights, spec.upstream["features"])
-    return load_extractor(spec.need("features"), spec.need("data"), weights)
+    return load_extractor(spec.need("features"), spec.need("data"), weights, device)
 
 
-def metrics(spec: Spec, samples: Path | None, reference: Path, extractor_weights: Path, out: Path) -> None:
+def metrics(
+    spec: Spec, samples: Path | None, reference: Path, extractor_weights: Path, out: Path, runtime: Runtime
+) -> None:
     """The metrics record of a set of samples; without samples, of resamples of the data (the floor)."""
     evaluation = spec.need("evaluation")
     checked_record(reference, spec.upstream["reference"])
-    extractor, real = _extractor(spec, extractor_weights), Reference.load(reference)
+    extractor = _extractor(spec, extractor_weights, distributed.device_of(runtime.device))
+    real = Reference.load(reference)
     if samples is None:
         found = resample_floor(real, evaluation.num_samples, evaluation.num_blocks, evaluation.seed)
         facts: dict[str, Any] = {"nfe": None, "model": {"run": "data"}}
@@ -87,8 +92,8 @@ def curve(spec: Spec, snapshots: Path, reference: Path, extractor_weights: Path,
     """Metrics of a run's snapshots against training, as CSV: paper, figure 9."""
     evaluation, train = spec.need("evaluation"), spec.need("train")
     checked_record(reference, spec.upstream["reference"])
-    extractor, real = _extractor(spec, extractor_weights), Reference.load(reference)
     device = distributed.device_of(runtime.device)
+    extractor, real = _extractor(spec, extractor_weights, device), Reference.load(reference)
     listed = read_json(snapshots)["snapshots"]
     bounds = [*range(0, evaluation.curve_samples, runtime.sample_batch_size), evaluation.curve_samples]
     count = Counter(f"curve {spec.name}", len(listed))

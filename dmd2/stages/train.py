@@ -78,7 +78,12 @@ def teacher(spec: Spec, latents: Path, state_root: Path, weights: Path, train_lo
         if distributed.rank() == 0:
             save_weights(weights, trainee.export())
             _publish_log(store, train_log)
-            facts = {"iterations": training.iterations, "origin": "trained", **_train_seconds(took, device.type)}
+            facts = {
+                "iterations": training.iterations,
+                "seed": training.seed,
+                "origin": "trained",
+                **_train_seconds(took, device.type),
+            }
             write_record(weights, spec, **facts)
             store.clear()
         distributed.barrier()
@@ -122,6 +127,7 @@ def train(
         if distributed.rank() == 0:
             facts = {
                 "run": spec.name,
+                "seed": config.seed,
                 "iterations": config.iterations,
                 "generator_updates": -(-config.iterations // config.critic_steps_per_generator),
                 "checkpoint_step": config.iterations,
@@ -140,7 +146,10 @@ def train(
 
 
 def _train_seconds(took: dict[str, float], device: str) -> dict[str, Any]:
+    """Wall and processor seconds of the main process, over all attempts, and GPU seconds of all processes."""
     seconds = {"train_wall_s": took["wall_s"], "train_cpu_s": took["cpu_s"]}
+    if device == "cuda":
+        seconds["gpu_s"] = took["wall_s"] * distributed.world_size()
     return {**seconds, "num_processes": distributed.world_size(), "device": device}
 
 

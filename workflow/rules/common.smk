@@ -1,4 +1,5 @@
 # What the other files use: the plan of the chosen preset, its paths, and how a stage is started.
+import json
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,12 @@ TABLES = {
     for path in sorted((FOLDER / "tables").glob("*.yaml"))
 }
 ENTRIES = {name: needed(table) for name, table in TABLES.items()}
+SAMPLED = sorted(
+    {entry for entries in ENTRIES.values() for entry in entries} - {"floor"}
+)
+STUDENTS = [
+    run for run in RUNS if any(entry.startswith(f"{run}/") for entry in SAMPLED)
+]
 
 DATA = f"data/{PRESET.name}"
 RESULTS = f"results/{PRESET.name}"

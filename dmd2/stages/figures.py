@@ -1,0 +1,57 @@
+"""Stages that draw: curves of training and of quality, sheets of samples, and the configuration for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from dmd2.datasets import ShardReader
+from dmd2.figures import brightness_figure, curves_figure, fid_curve_figure
+from dmd2.records import write_text
+from dmd2.sheets import by_class, compare_png, grid_png
+
+ROWS = 8
+"""Images of each class on a sheet."""
+
+
+def curves(logs: Mapping[str, Path], qualities: Mapping[str, Path], real: Path, folder: Path) -> None:
+    """curves.svg, brightness.svg and fid_curve.svg of the runs, in `folder`."""
+    curves_figure(logs, folder / "curves.svg")
+    brightness_figure(logs, folder / "brightness.svg", data_brightness=_brightness(real))
+    fid_curve_figure(qualities, folder / "fid_curve.svg")
+
+
+def _brightness(manifest: Path) -> float:
+    """Mean of the real images in [-1, 1]; of the first ten thousand, for a large set."""
+    reader = ShardReader(manifest)
+    return float(reader.read(range(min(len(reader), 10_000)), ["image"])["image"].mean()) / 127.5 - 1
+
+
+def grid(manifest: Path, out: Path) -> None:
+    """A sheet of the first samples of each class."""
+    images, labels = _first(manifest)
+    grid_png(images, labels, out, rows=ROWS)
+
+
+def compare(sets: Mapping[str, Path], out: Path) -> None:
+    """Sheets side by side under their titles."""
+    panels = {}
+    for title, manifest in sets.items():
+        images, classes = by_class(*_first(manifest), columns=10, rows=ROWS)
+        panels[title] = images
+    compare_png(panels, out, columns=min(10, len(classes)))
+
+
+def _first(manifest: Path, num: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    reader = ShardReader(manifest)
+    content = reader.read(range(min(len(reader), num)), ["image", "cls"])
+    return content["image"], content["cls"]
+
+
+def configuration(preset: str, runs: str, out: Path) -> None:
+    """The resolved preset and runs as YAML, with every default written out."""
+    content = {"preset": yaml.safe_load(preset), "runs": yaml.safe_load(runs)}
+    write_text(out, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
