@@ -49,6 +49,10 @@ class Distillation:
             raise UserError("this run needs real data: it has a GAN, or several steps without backward simulation")
         if (pairs is None) and train.regression_weight > 0:
             raise UserError("regression_weight > 0 needs the teacher's noise-image pairs")
+        if train.guidance_scale != 1 and teacher.conditioner.null(1) is None:
+            raise UserError(
+                f"guidance_scale is {train.guidance_scale}, but this teacher has no unconditional input; set it to 1"
+            )
         self.train = train
         self.device = torch.device(device)
         self.teacher = teacher.to(self.device)
@@ -57,8 +61,9 @@ class Distillation:
         self._sigmas = teacher.grid.student_steps(train.num_steps)
         with torch.random.fork_rng(devices=[]):  # the realism head's initial weights
             torch.manual_seed(train.seed)
-            self.generator: Denoiser = teacher.copy_network().to(self.device)
-            self.critic = Critic(teacher.copy_network(), has_gan=train.has_gan).to(self.device)
+            # In evaluation mode: DMD2 uses no dropout, whatever the teacher was trained with.
+            self.generator: Denoiser = teacher.copy_network().to(self.device).eval()
+            self.critic = Critic(teacher.copy_network(), has_gan=train.has_gan).to(self.device).eval()
         if start is not None:
             self._load_networks(start)
         self.average = Average(self.generator, train.ema_decay)
@@ -87,8 +92,7 @@ class Distillation:
         rng = step_rng(train.seed, index, distributed.rank(), device=self.device)
         update_generator = index % train.critic_steps_per_generator == 0
 
-        cond = move(self.teacher.conditioner.draw(self.batch_size, rng), self.device)
-        x, sigma = self._generator_input(index, cond, rng)
+        x, sigma, cond = self._generator_input(index, rng)
         with torch.set_grad_enabled(update_generator):
             x0 = self.generator(x, sigma, cond)
 
@@ -114,24 +118,28 @@ class Distillation:
         norm = self._critic_descent.step(index, self.guard, terms, "critic_grad_norm")
         return metrics | terms | {"critic_grad_norm": norm} | self._lag(index, terms["denoising_loss"])
 
-    def _generator_input(self, index: int, cond: Cond, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Pure noise for one step; for several, the student's own input at a step that all ranks draw alike."""
+    def _generator_input(self, index: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
+        """(x, sigma, conditions): pure noise for one step; for several, the student's own input at a step that all
+        ranks draw alike."""
         train, grid = self.train, self.teacher.grid
         shape = (self.batch_size, *self.teacher.sample_shape)
         if train.num_steps > 1 and not train.backward_simulation:
-            return self._noised_data(index, cond, rng)
+            return self._noised_data(index, rng)
+        cond = move(self.teacher.conditioner.draw(self.batch_size, rng), self.device)
         shared = step_rng(train.seed, index, SHARED)
         k = int(torch.randint(train.num_steps, (), generator=shared))
-        return sampling.simulate(self.generator, cond, self._sigmas, grid.init_scale, k, lambda: normal(shape, rng))
+        x, sigma = sampling.simulate(self.generator, cond, self._sigmas, grid.init_scale, k, lambda: normal(shape, rng))
+        return x, sigma, cond
 
-    def _noised_data(self, index: int, cond: Cond, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Without backward simulation: noised real samples, at a step of their own each; pure noise at the first."""
-        x0, _ = self._real_batch(index)
+    def _noised_data(self, index: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
+        """Without backward simulation: noised real samples with their own conditions, at a step of their own each;
+        pure noise at the first."""
+        x0, cond = self._real_batch(index)
         eps = normal(x0.shape, rng)
         k = torch.randint(self.train.num_steps, (x0.shape[0],), generator=rng, device=self.device)
         sigma = torch.tensor(self._sigmas, device=self.device)[k]
         pure = self.teacher.grid.init_scale * eps
-        return torch.where(expand(k == 0, x0), pure, add_noise(x0, sigma, eps)), sigma
+        return torch.where(expand(k == 0, x0), pure, add_noise(x0, sigma, eps)), sigma, cond
 
     def _generator_gradient(self, x0: Tensor, cond: Cond, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of matching and GAN losses on the images x0, and what the log wants of them."""
