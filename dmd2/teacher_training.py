@@ -44,6 +44,7 @@ class TeacherFit:
         """Iteration `index`: the weighted denoising loss at log-normal noise levels, one update."""
         training = self.training
         rng = step_rng(training.seed, index, distributed.rank(), device=self.device)
+        torch.manual_seed(rng.initial_seed())  # the network's dropout draws from torch's global generator
         x0, cond = self._data(index)
         x0 = x0.to(self.device, non_blocking=True)
         sigma = (training.p_mean + training.p_std * normal((x0.shape[0],), rng)).exp()
