@@ -1,0 +1,91 @@
+"""Small networks with every weight random, in any dtype: what the tests of the method ask their questions of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd2.denoiser import Cond, Denoiser, Teacher
+from dmd2.noise import NoiseGrid, expand
+from dmd2.teachers.pixels import ClassConditioner, PixelCodec
+
+NUM_CLASSES = 3
+SHAPE = (1, 4, 4)
+SIGMA_DATA = 0.5
+
+
+class ToyDenoiser(Denoiser):
+    """EDM's preconditioning around two convolutions; the features are the hidden layer, 4x4."""
+
+    def __init__(self, seed: int, channels: int = 8, dropout: float = 0.0):
+        super().__init__()
+        self.feature_shape = (channels, 4, 4)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder = nn.Conv2d(1, channels, 3, padding=1)
+            self.label = nn.Embedding(NUM_CLASSES, channels)
+            self.level = nn.Linear(1, channels)
+            self.decoder = nn.Conv2d(channels, 1, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+
+    def denoise_and_tap(self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int) -> tuple[Tensor, Tensor]:
+        dtype = self.encoder.weight.dtype
+        x, sigma = x.to(dtype), sigma.to(dtype)
+        total = sigma.square() + SIGMA_DATA**2
+        embedding = self.label(cond["label"]) + self.level(sigma.log()[:, None] / 4)
+        features = torch.tanh(self.encoder(x * expand(total.rsqrt(), x)) + embedding[:, :, None, None])
+        features = self.dropout(features)
+        x, sigma, total = x[:num_denoise], sigma[:num_denoise], total[:num_denoise]
+        out = self.decoder(features[:num_denoise])
+        x0 = expand(SIGMA_DATA**2 / total, x) * x + expand(sigma * SIGMA_DATA * total.rsqrt(), x) * out
+        return x0, features
+
+
+class NullLabels(ClassConditioner):
+    """Class labels whose last class means "no class"."""
+
+    def null(self, num: int) -> Cond:
+        return {"label": torch.full((num,), self.num_classes - 1)}
+
+
+def toy_teacher(seed: int = 0, *, guidable: bool = False, dropout: float = 0.0) -> Teacher:
+    """A frozen teacher with random weights."""
+    return Teacher(
+        denoiser=ToyDenoiser(seed, dropout=dropout).eval().requires_grad_(False),
+        grid=NoiseGrid.karras(),
+        codec=PixelCodec(256, 1),
+        conditioner=(NullLabels if guidable else ClassConditioner)(NUM_CLASSES),
+        sample_shape=SHAPE,
+        sigma_data=SIGMA_DATA,
+    )
+
+
+def labels(num: int) -> dict[str, Tensor]:
+    return {"label": torch.arange(num) % NUM_CLASSES}
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Call:
+    """What a denoiser was asked and what it answered."""
+
+    def __init__(self, inputs: tuple[Any, ...], output: Tensor):
+        self.x, self.sigma, self.cond = (value for value in inputs[:3])
+        self.output = output
+
+
+@contextmanager
+def recorded(network: nn.Module) -> Iterator[list[Call]]:
+    """The calls of `network` within the block."""
+    calls: list[Call] = []
+    handle = network.register_forward_hook(lambda _, inputs, output: calls.append(Call(inputs, output)))
+    try:
+        yield calls
+    finally:
+        handle.remove()
