@@ -97,6 +97,15 @@ def norm_arguments(
         _channelwise("shift", shift, (x.shape[0], channels), x)
 
 
+def group_size(x: Tensor, num_groups: int) -> None:
+    """Ask for groups whose offsets fit 32 bits and whose channels fit one tile: what the Triton kernels can hold."""
+    channels, elements = x.shape[1] // num_groups, x[0].numel() // num_groups
+    if elements >= 2**31:
+        raise ValueError(f"x has {elements} elements in a group; the Triton kernels take fewer than 2^31")
+    if channels > 16_384:
+        raise ValueError(f"x has {channels} channels in a group; the Triton kernels take 16384; use more groups")
+
+
 def _channelwise(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     floating(name, tensor)
     if tensor.shape != shape:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -129,13 +130,27 @@ def _matching(shape: tuple[int, ...], head: bool, guided: bool) -> Callable[[tor
     def run(dtype: torch.dtype) -> None:
         x0, real, fake, x, uncond = torch.empty(5, *shape, dtype=dtype)
         a, k, weight = torch.empty(3, 1024)[:, : shape[0]].clone()
-        at = (x, a, k) if head else (None, None, None)
-        free = (uncond, 8.0) if guided else (None, 1.0)
-        ops.score_difference.forward(x0, real, fake, *at, *free)
-        ops.score_difference.backward(torch.ones(()), weight, real, fake, at[2], *free, dtype)
-        ops.score_difference.loss_and_grad(x0, real, fake, *at, *free)
+        free, scale = (uncond, 8.0) if guided else (None, 1.0)
+        x_at, a_at, k_at = (x, a, k) if head else (None, None, None)
+        ops.score_difference.forward(x0, real, fake, x_at, a_at, k_at, free, scale)
+        ops.score_difference.backward(torch.ones(()), weight, real, fake, k_at, free, scale, dtype)
+        ops.score_difference.loss_and_grad(x0, real, fake, x_at, a_at, k_at, free, scale)
 
     return run
+
+
+def _beyond_int32(dtype: torch.dtype) -> None:
+    """The kernels of a sample with more elements than int32 counts; the tensors stand for larger ones."""
+    tensors, go = torch.empty(4, 64, dtype=dtype), torch.ones(())
+    sizes, options = (2, 2**31 + 16, 2**19 + 1), {"BLOCK": 4096, "ACC": tl.float32, "num_warps": 8}
+    matching, denoising = ops.score_difference, ops.denoising_loss
+    x0, real, fake, grad = tensors
+    sums = torch.empty(64)
+    nothing = (None,) * 3
+    _launch.launch(matching._partial_sums, 1, x0, real, fake, *nothing, None, sums, *sizes, SCALE=1.0, **options)
+    _launch.launch(matching._slopes, 1, go, sums, real, fake, None, None, grad, *sizes, SCALE=1.0, **options)
+    _launch.launch(denoising._squares, 1, x0, real, *nothing, sums, *sizes[1:], **options)
+    _launch.launch(denoising._slopes, 1, go, x0, real, sums, *nothing, grad, *sizes, **options)
 
 
 def _denoising(shape: tuple[int, ...], head: bool) -> Callable[[torch.dtype], None]:
@@ -180,6 +195,7 @@ def cases() -> dict[str, Callable[[torch.dtype], None]]:
         "matching head+cfg 4x128x128": _matching((2, 4, 128, 128), head=True, guided=True),
         "matching ragged 3x7x5": _matching((3, 3, 7, 5), head=True, guided=True),
         "matching ragged 1x1x1 batch 1": _matching((1, 1, 1, 1), head=False, guided=False),
+        "losses beyond int32": _beyond_int32,
         "denoising head 3x64x64": _denoising((2, 3, 64, 64), head=True),
         "denoising x0 4x128x128": _denoising((2, 4, 128, 128), head=False),
         "denoising ragged 3x7x5": _denoising((3, 3, 7, 5), head=True),

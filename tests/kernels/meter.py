@@ -84,8 +84,9 @@ class Meter:
             "shuffled": np.random.default_rng(0).permutation(num_programs),
         }[self.order]
         kernel[(num_programs,)](*(copies.get(id(a), a) for a in args), **options)
-        for key, tensor in tensors.items():
-            tensor.copy_(copies[key])
+        for name, tensor in named.items():
+            if isinstance(tensor, Tensor) and arguments[name].written:
+                tensor.copy_(copies[id(tensor)])
 
     def argument(self, addresses: np.ndarray) -> tuple[Argument, np.ndarray]:
         """The argument that holds all these addresses, and the addresses within it."""

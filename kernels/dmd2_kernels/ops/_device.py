@@ -37,12 +37,17 @@ def nan_to_num(v, ACC: tl.constexpr):
 
 
 @triton.jit
-def log1p_exp(v, ACC: tl.constexpr):
-    """log(1 + e^v) for v <= 0: below e^v = 1e-4 by its series, as 1 + e^v would round the small losses away."""
-    t = tl.exp(v)
+def log1p_unit(t, ACC: tl.constexpr):
+    """log(1 + t) for 0 <= t <= 1 to full relative accuracy, where log(1 + t) itself would round a small t away.
+
+    float32: 2 atanh(s) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...), s = t / (2 + t) <= 1 / 3; the next term is below 2^-24.
+    float64: log(1 + t) with the rounding of 1 + t put right to first order.
+    """
     if ACC == tl.float32:
-        return tl.where(t < 1e-4, t * (1.0 - 0.5 * t), tl.log(1.0 + t))
-    # float64: log(1 + t) with the rounding of 1 + t put right to first order
+        s = exact_div(t, 2.0 + t, ACC)
+        q = s * s
+        series = 1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13 + q * (1.0 / 15)))
+        return 2.0 * s * (1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * series))))
     u = 1.0 + t
     return tl.log(u) + (t - (u - 1.0)) / u
 
@@ -50,7 +55,7 @@ def log1p_exp(v, ACC: tl.constexpr):
 @triton.jit
 def softplus(v, ACC: tl.constexpr):
     """log(1 + e^v) without overflow."""
-    return tl.maximum(v, 0.0) + log1p_exp(-tl.abs(v), ACC)
+    return tl.maximum(v, 0.0) + log1p_unit(tl.exp(-tl.abs(v)), ACC)
 
 
 @triton.jit
