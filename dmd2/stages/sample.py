@@ -82,19 +82,11 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
 
 def model_facts(record: dict[str, Any]) -> dict[str, Any]:
     """What a table says of the model behind a set of samples."""
-    names = (
-        "run",
-        "iterations",
-        "generator_updates",
-        "checkpoint_step",
-        "seed",
-        "train_wall_s",
-        "train_cpu_s",
-        "gpu_s",
-    )
+    counts = ("run", "iterations", "generator_updates", "checkpoint_step", "seed")
+    seconds = ("train_wall_s", "train_cpu_s", "gpu_s")
     return {
         "run": "teacher",
-        **{name: record[name] for name in names if name in record},
+        **{name: record[name] for name in (*counts, *seconds) if name in record},
         "sha256": record["sha256"],
         "digest": record["provenance"]["digest"],
     }

@@ -218,10 +218,10 @@ def cases() -> dict[str, Callable[[torch.dtype], None]]:
 
 
 def compile_cases(arch: int, dtype: str, only: str = "") -> list[Compiled]:
-    """The kernels of the cases whose name has `only` in it, compiled for one target and one dtype."""
+    """The kernels of the cases whose name has a part of `only` (a,b,c) in it, compiled for one target and one dtype."""
     found: list[Compiled] = []
     for case, run in cases().items():
-        if only in case:
+        if any(part in case for part in only.split(",")):
             with recording(arch, case, dtype, found):
                 run(DTYPES[dtype])
     return found
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dmd2_kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="90", help="compute capabilities, as in 80,90,100")
     parser.add_argument("--dtype", default="bf16,fp16,fp32", help="dtypes, as in bf16,fp32")
-    parser.add_argument("--only", default="", help="compile the cases whose name has this in it")
+    parser.add_argument("--only", default="", help="compile the cases whose name has one of these in it")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile; a target is never split")
     parser.add_argument("--check", action="store_true", help="exit 1 if a kernel has a fault")
     parser.add_argument("--csv", help="write the statistics to this file")
@@ -258,9 +258,12 @@ def main(argv: list[str] | None = None) -> int:
         compile_sizes(args.warmup_mock, archs[0])
         return 0
     targets = [(arch, dtype, args.only) for arch in archs for dtype in args.dtype.split(",")]
-    with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(targets))) as pool:
-        done = [each for found in pool.starmap(compile_cases, targets, chunksize=1) for each in found]
-    return _print(done, args.check, args.csv)
+    if args.jobs == 1:
+        groups = [compile_cases(*target) for target in targets]
+    else:
+        with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(targets))) as pool:
+            groups = pool.starmap(compile_cases, targets, chunksize=1)
+    return _print([each for group in groups for each in group], args.check, args.csv)
 
 
 def _print(done: list[Compiled], check: bool, path: str | None) -> int:
