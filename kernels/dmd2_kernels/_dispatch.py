@@ -27,6 +27,7 @@ def _checked(mode: str, origin: str) -> str:
     return mode
 
 
+compiling = False  # set by `aot.py` while its CPU tensors stand for CUDA ones and nothing is launched
 _mode = _checked(os.environ.get("DMD2_KERNELS", "auto"), "DMD2_KERNELS")
 
 
@@ -55,10 +56,10 @@ def use(mode: str) -> Iterator[None]:
 
 def kernels_for(tensor: Tensor, name: str) -> ModuleType:
     """The module of Triton kernels, or one sentence that says what a launch on this tensor would need."""
-    if not tensor.is_cuda and not interpreting():
+    if not tensor.is_cuda and not interpreting() and not compiling:
         raise RuntimeError(f"dmd2::{name} got a {tensor.device.type} tensor: a Triton kernel {_CHOICES}")
     from . import ops
 
-    if not tensor.is_cuda and not ops.interpreted():
+    if not tensor.is_cuda and not ops.interpreted() and not compiling:
         raise RuntimeError(f"dmd2::{name}: TRITON_INTERPRET was set after triton was imported; a kernel {_CHOICES}")
     return ops

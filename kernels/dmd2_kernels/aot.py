@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import ops, shapes
+from . import _dispatch, ops, shapes
 from ._sass import Statistics, statistics
 from .ops import _launch
 
@@ -34,7 +34,7 @@ _WRITTEN = ("grad", "y", "dx")
 
 
 class Compiled(NamedTuple):
-    """One kernel as compiled for one call, and the bytes that one of its programs must move."""
+    """One kernel as compiled for one call; read_bytes and written_bytes are what one program must move of its tile."""
 
     case: str
     kernel: str
@@ -43,6 +43,7 @@ class Compiled(NamedTuple):
     num_warps: int
     read_bytes: int
     written_bytes: int
+    moved_bytes: int  # by the whole launch: every tensor once, what is walked twice twice
     code: Statistics
 
     def faults(self) -> list[str]:
@@ -109,20 +110,23 @@ def recording(arch: int, case: str, dtype: str, into: list[Compiled]) -> Iterato
         sweeps = 2 if options.get("TILES", 1) > 1 else 1
         read = sweeps * _bulk_bytes(kernel, args, options, _READ)
         written = _bulk_bytes(kernel, args, options, _WRITTEN)
+        named = zip(kernel.arg_names, args, strict=False)
+        tensors = [(name, value) for name, value in named if isinstance(value, Tensor)]
+        moved = sum(t.numel() * t.itemsize * (sweeps if name in _READ else 1) for name, t in tensors)
         compiled = kernel.warmup(*args, grid=(num_programs,), **options)
         code = _statistics(compiled.asm["cubin"])
-        into.append(Compiled(case, name, dtype, arch, options["num_warps"], read, written, code))
+        into.append(Compiled(case, name, dtype, arch, options["num_warps"], read, written, moved, code))
 
     if _launch.interpreted():
         raise RuntimeError("TRITON_INTERPRET is set, so that kernels cannot be compiled; unset it")
-    before, _launch.launcher = _launch.launcher, compile_only
+    before, _launch.launcher, _dispatch.compiling = _launch.launcher, compile_only, True
     driver = triton.runtime.driver
     active = driver._active
     driver.set_active(_Compiler(arch))
     try:
         yield
     finally:
-        _launch.launcher = before
+        _launch.launcher, _dispatch.compiling = before, False
         driver._active = active
 
 

@@ -1,0 +1,73 @@
+"""What is known without a GPU: bytes and launches of the eager and of the fused op, and the fused code's size."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import dmd2_kernels as dk
+
+from ._bench_cases import Case
+
+
+def num_bytes(*values: Any) -> int:
+    """The bytes of all tensors in a structure."""
+    return sum(t.numel() * t.itemsize for t in tree_leaves(values) if isinstance(t, Tensor))
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the ATen ops that launch a kernel, and the bytes that they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        is_view = any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
+        allocates = func._schema.name.rpartition("::")[2].startswith(("empty", "new_empty", "detach", "_unsafe_view"))
+        if not is_view and not allocates:
+            self.launches += 1
+            self.bytes += num_bytes(args, kwargs, out)
+        return out
+
+
+def floor_bytes(case: Case) -> int:
+    """Forward and backward with each input read once, each output and gradient written once, the upstream one read."""
+    inputs = case.inputs("meta")
+    leaves = num_bytes(inputs[: case.num_leaves])
+    out = num_bytes(inputs[0]) if "norm" in case.op else 4
+    return num_bytes(inputs) + 2 * out + leaves + (num_bytes(inputs[0]) if "norm" in case.op else 0)
+
+
+def eager_counts(case: Case) -> tuple[int, int]:
+    """(launches, bytes) of forward and backward as eager torch runs them, on meta tensors."""
+    inputs = list(case.inputs("meta"))
+    for i in range(case.num_leaves):
+        inputs[i].requires_grad_()
+    with dk.use("reference"), _Counter() as counter:
+        out = case.eager(*inputs)
+        out.backward(torch.empty_like(out))
+    return counter.launches, counter.bytes
+
+
+def fused_counts(case: Case, arch: int) -> dict[str, int]:
+    """Launches, bytes and code of the fused op's forward and backward, compiled for `arch` on unset CPU tensors."""
+    from . import aot
+
+    inputs = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype) for t in case.inputs("meta")]
+    for i in range(case.num_leaves):
+        inputs[i].requires_grad_()
+    found: list[aot.Compiled] = []
+    with dk.use("triton"), aot.recording(arch, case.name, str(case.dtype), found):
+        out = case.fused(*inputs)
+        out.backward(torch.empty_like(out))
+    return {
+        "launches": len(found),
+        "bytes_moved": sum(each.moved_bytes for each in found),
+        "registers": max(each.code.registers for each in found),
+        "spills": sum(each.code.spills for each in found),
+        "widest_load_bits": max(max(each.code.loads, default=0) for each in found),
+    }

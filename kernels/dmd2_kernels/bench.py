@@ -1,0 +1,201 @@
+"""Measures the ops on a GPU, and writes what is known without one.
+
+    python -m dmd2_kernels.bench --csv results/bench/kernels.csv
+    python -m dmd2_kernels.bench --static --arch 90 --csv results/bench/kernels.csv
+
+A row is one op at one shape by one provider in one mode; rerunning replaces the row of the same key and keeps the rest.
+Without a GPU (or with --static) the columns of time stay empty and `timing` says that they are pending. The providers:
+eager torch, torch.compile, the fused op and, where importable, Liger's and apex's GroupNorm.
+"""
+
+import argparse
+import csv
+import datetime
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dmd2_kernels as dk
+
+from . import _bench_static, _timing
+from ._bench_cases import Case, Forward, cases
+
+KEY = ("op", "case", "provider", "mode", "dtype", "memory_format", "gpu")
+COLUMNS = (
+    *KEY,
+    *("shape", "median_us", "p20_us", "p80_us", "graph_us", "host_us", "bytes_floor", "bytes_moved", "achieved_GBps"),
+    *("pct_of_copy", "pct_of_step", "launches", "peak_MB", "max_error", "registers", "spills", "widest_load_bits"),
+    *("timing", "arch", "driver", "torch", "triton", "commit", "timestamp"),
+)
+PENDING = "pending: no GPU"
+Row = dict[str, Any]
+
+
+def _liger(case: Case) -> Forward | None:
+    """Liger's GroupNorm followed by SiLU; it has no adaptive form and no channels_last."""
+    if case.op != "norm" or importlib.util.find_spec("liger_kernel") is None:
+        return None
+    liger = importlib.import_module("liger_kernel.ops.group_norm")
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        z = liger.LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], 32, 1e-5)
+        return torch.nn.functional.silu(z)
+
+    return run
+
+
+def _apex(case: Case) -> Forward | None:
+    """Apex's GroupNorm with SiLU inside; channels_last only, and no adaptive form."""
+    if case.op != "norm" or case.memory_format != "channels_last" or importlib.util.find_spec("apex") is None:
+        return None
+    apex = importlib.import_module("apex.contrib.group_norm")
+    norm = apex.GroupNorm(32, case.inputs("meta")[0].shape[1], act="silu").cuda()
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out: Tensor = norm(x)
+        return out
+
+    return run
+
+
+def providers(case: Case) -> Iterator[tuple[str, Forward]]:
+    """Name and function of everything that computes the case on a GPU."""
+    yield "eager", case.eager
+    yield "compile", torch.compile(case.eager, fullgraph=True)
+    yield "fused", case.fused
+    for name, provider in (("liger", _liger(case)), ("apex", _apex(case))):
+        if provider is not None:
+            yield name, provider
+
+
+def modes(case: Case, run: Forward) -> dict[str, tuple[Callable[[], object], Tensor]]:
+    """What is timed: forward, backward and both, and the result that is checked."""
+    inputs = list(case.inputs("cuda"))
+    leaves = inputs[: case.num_leaves]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = run(*inputs)
+    go = torch.ones_like(out)
+
+    def backward() -> object:
+        return torch.autograd.grad(out, leaves, go, retain_graph=True, allow_unused=True)
+
+    def full() -> object:
+        return torch.autograd.grad(run(*inputs), leaves, go, allow_unused=True)
+
+    def forward() -> object:
+        return run(*inputs)
+
+    return {"forward": (forward, out), "backward": (backward, out), "full": (full, out)}
+
+
+def _max_error(case: Case, run: Forward) -> float:
+    """The largest difference from the eager expression in float64, relative to its largest value."""
+    torch.manual_seed(0)
+    inputs = case.inputs("cuda")
+    exact = case.eager(*(t.double() for t in inputs))
+    error = (run(*inputs).double() - exact).abs().max() / exact.abs().max()
+    return error.item()
+
+
+def measure(case: Case, step_ms: float | None) -> Iterator[Row]:
+    """The rows of one case on this GPU."""
+    floor, copy_rate = _bench_static.floor_bytes(case), _timing.copy_gb_per_s()
+    for provider, run in providers(case):
+        error = _max_error(case, run)
+        for mode, (call, _) in modes(case, run).items():
+            median, low, high = _timing.kernel_us(call)
+            row: Row = {"provider": provider, "mode": mode, "timing": "measured", "max_error": f"{error:.2e}"}
+            row |= {"median_us": f"{median:.2f}", "p20_us": f"{low:.2f}", "p80_us": f"{high:.2f}"}
+            row |= {"host_us": f"{_timing.host_us(call):.2f}", "peak_MB": f"{_timing.peak_mb(call):.1f}"}
+            if mode != "backward":  # a retained graph can't be captured
+                row["graph_us"] = f"{_timing.graph_us(call):.2f}"
+            if mode == "full":
+                rate = floor / median / 1000
+                row |= {
+                    "bytes_floor": floor,
+                    "achieved_GBps": f"{rate:.0f}",
+                    "pct_of_copy": f"{100 * rate / copy_rate:.0f}",
+                }
+                if step_ms and case.calls_per_step:
+                    row["pct_of_step"] = f"{case.calls_per_step * median / 10 / step_ms:.3f}"
+            yield row
+
+
+def static(case: Case, arch: int) -> Iterator[Row]:
+    """The rows of one case without a GPU: forward and backward together, eager and fused."""
+    floor = _bench_static.floor_bytes(case)
+    launches, moved = _bench_static.eager_counts(case)
+    common = {"mode": "full", "bytes_floor": floor, "timing": PENDING, "arch": f"sm_{arch}"}
+    yield common | {"provider": "eager", "launches": launches, "bytes_moved": moved}
+    yield common | {"provider": "fused", **_bench_static.fused_counts(case, arch)}
+
+
+def _environment(on_gpu: bool) -> Row:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    gpu = torch.cuda.get_device_name() if on_gpu else "none"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "gpu": gpu,
+        "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0] if on_gpu else "",
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+        "commit": commit.stdout.strip(),
+        "timestamp": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def merge(path: Path, rows: list[Row]) -> None:
+    """Write the rows into the CSV: same key replaced, others kept, sorted by key."""
+    kept: dict[tuple[str, ...], Row] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = {tuple(row[k] for k in KEY): dict(row) for row in csv.DictReader(file)}
+    kept |= {tuple(str(row[k]) for k in KEY): row for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept[key] for key in sorted(kept))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the cases and merge their rows into the CSV."""
+    parser = argparse.ArgumentParser(prog="python -m dmd2_kernels.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--csv", type=Path, default=Path("results/bench/kernels.csv"))
+    parser.add_argument("--op", default="", help="only ops whose name has this in it")
+    parser.add_argument("--static", action="store_true", help="no times, even with a GPU")
+    parser.add_argument("--arch", type=int, default=90, help="what the static rows compile for")
+    parser.add_argument("--step-ms", type=float, help="measured time of a training step, for pct_of_step")
+    args = parser.parse_args(argv)
+    on_gpu = torch.cuda.is_available() and not args.static
+    environment, rows = _environment(on_gpu), []
+    for case in cases():
+        if args.op in case.op:
+            shape = "x".join(map(str, case.inputs("meta")[0].shape))
+            dtype = str(case.dtype).removeprefix("torch.")
+            where = {
+                "op": case.op,
+                "case": case.name,
+                "dtype": dtype,
+                "memory_format": case.memory_format,
+                "shape": shape,
+            }
+            with dk.use("auto"):
+                found = list(measure(case, args.step_ms) if on_gpu else static(case, args.arch))
+            rows += [environment | where | row for row in found]
+            print(f"{case.op} {case.name} {dtype} {case.memory_format}", flush=True)
+    merge(args.csv, rows)
+    print(f"{len(rows)} rows into {args.csv}, {'measured on ' + environment['gpu'] if on_gpu else PENDING}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

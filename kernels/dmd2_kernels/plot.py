@@ -1,0 +1,79 @@
+"""Draws results/bench/kernels.csv: achieved bandwidth against bytes where there are times, else bytes by provider.
+
+python -m dmd2_kernels.plot results/bench/kernels.csv kernels/bench.svg
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+Rows = list[dict[str, str]]
+
+
+def label(row: dict[str, str]) -> str:
+    """A case in words."""
+    nhwc = " nhwc" if row["memory_format"] == "channels_last" else ""
+    return f"{row['op']} {row['case'].removeprefix('adm-')}{nhwc}"
+
+
+def roofline(axes: Axes, rows: Rows) -> None:
+    """Achieved bandwidth of each measured row against the bytes it cannot avoid."""
+    for provider in sorted({row["provider"] for row in rows}):
+        mine = [row for row in rows if row["provider"] == provider]
+        megabytes = [float(row["bytes_floor"]) / 1e6 for row in mine]
+        axes.scatter(megabytes, [float(row["achieved_GBps"]) for row in mine], s=12, label=provider)
+    axes.set(xscale="log", xlabel="bytes at the floor, MB", ylabel="floor / time, GB/s")
+    axes.set_title(f"forward and backward on {rows[0]['gpu']}", fontsize=9)
+    axes.legend(fontsize=8)
+
+
+def traffic(axes: Axes, rows: Rows) -> None:
+    """Bytes of eager and fused as multiples of the floor; no times."""
+    names = list(dict.fromkeys(map(label, rows)))
+    for offset, provider, colour in ((-0.2, "eager", "0.7"), (0.2, "fused", "tab:blue")):
+        mine = {
+            label(row): int(row["bytes_moved"]) / int(row["bytes_floor"]) for row in rows if row["provider"] == provider
+        }
+        axes.barh([i + offset for i in range(len(names))], [mine[n] for n in names], 0.4, label=provider, color=colour)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel("bytes moved, forward and backward, as multiples of the floor (counted; no times yet)", fontsize=8)
+    axes.legend(fontsize=8)
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Write the figure of the rows, the same bytes for the same rows."""
+    mpl.rcParams["svg.hashsalt"] = "dmd2_kernels"
+    timed = [row for row in rows if row["mode"] == "full" and row["achieved_GBps"]]
+    counted = [row for row in rows if row["bytes_moved"] and not row["op"].startswith("gan")]
+    figure, axes = plt.subplots(figsize=(7, 4 if timed else 1 + 0.11 * len(counted)), layout="constrained")
+    if timed:
+        roofline(axes, timed)
+    else:
+        traffic(axes, counted)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the figure of a CSV."""
+    parser = argparse.ArgumentParser(prog="python -m dmd2_kernels.plot", description=__doc__.splitlines()[0])
+    parser.add_argument("csv", type=Path)
+    parser.add_argument("figure", type=Path)
+    args = parser.parse_args(argv)
+    with args.csv.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        print(f"{args.csv} has no rows; write them with python -m dmd2_kernels.bench")
+        return 1
+    draw(rows, args.figure)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
