@@ -1,0 +1,76 @@
+"""The benchmark without a GPU: counted columns, times that are empty and say so, rows replaced by key."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmd2_kernels import _bench_static, plot
+from dmd2_kernels._bench_cases import Case, cases
+from dmd2_kernels.bench import COLUMNS, KEY, PENDING, merge
+
+CASES = {(case.op, case.name, case.memory_format): case for case in cases()}
+IMAGE = 40 * 3 * 64 * 64 * 4  # bytes of an ImageNet-64 batch in float32
+
+
+def row(**values: object) -> dict[str, object]:
+    return dict.fromkeys(KEY, "x") | values
+
+
+def test_the_floor_of_the_matching_loss_is_three_reads_and_one_write() -> None:
+    case = CASES["matching", "imagenet", "contiguous"]
+    assert _bench_static.floor_bytes(case) == pytest.approx(4 * IMAGE, rel=1e-5)
+
+
+def test_the_floor_of_the_adaptive_norm_is_five_passes() -> None:
+    case = CASES["adaptive-norm", "adm-192x64", "contiguous"]
+    assert _bench_static.floor_bytes(case) == pytest.approx(5 * 40 * 192 * 64 * 64 * 2, rel=1e-3)
+
+
+def test_eager_bytes_are_counted_op_by_op() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return (x + 1).view(-1) * 2
+
+    case = Case("", "", torch.float32, "", lambda device: (torch.empty(5, 10, device=device),), 1, twice, twice, 0)
+    launches, moved = _bench_static.eager_counts(case)
+    # forward x + 1 and * 2, backward * 2: each reads and writes 50 floats; views and allocations are free
+    assert (launches, moved) == (3, 3 * 2 * 50 * 4)
+
+
+def test_the_static_rows_have_bytes_and_no_times(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.csv"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "dmd2_kernels.bench", "--static", "--op", "gan-critic", "--csv", str(path)]
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["provider"]: int(row["launches"]) for row in rows} == {"eager": 13, "fused": 2}
+    assert all(row["bytes_floor"] and not row["median_us"] and row["timing"] == PENDING for row in rows)
+
+
+def test_a_rerun_replaces_its_rows_and_keeps_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "bench" / "kernels.csv"
+    merge(path, [row(op="a", median_us=1), row(op="b", median_us=2)])
+    merge(path, [row(op="a", median_us=3)])
+    with path.open() as file:
+        reader = csv.DictReader(file)
+        assert {found["op"]: found["median_us"] for found in reader} == {"a": "3", "b": "2"}
+        assert tuple(reader.fieldnames or ()) == COLUMNS
+
+
+@pytest.mark.parametrize("rate", ["", "1500"])
+def test_the_plot_is_drawn_with_and_without_times_and_repeats_its_bytes(rate: str, tmp_path: Path) -> None:
+    keys = {"op": "matching", "case": "c", "memory_format": "contiguous", "mode": "full", "gpu": "H100"}
+    rows = [
+        keys | {"provider": name, "bytes_floor": "100", "bytes_moved": moved, "achieved_GBps": rate}
+        for name, moved in (("eager", "400"), ("fused", "120"))
+    ]
+    figures = [tmp_path / "a.svg", tmp_path / "b.svg"]
+    for figure in figures:
+        plot.draw(rows, figure)
+    assert figures[0].read_bytes() == figures[1].read_bytes()
+    assert b"<svg" in figures[0].read_bytes()
