@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from dmd2.config import Runtime
 from dmd2.errors import Interrupted, UserError
-from dmd2.presets import parse
+from dmd2.presets import parse, read_mapping
 from dmd2.spec import Spec, read_spec
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -28,7 +27,7 @@ OptionalPath = Annotated[Path | None, typer.Option()]
 
 
 def _runtime(text: str) -> Runtime:
-    return parse(Runtime, yaml.safe_load(text) or {}, "--runtime")
+    return parse(Runtime, read_mapping(text, "--runtime"), "--runtime")
 
 
 def _spec(text: str, stage: str) -> Spec:

@@ -5,7 +5,7 @@ Defaults are the paper's for ImageNet-64 (arXiv 2405.14867, appendix F.2) unless
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +14,11 @@ class Model(BaseModel):
     """Frozen, and unknown keys are errors. YAML's `3e-3`, which PyYAML reads as a string, counts as a number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""One word, so that (seed, step, rank) never means the same numbers as another such triple."""
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Data(Model):
@@ -44,11 +49,11 @@ class Network(Model):
 class TeacherTraining(Model):
     """How a small EDM teacher is trained inside the workflow (Karras et al. 2022, table 1 and appendix F)."""
 
-    seed: int = 0
+    seed: Seed = 0
     iterations: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     learning_rate: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     warmup_iterations: int = Field(100, ge=0)
     decay_from: float = Field(0.5, ge=0, le=1, description="share of the run after which the rate falls linearly")
     final_rate: float = Field(0.02, ge=0, le=1, description="share of the learning rate left at the end")
@@ -92,7 +97,7 @@ class Features(Model):
 
     kind: str = Field(description="key of metrics.EXTRACTORS")
     weights: WeightsFile | None = None
-    seed: int = 0
+    seed: Seed = 0
     epochs: int = Field(5, gt=0)
     batch_size: int = Field(64, gt=0)
     learning_rate: float = Field(2e-3, gt=0)
@@ -104,7 +109,7 @@ class Pairs(Model):
 
     num_pairs: int = Field(25_000, gt=0)
     sampler: str = Field("ode", description="key of `samplers`")
-    seed: int = 20_000_000
+    seed: Seed = 20_000_000
     shard_size: int = Field(1000, gt=0)
 
 
@@ -122,6 +127,10 @@ class Sampler(Model):
     def _steps_belong_to_heun(self) -> Self:
         if (self.kind == "heun") != (self.num_steps is not None):
             raise ValueError("`num_steps` belongs to kind heun, and only there: a student's steps are its run's")
+        if self.kind == "few_step" and (self.s_churn, self.s_min, self.s_max, self.s_noise) != (0.0, 0.0, None, 1.0):
+            raise ValueError("`s_churn`, `s_min`, `s_max` and `s_noise` belong to kind heun, and only there")
+        if self.s_max is not None and self.s_max < self.s_min:
+            raise ValueError(f"s_max {self.s_max} lies below s_min {self.s_min}: no step would be stochastic")
         return self
 
 
@@ -130,7 +139,7 @@ class Evaluation(Model):
 
     num_samples: int = Field(50_000, gt=0, description="samples per seed block")
     num_blocks: int = Field(3, gt=0, description="independent blocks; tables give mean and standard deviation")
-    seed: int = 0
+    seed: Seed = 0
     rounding: Literal["round", "truncate"] = "round"  # EDM's protocol; the released DMD2 code truncates
     covariance_start: Literal["zeros", "ones"] = "zeros"  # the released DMD2 code starts the sum at ones
     curve_samples: int = Field(5_000, gt=0, description="samples per snapshot of the FID-against-training curve")
@@ -139,7 +148,7 @@ class Evaluation(Model):
 class Train(Model):
     """One DMD2 run (paper, algorithm 1; released ImageNet script for the numbers)."""
 
-    seed: int = 10
+    seed: Seed = 10
     iterations: int = Field(200_000, gt=0, description="critic updates; the generator moves on every R-th")
     batch_size: int = Field(280, gt=0, description="global, whatever the number of devices")
     num_snapshots: int = Field(20, gt=0, description="evenly spaced exports for the FID-against-training curve")
@@ -166,7 +175,7 @@ class Train(Model):
 
     generator_learning_rate: float = Field(2e-6, gt=0)
     critic_learning_rate: float = Field(2e-6, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(0.01, ge=0)
     warmup_iterations: int = Field(72, ge=0)  # what 500 scheduler steps come to on the paper's 7 GPUs
     grad_clip: float = Field(10.0, gt=0)
@@ -232,7 +241,13 @@ class Preset(Model):
     def _parts_fit_together(self) -> Self:
         if self.pairs.sampler not in self.samplers:
             raise ValueError(f"pairs.sampler: no sampler {self.pairs.sampler!r}; known: {', '.join(self.samplers)}")
+        if self.samplers[self.pairs.sampler].kind != "heun" or self.samplers[self.pairs.sampler].s_churn > 0:
+            raise ValueError(
+                f"pairs.sampler: {self.pairs.sampler!r} is not deterministic; name a heun sampler, s_churn 0"
+            )
         self.check(self.train)
+        if self.teacher.training is not None:
+            self._check_share("teacher.training.batch_size", self.teacher.training.batch_size)
         return self
 
     def check(self, train: Train) -> None:
@@ -243,6 +258,12 @@ class Preset(Model):
                 raise ValueError(f"{name}: {high} is beyond the teacher's last level {last}")
         if train.num_steps > self.teacher.num_levels:
             raise ValueError(f"num_steps {train.num_steps} exceeds the teacher's {self.teacher.num_levels} levels")
+        self._check_share("batch_size", train.batch_size)
+
+    def _check_share(self, key: str, batch_size: int) -> None:
+        if self.gpus > 1 and batch_size % self.gpus:
+            above = -(-batch_size // self.gpus) * self.gpus
+            raise ValueError(f"{key} {batch_size} is not divisible by {self.gpus} gpus; use {above}")
 
 
 class RunFile(Model):

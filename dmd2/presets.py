@@ -25,14 +25,25 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError naming the file and line."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         stems = [p.stem for p in path.parent.glob("*.yaml")]
         raise UserError(f"{path}: no such file; {_known(stems, path.stem)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file ({error})") from None
+    return read_mapping(text, str(path))
+
+
+def read_mapping(text: str, where: str) -> dict[str, Any]:
+    """The mapping in a YAML or JSON text; an empty text is an empty one. Raises UserError naming `where` and line."""
+    try:
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping of keys to values")
+        raise UserError(f"{where}: expected a mapping of keys to values")
     return content
 
 

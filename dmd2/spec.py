@@ -7,11 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from pydantic import Field
 
 from dmd2.config import Data, Evaluation, Features, Model, Pairs, Sampler, Teacher, Train
-from dmd2.presets import parse, read_yaml
+from dmd2.presets import parse, read_mapping, read_yaml
 
 VERSIONS = {
     "shards": 1,
@@ -77,4 +76,4 @@ def read_spec(text_or_path: str) -> Spec:
     """A spec from its canonical string, or from a file with `@FILE` (JSON or YAML)."""
     if text_or_path.startswith("@"):
         return parse(Spec, read_yaml(text_or_path[1:]), text_or_path[1:])
-    return parse(Spec, yaml.safe_load(text_or_path), "--spec")
+    return parse(Spec, read_mapping(text_or_path, "--spec"), "--spec")
