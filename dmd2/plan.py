@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dmd2.config import Data, Preset, Run
+from dmd2.config import Data, Evaluation, Preset, Run
 from dmd2.errors import UserError
 from dmd2.presets import load_preset, load_run
 from dmd2.spec import Spec
@@ -22,6 +22,8 @@ class Plan:
         self.folder = Path(folder)
         self.preset: Preset = load_preset(folder, preset, overrides)
         self._runs: dict[str, Run] = {}
+        for name in self.preset.runs:  # so that an adjustment of a run that does not exist is noticed
+            self.run(name)
 
     def run(self, name: str) -> Run:
         """The run `name` on this preset. Raises UserError for an unknown name or keys that contradict."""
@@ -41,6 +43,10 @@ class Plan:
     def _data(self) -> Data:
         """The data section without its path: where a data set lies does not decide what is made of it."""
         return self.preset.data.model_copy(update={"path": None})
+
+    def _evaluation(self, *keys: str) -> Evaluation:
+        """The evaluation keys that a stage reads, the others at their defaults: they are not to decide its digest."""
+        return Evaluation(**self.preset.evaluation.model_dump(include={"seed", "rounding", *keys}))
 
     @cached_property
     def shards(self) -> Spec:
@@ -94,7 +100,8 @@ class Plan:
     def sample(self, entry: str) -> Spec:
         """The samples of an entry."""
         model, name = self.split(entry)
-        sections = {"data": self._data, "teacher": self.preset.teacher, "evaluation": self.preset.evaluation}
+        evaluation = self._evaluation("num_samples", "num_blocks")
+        sections = {"data": self._data, "teacher": self.preset.teacher, "evaluation": evaluation}
         sections["sampler"] = self.preset.samplers[name]
         if model == "teacher":
             return Spec.of("sample", entry, {"model": self.teacher}, **sections)
@@ -105,7 +112,8 @@ class Plan:
         upstream = {"reference": self.reference, "features": self.features}
         if entry != "floor":
             upstream["samples"] = self.sample(entry)
-        sections = {"data": self._data, "features": self.preset.features, "evaluation": self.preset.evaluation}
+        evaluation = self._evaluation("num_samples", "num_blocks", "covariance_start")
+        sections = {"data": self._data, "features": self.preset.features, "evaluation": evaluation}
         return Spec.of("metrics", entry, upstream, **sections)
 
     def curve(self, run: str) -> Spec:
@@ -119,7 +127,7 @@ class Plan:
             data=self._data,
             teacher=preset.teacher,
             features=preset.features,
-            evaluation=preset.evaluation,
+            evaluation=self._evaluation("covariance_start", "curve_samples"),
             train=self.run(run).train,
         )
 

@@ -1,0 +1,132 @@
+"""Which edit runs which stage again: the digests of every stage before and after an edit."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmd2.plan import Plan
+from dmd2.spec import VERSIONS, Spec
+
+FOLDER = Path(__file__).parent.parent / "workflow"
+RUNS = ("dmd", "noreg_ttur", "dmd2", "dmd2_long", "gan")
+TEACHER_ENTRIES = ("teacher/ode", "teacher/sde")
+ENTRIES = (*TEACHER_ENTRIES, *(f"{run}/student" for run in RUNS))
+
+
+def digests(plan: Plan) -> dict[str, str]:
+    """The digest of every stage, and the string that Snakemake compares."""
+    specs = {name: getattr(plan, name) for name in ("shards", "latents", "teacher", "pairs", "features", "reference")}
+    specs["floor"] = plan.metrics("floor")
+    for run in RUNS:
+        specs[f"train {run}"], specs[f"curve {run}"] = plan.train(run), plan.curve(run)
+    for entry in ENTRIES:
+        specs[f"sample {entry}"], specs[f"metrics {entry}"] = plan.sample(entry), plan.metrics(entry)
+    return {name: spec.digest for name, spec in specs.items()}
+
+
+BEFORE = digests(Plan(FOLDER, "digits"))
+
+
+def changed(overrides: dict[str, Any]) -> set[str]:
+    after = digests(Plan(FOLDER, "digits", overrides))
+    return {name for name in BEFORE if BEFORE[name] != after[name]}
+
+
+def of_runs(*runs: str) -> set[str]:
+    return {
+        stage
+        for run in runs
+        for stage in (f"train {run}", f"curve {run}", f"sample {run}/student", f"metrics {run}/student")
+    }
+
+
+def all_of(*stages: str) -> set[str]:
+    return {name for name in BEFORE if name.split()[0] in stages}
+
+
+TEACHER = {"teacher", "pairs", *of_runs(*RUNS)} | {f"{s} {e}" for s in ("sample", "metrics") for e in TEACHER_ENTRIES}
+MEASURES = all_of("metrics", "curve", "floor")
+
+TABLE: list[tuple[dict[str, Any], set[str]]] = [
+    # Words, and how to execute: nothing.
+    ({"description": "other words"}, set()),
+    ({"runtime": {"log_every": 7, "checkpoint_every": 9, "sample_batch_size": 3, "device": "cpu"}}, set()),
+    ({"gpus": 2}, set()),
+    # The data: everything.
+    ({"data": {"shard_size": 250}}, set(BEFORE)),
+    ({"data": {"image_format": "webp"}}, set(BEFORE)),
+    ({"data": {"path": "elsewhere"}}, set(BEFORE)),
+    # The teacher: what is in its space, what it trains and makes; no feature statistics.
+    ({"teacher": {"training": {"iterations": 1300}}}, TEACHER),
+    ({"teacher": {"training": {"seed": 1}}}, TEACHER),
+    ({"teacher": {"network": {"num_blocks": 2}}}, TEACHER | {"latents"}),
+    ({"teacher": {"sigma_max": 60}}, TEACHER | {"latents"}),
+    # Features: what is measured with them; nothing is trained or sampled.
+    ({"features": {"epochs": 7}}, MEASURES | {"features", "reference"}),
+    # Pairs: the run that reads them.
+    ({"pairs": {"num_pairs": 2500}}, {"pairs", *of_runs("dmd")}),
+    # Samplers: the entries they make, and the pairs of the one that makes pairs.
+    ({"samplers": {"sde": {"s_churn": 30}}}, {"sample teacher/sde", "metrics teacher/sde"}),
+    (
+        {"samplers": {"ode": {"num_steps": 20}}},
+        {"sample teacher/ode", "metrics teacher/ode", "pairs", *of_runs("dmd")},
+    ),
+    ({"samplers": {"new": {"kind": "heun", "num_steps": 5}}}, set()),
+    # Evaluation: each stage by the keys that it reads; nothing is trained.
+    ({"evaluation": {"num_samples": 1797}}, all_of("sample", "metrics", "floor")),
+    ({"evaluation": {"num_blocks": 2}}, all_of("sample", "metrics", "floor")),
+    ({"evaluation": {"seed": 1}}, MEASURES | all_of("sample")),
+    ({"evaluation": {"rounding": "truncate"}}, MEASURES | all_of("sample")),
+    ({"evaluation": {"covariance_start": "ones"}}, MEASURES),
+    ({"evaluation": {"curve_samples": 599}}, all_of("curve")),
+    # Training: all runs, or the one, with those that start from it.
+    ({"train": {"batch_size": 32}}, of_runs(*RUNS)),
+    ({"train": {"gan_loss": "hinge"}}, of_runs(*RUNS)),
+    ({"runs": {"dmd": {"regression_weight": 0.5}}}, of_runs("dmd")),
+    ({"runs": {"noreg_ttur": {"critic_learning_rate": 1e-3}}}, of_runs("noreg_ttur", "dmd2_long")),
+    ({"runs": {"dmd2_long": {"iterations": 1100}}}, of_runs("dmd2_long")),
+    # The same thing in other words: nothing.
+    ({"train": {"gan_generator_weight": "3e-2", "iterations": 2500, "seed": 10}}, set()),
+    ({"train": {"generator_learning_rate": 0.0005}}, set()),
+]
+
+
+@pytest.mark.parametrize(("overrides", "stages"), TABLE, ids=[str(row[0]) for row in TABLE])
+def test_edit_changes_the_digests_of_exactly_these_stages(overrides: dict[str, Any], stages: set[str]):
+    assert changed(overrides) == stages
+
+
+def test_edit_of_a_runs_file_changes_that_run_and_its_children(tmp_path: Path):
+    for part in ("presets", "runs"):
+        shutil.copytree(FOLDER / part, tmp_path / part)
+    path = tmp_path / "runs" / "noreg_ttur.yaml"
+    path.write_text(path.read_text() + "# a comment\n")
+    assert digests(Plan(tmp_path, "digits")) == BEFORE, "a comment runs nothing"
+    path.write_text(path.read_text().replace("train: {", "train: {weight_decay: 0.02, "))
+    after = digests(Plan(tmp_path, "digits"))
+    # dmd extends noreg, which extends noreg_ttur; dmd2_long starts from its networks.
+    assert {name for name in BEFORE if BEFORE[name] != after[name]} == of_runs("noreg_ttur", "dmd", "dmd2_long")
+
+
+def test_digest_covers_version_and_upstream_but_not_the_name(monkeypatch: pytest.MonkeyPatch):
+    plan = Plan(FOLDER, "digits")
+    train = plan.run("dmd2").train
+
+    def spec(name: str = "dmd2", **upstream: Spec) -> Spec:
+        return Spec.of("train", name, upstream, train=train)
+
+    assert spec().digest == spec("other name").digest
+    assert spec(teacher=plan.teacher).digest != spec().digest
+    assert spec(teacher=plan.teacher).digest != spec(teacher=plan.shards).digest
+    before = spec().digest
+    monkeypatch.setitem(VERSIONS, "train", VERSIONS["train"] + 1)
+    assert spec().digest != before
+
+
+def test_canonical_string_says_every_default_and_has_no_white_space():
+    text = Plan(FOLDER, "digits").train("dmd2").to_json()
+    assert '"grad_clip":10.0' in text
+    assert " " not in text
+    assert "\n" not in text
