@@ -14,7 +14,7 @@ from dmd2.config import Runtime
 from dmd2.datasets.loader import Loader, to_batch, to_pairs
 from dmd2.denoiser import Cond, Teacher
 from dmd2.fitting import fit, log
-from dmd2.records import atomic, write_json, write_record
+from dmd2.records import atomic, write_json, write_record, write_text
 from dmd2.spec import Spec
 from dmd2.stages.weights import open_teacher, open_weights
 from dmd2.teacher_training import TeacherFit
@@ -67,7 +67,7 @@ def teacher(spec: Spec, latents: Path, state_root: Path, weights: Path, train_lo
     initial = load_teacher(config, spec.need("data"), seed=config.training.seed if config.training else 0)
     if config.training is None:
         save_weights(weights, initial.denoiser.state_dict())
-        train_log.write_text("")
+        write_text(train_log, "")
         write_record(weights, spec, iterations=0, origin="file" if config.weights else "closed form")
         return
     training = config.training
