@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import socket
 import time
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from dmd2 import distributed
 from dmd2.errors import UserError
 from dmd2.records import atomic, read_json, sha256, write_json
 
@@ -33,7 +35,7 @@ class CheckpointStore:
     """The state folder of one training run; a context manager that holds its lease.
 
     The lease is an operating-system lock, so it ends with the process however that dies. A second process gets a
-    UserError naming the holder.
+    UserError naming the holder. Of several ranks the first alone writes, and holds the lease for all.
     """
 
     def __init__(self, folder: Path | str, digest: str, *, keep: int = 2, warn: Warn = None):
@@ -44,6 +46,8 @@ class CheckpointStore:
         self._lock = FileLock(self.folder / "lock")
 
     def __enter__(self) -> Self:
+        if distributed.rank() > 0:
+            return self
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -51,6 +55,8 @@ class CheckpointStore:
             raise UserError(f"{self.folder}: in use by {self._owner()}; wait for it or stop it") from None
         me = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID"), "since": _now()}
         write_json(self.folder / "owner.json", me)
+        for cut_off in self.folder.glob(".*.tmp"):  # what a killed process was writing
+            cut_off.unlink()
         return self
 
     def __exit__(
@@ -87,7 +93,7 @@ class CheckpointStore:
             path = self._path(step)
             try:
                 return self._read(path)
-            except (UserError, OSError, RuntimeError, EOFError, ValueError) as error:
+            except (UserError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
                 if isinstance(error, ForeignCheckpoint):
                     raise
                 self._note(f"{error}; falling back to the checkpoint before")
@@ -118,7 +124,11 @@ class CheckpointStore:
         return path
 
     def clear(self) -> None:
-        """Removes the folder's content after its results were published; the lock file goes with it."""
+        """Removes the folder's content after its results were published; the lock file goes with it.
+
+        The mark of earlier checkpoints goes first: a removal that is cut off leaves nothing that stops the next run.
+        """
+        (self.folder / "newest.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _steps(self) -> list[int]:

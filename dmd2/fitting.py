@@ -114,8 +114,9 @@ def fit(
                     log.warning("%s: iteration %d: %s", title, done, warning)
             if done in snapshots and is_main:
                 store.save_weights(f"snapshot-{done:08d}", trainee.export())
-            if (due or stopping or done == iterations) and is_main:
-                store.save(done, trainee.state_dict(), **clock.read())
+            if due or stopping or done == iterations:
+                if is_main:
+                    store.save(done, trainee.state_dict(), **clock.read())
                 saved_at = time.monotonic()
             if stopping:
                 raise Interrupted(stop.received or signal.SIGTERM, done)
