@@ -30,6 +30,7 @@ rule pairs:
         manifest=f"{DATA}/pairs/manifest.json",
     log:
         f"{LOGS}/pairs.log",
+    priority: 20  # the run that waits for them takes longest
     conda:
         "../../environment.yml"
     resources:

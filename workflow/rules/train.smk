@@ -16,6 +16,7 @@ rule train:
         train_log=f"{RESULTS}/{{run}}/train_log.jsonl",
     log:
         f"{LOGS}/train/{{run}}.log",
+    priority: 10
     conda:
         "../../environment.yml"
     resources:
