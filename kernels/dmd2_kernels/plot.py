@@ -49,7 +49,7 @@ def traffic(axes: Axes, rows: Rows) -> None:
 
 def draw(rows: Rows, path: Path) -> None:
     """Write the figure of the rows, the same bytes for the same rows."""
-    mpl.rcParams["svg.hashsalt"] = "dmd2_kernels"
+    mpl.rcParams |= {"svg.hashsalt": "dmd2_kernels", "svg.fonttype": "none"}
     timed = [row for row in rows if row["mode"] == "full" and row["achieved_GBps"]]
     counted = [row for row in rows if row["bytes_moved"] and not row["op"].startswith("gan")]
     figure, axes = plt.subplots(figsize=(7, 4 if timed else 1 + 0.11 * len(counted)), layout="constrained")

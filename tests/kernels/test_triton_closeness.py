@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from closeness import assert_relative, assert_rounded_once
+from closeness import assert_layout_and_dtype_do_not_matter, assert_relative, assert_rounded_once
 from torch import Tensor
 
 import dmd2_kernels as dk
@@ -158,6 +158,10 @@ def test_special_values_equal_those_of_the_reference(device: str) -> None:
         for mine, true in zip(got, expected, strict=True):
             torch.testing.assert_close(mine.detach(), true, equal_nan=True)
         torch.testing.assert_close(got_grad, expected_grad)
+
+
+def test_non_contiguous_and_mixed_dtypes_give_the_answer_of_contiguous_float32(device: str) -> None:
+    assert_layout_and_dtype_do_not_matter(device)
 
 
 def test_nan_logits_are_not_hidden(device: str) -> None:
