@@ -29,7 +29,7 @@ class TrainLog:
         self._counts: dict[str, int] = {}
         if enabled:
             write_text(self._path, "".join(line + "\n" for line in _rows_up_to(self._path, start)))
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def __enter__(self) -> Self:
         return self
