@@ -23,7 +23,7 @@ class Plan:
         self.preset: Preset = load_preset(folder, preset, overrides)
         self._runs: dict[str, Run] = {}
         for name in self.preset.runs:  # so that an adjustment of a run that does not exist is noticed
-            self.run(name)
+            self._asked(name, f"preset {preset}: `runs.{name}`")
 
     def run(self, name: str) -> Run:
         """The run `name` on this preset. Raises UserError for an unknown name or keys that contradict."""
@@ -31,6 +31,13 @@ class Plan:
             self._runs[name] = load_run(self.folder, name, self.preset)
             self._check_ancestors(name)
         return self._runs[name]
+
+    def _asked(self, name: str, where: str) -> Run:
+        """The run `name`; an error begins with `where` it was asked for."""
+        try:
+            return self.run(name)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
     def _check_ancestors(self, name: str) -> None:
         chain = [name]
@@ -148,5 +155,5 @@ class Plan:
             wanted = "a heun sampler" if model == "teacher" else "a few_step sampler"
             raise UserError(f"entry {entry}: {model} needs {wanted}, but {name} is {kind}")
         if model != "teacher":
-            self.run(model)
+            self._asked(model, f"entry {entry}")
         return model, name

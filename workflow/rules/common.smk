@@ -36,6 +36,12 @@ ENTRIES = {name: needed(table) for name, table in TABLES.items()}
 SAMPLED = sorted(
     {entry for entries in ENTRIES.values() for entry in entries} - {"floor"}
 )
+for (
+    entry
+) in (
+    SAMPLED
+):  # a mistake in a row or its run is told here, in one line, and not by the job that needs it
+    or_stop(PLAN.split, entry)
 STUDENTS = [
     run for run in RUNS if any(entry.startswith(f"{run}/") for entry in SAMPLED)
 ]
@@ -84,8 +90,6 @@ def start_of(wildcards):
 
 def metrics_file(entry):
     """The metrics record of an entry, or of the floor."""
-    if entry != "floor":
-        or_stop(PLAN.split, entry)
     return f"{RESULTS}/{entry}/metrics.json"
 
 
