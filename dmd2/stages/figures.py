@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import yaml
 
+from dmd2.config import Preset, Run
 from dmd2.datasets import ShardReader
 from dmd2.figures import brightness_figure, curves_figure, fid_curve_figure
+from dmd2.presets import parse
 from dmd2.records import write_text
 from dmd2.sheets import by_class, compare_png, grid_png
 
@@ -52,6 +55,9 @@ def _first(manifest: Path, num: int = 2000) -> tuple[np.ndarray, np.ndarray]:
 
 
 def configuration(preset: str, runs: str, out: Path) -> None:
-    """The resolved preset and runs as YAML, with every default written out."""
-    content = {"preset": yaml.safe_load(preset), "runs": yaml.safe_load(runs)}
+    """The resolved preset and runs as YAML, with every default written out, keys in the order of their models."""
+    content = {
+        "preset": parse(Preset, json.loads(preset), "preset").model_dump(mode="json"),
+        "runs": {name: parse(Run, run, "run").model_dump(mode="json") for name, run in json.loads(runs).items()},
+    }
     write_text(out, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))

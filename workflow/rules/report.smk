@@ -109,9 +109,10 @@ rule configuration:
     conda:
         "../../environment.yml"
     params:
-        preset=PRESET.model_dump_json(),
+        preset=json.dumps(PRESET.model_dump(mode="json"), sort_keys=True),
         runs=lambda wildcards: json.dumps(
-            {run: or_stop(PLAN.run, run).model_dump(mode="json") for run in STUDENTS}
+            {run: PLAN.run(run).model_dump(mode="json") for run in STUDENTS},
+            sort_keys=True,
         ),
     shell:
         "launch.sh 0 --log {log} configuration {params.preset:q} {params.runs:q} --out {output}"

@@ -5,7 +5,7 @@ from hashlib import sha256
 rule table:
     input:
         metrics=metrics_files,
-        source=FOLDER / "tables/{table}.yaml",
+        source=os.path.relpath(FOLDER / "tables/{table}.yaml"),  # so that a moved checkout has nothing to do
     output:
         csv=report(
             "results/{table}.csv",
