@@ -160,10 +160,16 @@ def _check(images: Images, labels: Labels, data: config.Data) -> None:
 
 
 def _initialised(data: config.Data, rng: torch.Generator) -> Classifier:
-    """A classifier with PyTorch's default weights, drawn from `rng` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
-        return Classifier(data.channels, data.resolution, data.num_classes)
+    """A classifier with He et al.'s uniform weights, drawn from `rng` alone."""
+    with torch.device("meta"):  # where nothing is drawn
+        network = Classifier(data.channels, data.resolution, data.num_classes)
+    network.to_empty(device="cpu")
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, nonlinearity="relu", generator=rng)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    network.scale.fill_(1)
+    return network
 
 
 def _fit(network: Classifier, x: Tensor, y: Tensor, features: config.Features, rng: torch.Generator) -> None:
