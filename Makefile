@@ -12,7 +12,7 @@ RUN := source .venv/bin/activate &&
 SNAKEMAKE := $(RUN) snakemake --cores $(CORES) --config preset=$(PRESET)
 
 TABLES := table1 table2 table3 table4 table5 table6
-.PHONY: help setup $(TABLES) tables report test fast-test lint format dag bench
+.PHONY: help setup $(TABLES) tables report test fast-test lint aot format dag bench
 help:
 	@sed -n '1,4p' Makefile | cut -c3-
 
@@ -46,6 +46,9 @@ lint: $(SETUP)
 	@$(RUN) ruff check . && ruff format --check . && mypy && lint-imports && snakefmt --check Snakefile workflow \
 	    && snakemake --lint && python -m dmd2_kernels.lint
 
+aot: $(SETUP)
+	@$(RUN) env -u TRITON_INTERPRET python -m dmd2_kernels.aot --arch 80,90,100 --check --jobs 2
+
 format: $(SETUP)
 	@$(RUN) ruff check --fix . ; ruff format . ; snakefmt Snakefile workflow
 
@@ -53,4 +56,5 @@ dag: $(SETUP)
 	@$(SNAKEMAKE) --rulegraph mermaid-js -- results/table1.csv results/table3.csv
 
 bench: $(SETUP)
-	@$(RUN) python -m dmd2_kernels.bench && python -m dmd2.bench --preset $(PRESET)
+	@$(RUN) python -m dmd2_kernels.bench && python -m dmd2_kernels.plot results/bench/kernels.csv kernels/bench.svg \
+	    && python -m dmd2.bench --preset $(PRESET)
