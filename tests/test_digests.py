@@ -85,7 +85,7 @@ TABLE: list[tuple[dict[str, Any], set[str]]] = [
     ({"train": {"batch_size": 32}}, of_runs(*RUNS)),
     ({"train": {"gan_loss": "hinge"}}, of_runs(*RUNS)),
     ({"runs": {"dmd": {"regression_weight": 0.5}}}, of_runs("dmd")),
-    ({"runs": {"noreg_ttur": {"critic_learning_rate": 1e-3}}}, of_runs("noreg_ttur", "dmd2_long")),
+    ({"runs": {"noreg_ttur": {"critic_learning_rate": 3e-3}}}, of_runs("noreg_ttur", "dmd2_long")),
     ({"runs": {"dmd2_long": {"iterations": 1100}}}, of_runs("dmd2_long")),
     # The same thing in other words: nothing.
     ({"train": {"gan_generator_weight": "3e-2", "iterations": 2500, "seed": 10}}, set()),
