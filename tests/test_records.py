@@ -55,6 +55,14 @@ def test_failed_write_leaves_the_file_before_and_nothing_else(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_file_is_replaced_and_not_written_over(tmp_path: Path):
+    path, seen = tmp_path / "file", tmp_path / "as a reader has it open"
+    write_text(path, "before")
+    os.link(path, seen)
+    write_text(path, "after")
+    assert (seen.read_text(), path.read_text()) == ("before", "after")
+
+
 def test_failure_to_reach_the_disk_leaves_the_file_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
