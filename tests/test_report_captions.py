@@ -22,7 +22,8 @@ def render(path: Path, preset: str | None, **params: object) -> str:
         params=params,
     )
     complaints = io.StringIO()
-    text = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(path.read_text(encoding="utf-8") + LINKS)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(path.read_text(encoding="utf-8") + LINKS)
     settings = {"warning_stream": complaints, "report_level": 2}
     html = publish_parts(text.render(snakemake=job), writer="html", settings_overrides=settings)["html_body"]
     assert complaints.getvalue() == ""
