@@ -60,8 +60,8 @@ class FiniteGuard:
             return
         terms = ", ".join(name for name, flag in self._bad.items() if flag.item())
         raise UserError(
-            f"step {int(self._step.item()) + 1}: {terms} not finite; the update was not made and the last checkpoint "
-            f"is kept. Lower the learning rate or the loss weights, or check the data for NaN"
+            f"step {int(self._step.item()) + 1}: {terms} not finite; training stopped before that update, and the last "
+            f"checkpoint is kept. Lower the learning rate or the loss weights, or check the data for NaN"
         )
 
 
