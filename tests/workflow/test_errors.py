@@ -1,0 +1,138 @@
+"""A mistake in the configuration stops the workflow before its first job, in one line with the remedy."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkout import REPOSITORY, Checkout
+
+from dmd2.errors import UserError
+from dmd2.plan import Plan
+from dmd2.tables import load_table, needed
+
+RUN, TABLE = "runs/gan.yaml", "tables/table3.yaml"
+ROW = "measure: dmd2/student}"
+
+KEYS = {
+    "unknown section": ({"trian": {"iterations": 5}}, "unknown key `trian`; did you mean 'train'?"),
+    "unknown option": ({"prest": "smoke"}, "unknown key `prest`; known: data, description, evaluation"),
+    "unknown key": ({"train": {"iteratoins": 5}}, "unknown key `train.iteratoins`; did you mean 'iterations'?"),
+    "unknown key of a run": (
+        {"runs": {"gan": {"seeds": 5}}},
+        "run gan on preset smoke: unknown key `seeds`; did you mean",
+    ),
+    "adjusts no run": ({"runs": {"gann": {"seed": 5}}}, "`runs.gann`: "),
+    "wrong type": ({"train": {"batch_size": "many"}}, "`train.batch_size` is 'many': input should be a valid integer"),
+    "out of range": (
+        {"evaluation": {"num_samples": 0}},
+        "`evaluation.num_samples` is 0: input should be greater than 0",
+    ),
+    "half a GAN": ({"train": {"gan_critic_weight": 0}}, "gan_critic_weight must both be 0 or both be positive"),
+    "two origins": ({"teacher": {"weights": {"path": "x"}}}, "teacher: set `training` or `weights`, not both"),
+    "unknown sampler": ({"pairs": {"sampler": "odd"}}, "pairs.sampler: no sampler 'odd'; known: ode, sde, student"),
+    "beyond the teacher": (
+        {"train": {"matching_levels": [20, 1000]}},
+        "matching_levels: 1000 is beyond the teacher's last level 999",
+    ),
+    "contradiction in a run": ({"runs": {"noreg": {"matching_weight": 0}}}, "nothing trains the generator"),
+    "starts from itself": ({"runs": {"dmd2": {"init_run": "dmd2"}}}, "init_run goes in a circle: dmd2 -> dmd2"),
+    "starts from no run": ({"runs": {"dmd2": {"init_run": "noreg_tur"}}}, "did you mean 'noreg_ttur'?"),
+}
+FILES = {
+    "key of a run": (
+        RUN,
+        "matching_weight",
+        "maching_weight",
+        "unknown key `maching_weight`; did you mean 'matching_weight'?",
+    ),
+    "parent of a run": (RUN, "extends: dmd2", "extends: dmd2s", "runs/dmd2s.yaml: no such file; did you mean 'dmd2'?"),
+    "section of a run": (RUN, "train:", "trian:", "run gan: unknown key `trian`; did you mean 'train'?"),
+    "not YAML": (RUN, "train: {", "train: {{", "runs/gan.yaml: not valid YAML"),
+    "model of a row": (TABLE, ROW, "measure: dmd3/student}", "entry dmd3/student: "),
+    "sampler of a row": (TABLE, ROW, "measure: dmd2/stdent}", "entry dmd2/stdent: no sampler 'stdent' in preset smoke"),
+    "wrong sampler": (TABLE, ROW, "measure: teacher/student}", "entry teacher/student: teacher needs a heun sampler"),
+    "key of a row": (TABLE, ROW, "mesure: dmd2/student}", "unknown key `rows.3.mesure`; did you mean 'measure'?"),
+    "id of a row": (TABLE, "id: t3.full", "id: t3.noreg", "row id 't3.noreg' stands twice"),
+}
+
+
+def complaint(folder: Path, overlay: dict[str, Any]) -> str:
+    """What planning every row of every table says."""
+    with pytest.raises(UserError) as caught:
+        plan_tables(folder, overlay)
+    return str(caught.value)
+
+
+def plan_tables(folder: Path, overlay: dict[str, Any]) -> None:
+    plan = Plan(folder, "smoke", overlay)
+    for path in sorted((folder / "tables").glob("*.yaml")):
+        for entry in needed(load_table(path)):
+            plan.metrics(entry)
+
+
+@pytest.mark.parametrize(("overlay", "words"), KEYS.values(), ids=KEYS.keys())
+def test_mistake_in_the_users_keys_is_told_in_one_line(overlay: dict[str, Any], words: str):
+    said = complaint(REPOSITORY / "workflow", overlay)
+    assert words in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(("path", "old", "new", "words"), FILES.values(), ids=FILES.keys())
+def test_mistake_in_a_file_is_told_in_one_line(tmp_path: Path, path: str, old: str, new: str, words: str):
+    folder = shutil.copytree(REPOSITORY / "workflow", tmp_path / "workflow")
+    text = (folder / path).read_text()
+    assert old in text
+    (folder / path).write_text(text.replace(old, new))
+    said = complaint(folder, {})
+    assert words in said
+    assert "\n" not in said
+
+
+def test_every_mistake_of_a_file_is_told_at_once():
+    said = complaint(REPOSITORY / "workflow", {"train": {"iteratoins": 5}, "features": {"epochs": -1}})
+    assert [line.partition(": ")[0] for line in said.splitlines()] == ["preset smoke", "preset smoke"]
+    assert "`train.iteratoins`" in said
+    assert "`features.epochs` is -1: input should be greater than 0" in said
+
+
+def refuse(checkout: Checkout, words: str, **options: Any) -> None:
+    """Asserts that a real run fails in one line with `words`, and that it started nothing."""
+    done = checkout.snakemake("--cores", "1", **options)
+    assert done.returncode == 1, done.stdout
+    assert len([line for line in done.stdout.splitlines() if words in line]) == 1, done.stdout
+    assert "Traceback" not in done.stdout
+    for folder in ("data", "results", "logs", "state"):
+        assert not (checkout / folder).exists(), f"a job was started: {folder}/ is there"
+
+
+@pytest.mark.parametrize("name", ["unknown section", "half a GAN", "contradiction in a run"])
+def test_mistake_in_the_users_keys_stops_snakemake_before_any_job(fresh: Checkout, name: str):
+    overlay, words = KEYS[name]
+    refuse(fresh, words, overlay=overlay)
+
+
+@pytest.mark.parametrize("name", ["key of a run", "model of a row", "key of a row"])
+def test_mistake_in_a_file_stops_snakemake_before_any_job(fresh: Checkout, name: str):
+    path, old, new, words = FILES[name]
+    with fresh.edited(f"workflow/{path}", old, new):
+        refuse(fresh, words)
+
+
+def test_unknown_preset_stops_snakemake_before_any_job(fresh: Checkout):
+    refuse(fresh, "smok.yaml: no such file; did you mean 'smoke'?", config="preset=smok")
+
+
+def test_planning_imports_neither_torch_nor_triton(fresh: Checkout, tmp_path: Path):
+    for name in ("torch", "triton", "torchvision"):
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported while planning')\n")
+    done = fresh.snakemake("-n", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stdout
+    assert "rule train:" in done.stdout
+
+
+def test_gpu_job_gets_a_gpu_under_the_default_profile(fresh: Checkout):
+    done = fresh.snakemake("results/smoke/gan/generator.safetensors", "-n", overlay={"gpus": 1})
+    resources = [line for line in done.stdout.splitlines() if line.startswith("    resources:") and "state=" in line]
+    assert len(resources) == 2, done.stdout  # teacher and train
+    assert all("gpu=1" in line for line in resources)
