@@ -60,11 +60,6 @@ class EDMDenoiser(Denoiser):
         return expand(c_skip, x) * x + expand(c_out, x) * out, features
 
 
-def edm_loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
-    """EDM's lambda (table 1): (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, that is sigma^-2 + sigma_data^-2."""
-    return sigma.pow(-2) + sigma_data**-2
-
-
 def build_denoiser(teacher: config.Teacher, data: config.Data) -> EDMDenoiser:
     """The denoiser that a configuration describes, with uninitialised weights; `torch.device("meta")` works."""
     shape = (data.channels, data.resolution, data.resolution)

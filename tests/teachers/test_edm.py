@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from dmd2 import config
 from dmd2.denoiser import Teacher
 from dmd2.errors import UserError
+from dmd2.objective import critic_weight
 from dmd2.teachers import load_teacher
-from dmd2.teachers.edm import EDMDenoiser, edm_loss_weight
+from dmd2.teachers.edm import EDMDenoiser
 from dmd2.teachers.weights import load_weights
 
 DATA = config.Data(source="digits", resolution=8, channels=1, num_classes=10, levels=17)
@@ -64,8 +65,8 @@ def test_preconditioning_keeps_the_input_at_small_noise_and_forgets_it_at_large(
 def test_loss_weight_undoes_the_output_scale():
     sigma = torch.tensor([0.002, 0.5, 80.0])
     c_out = sigma * 0.5 / (sigma.square() + 0.25).sqrt()
-    torch.testing.assert_close(edm_loss_weight(sigma, 0.5), c_out.pow(-2))
-    assert float(edm_loss_weight(sigma, 0.5)[0]) == pytest.approx(250_004, rel=1e-5)
+    torch.testing.assert_close(critic_weight(sigma, 0.5), c_out.pow(-2))
+    assert float(critic_weight(sigma, 0.5)[0]) == pytest.approx(250_004, rel=1e-5)
 
 
 def test_tap_is_the_bottleneck_of_the_full_forward_pass():
