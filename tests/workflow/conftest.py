@@ -8,6 +8,11 @@ from checkout import Checkout
 from filelock import FileLock
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Gives the test that makes the finished run, or waits for it, time for it on a busy machine too."""
+    item.add_marker(pytest.mark.timeout(1800))
+
+
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """A checkout of this worker's own in which nothing was run. A test that runs jobs copies it."""
