@@ -13,8 +13,8 @@ from dmd2.plan import Plan
 
 RUN = "dmd2"
 TARGET = f"results/smoke/{RUN}/generator.safetensors"
-OUTPUTS = ("generator.safetensors", "networks.safetensors", "snapshots/00000020.safetensors")
-ITERATIONS = 40  # of preset smoke
+OUTPUTS = ("generator.safetensors", "networks.safetensors", "snapshots/00000010.safetensors")
+ITERATIONS = 20  # of preset smoke
 OFTEN = {"runtime": {"checkpoint_every": 2}}  # execution settings: the run's digest stays that of the finished one
 DEADLINE_S = 240
 

@@ -76,7 +76,7 @@ def test_measured_row_says_how_it_came_about(finished: Checkout, number: int):
         assert float(row["fid"]) > 0
         assert float(row["fid_sd"]) > 0
         assert float(row["pixel_fd"]) > 0
-        assert (row["num_samples"], row["num_blocks"]) == ("599", "2")
+        assert (row["num_samples"], row["num_blocks"]) == ("300", "2")
         assert row["commit"] == head
         assert re.fullmatch("[0-9a-f]{16}", row["config_digest"])
         assert re.fullmatch("classifier [0-9a-f]{12}", row["features"])
@@ -92,10 +92,10 @@ def test_ablation_rows_state_their_training(finished: Checkout):
     """Rows of table 3 have the same iterations; one update in five moves the generator, or each of them."""
     updates = {row["row_id"]: row["generator_updates"] for row in table(finished, 3) if row["run"] != "data"}
     assert updates == {
-        **dict.fromkeys(("t3.noreg_ttur", "t3.full", "t3.gan_ttur"), "8"),
-        **dict.fromkeys(("t3.dmd", "t3.noreg", "t3.gan"), "40"),
+        **dict.fromkeys(("t3.noreg_ttur", "t3.full", "t3.gan_ttur"), "4"),
+        **dict.fromkeys(("t3.dmd", "t3.noreg", "t3.gan"), "20"),
     }
-    assert {row["iterations"] for row in table(finished, 3) if row["run"] != "data"} == {"40"}
+    assert {row["iterations"] for row in table(finished, 3) if row["run"] != "data"} == {"20"}
 
 
 @pytest.mark.parametrize("number", range(1, 7))
@@ -149,7 +149,7 @@ def test_figure_is_drawn_with_every_run(finished: Checkout, name: str):
 def test_curve_has_a_row_per_snapshot(finished: Checkout):
     with (finished / "results/smoke/dmd2/curve.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["step"], row["generator_updates"]) for row in rows] == [("20", "4"), ("40", "8")]
+    assert [(row["step"], row["generator_updates"]) for row in rows] == [("10", "2"), ("20", "4")]
     assert all(float(row["fid"]) > 0 for row in rows)
 
 

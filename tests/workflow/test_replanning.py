@@ -44,11 +44,11 @@ EVERYTHING = (
 KEYS = {
     "data.shard_size": ({"data": {"shard_size": 200}}, EVERYTHING),
     "teacher.training": (
-        {"teacher": {"training": {"iterations": 201}}},
+        {"teacher": {"training": {"iterations": 101}}},
         {"teacher", "pairs"} | trained(*RUNS) | sampled(*ENTRIES),
     ),
     "features.epochs": (
-        {"features": {"epochs": 3}},
+        {"features": {"epochs": 2}},
         {"features", "reference"} | MEASURED | tables_with(*ENTRIES),
     ),
     "samplers.ode": (
@@ -69,7 +69,7 @@ KEYS = {
     ),
     "a run that another starts from": ({"runs": {"noreg_ttur": {"seed": 11}}}, trained("noreg_ttur", "dmd2_long")),
     "execution and words": (
-        {"runtime": {"log_every": 5, "sample_batch_size": 64}, "gpus": 1, "description": "The same."},
+        {"runtime": {"log_every": 7, "sample_batch_size": 64}, "gpus": 1, "description": "The same."},
         set(),
     ),
 }
