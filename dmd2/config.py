@@ -19,6 +19,15 @@ class Model(BaseModel):
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """One word, so that (seed, step, rank) never means the same numbers as another such triple."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["fp32", "bf16"]
+"""What networks compute in; weights, preconditioning and losses stay float32."""
+
+
+class WeightsFile(Model):
+    """A file that the user supplies, or that a rule fetches (`workflow/downloads.yaml`)."""
+
+    path: str
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
 
 
 class Data(Model):
@@ -32,17 +41,20 @@ class Data(Model):
     levels: int = Field(256, ge=2, le=256, description="grey levels of the source; samples are rounded to them")
     shard_size: int = Field(1000, gt=0, description="samples per shard")
     image_format: Literal["png", "webp"] = "webp"  # lossless either way
+    max_unreadable: int = Field(0, ge=0, description="images that may be left out because they cannot be read")
 
 
 class Network(Model):
-    """EDM's ADM U-Net (Dhariwal and Nichol 2021, as in EDM's `DhariwalUNet`)."""
+    """EDM's U-Nets: ADM (Dhariwal and Nichol 2021, EDM's `DhariwalUNet`), or DDPM++ (Song et al. 2021, `SongUNet`)."""
 
+    arch: Literal["adm", "ddpmpp"] = "adm"
     model_channels: int = Field(192, gt=0)
     channel_mult: tuple[int, ...] = (1, 2, 3, 4)
     channel_mult_emb: int = Field(4, gt=0)
     num_blocks: int = Field(3, gt=0)
     attn_resolutions: tuple[int, ...] = (32, 16, 8)
-    channels_per_head: int = Field(64, gt=0)
+    channels_per_head: int = Field(64, gt=0, description="adm; ddpmpp has one head")
+    augment_dim: int = Field(0, ge=0, description="ddpmpp: width of EDM's augmentation input, which is always 0 here")
     dropout: float = Field(0.0, ge=0, lt=1)  # 0.1 trained the published teacher; DMD2's networks use 0
 
 
@@ -61,13 +73,6 @@ class TeacherTraining(Model):
     p_mean: float = -1.2
     p_std: float = Field(1.2, gt=0)
     grad_clip: float = Field(10.0, gt=0)
-
-
-class WeightsFile(Model):
-    """A weight file that the user supplies."""
-
-    path: str
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
 
 
 class Teacher(Model):
@@ -102,6 +107,7 @@ class Features(Model):
     batch_size: int = Field(64, gt=0)
     learning_rate: float = Field(2e-3, gt=0)
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the data kept back to measure accuracy")
+    reference: WeightsFile | None = Field(None, description="published statistics of the real images (EDM's .npz)")
 
 
 class Pairs(Model):
@@ -122,6 +128,8 @@ class Sampler(Model):
     s_min: float = Field(0.0, ge=0)
     s_max: float | None = None
     s_noise: float = Field(1.0, gt=0)
+    precision: Precision = "fp32"  # of the network; the released code evaluates in fp32
+    checkpoint: Literal["last", "best"] = Field("last", description="of a student: best by FID on the curve, or last")
 
     @model_validator(mode="after")
     def _steps_belong_to_heun(self) -> Self:
@@ -129,6 +137,8 @@ class Sampler(Model):
             raise ValueError("`num_steps` belongs to kind heun, and only there: a student's steps are its run's")
         if self.kind == "few_step" and (self.s_churn, self.s_min, self.s_max, self.s_noise) != (0.0, 0.0, None, 1.0):
             raise ValueError("`s_churn`, `s_min`, `s_max` and `s_noise` belong to kind heun, and only there")
+        if self.kind == "heun" and self.checkpoint == "best":
+            raise ValueError("`checkpoint` belongs to kind few_step: a teacher has one set of weights")
         if self.s_max is not None and self.s_max < self.s_min:
             raise ValueError(f"s_max {self.s_max} lies below s_min {self.s_min}: no step would be stochastic")
         return self
@@ -142,6 +152,8 @@ class Evaluation(Model):
     seed: Seed = 0
     rounding: Literal["round", "truncate"] = "round"  # EDM's protocol; the released DMD2 code truncates
     covariance_start: Literal["zeros", "ones"] = "zeros"  # the released DMD2 code starts the sum at ones
+    streamed: bool = Field(False, description="samples go to the statistics and only `num_shown` are stored as images")
+    num_shown: int = Field(100, gt=0, description="stored samples of a streamed evaluation, for the sheets")
     curve_samples: int = Field(5_000, gt=0, description="samples per snapshot of the FID-against-training curve")
 
 
@@ -161,6 +173,8 @@ class Train(Model):
     r1_weight: float = Field(0.0, ge=0, description="approximate R1 on the noised real sample; not in the paper")
     r1_sigma: float = Field(0.01, gt=0)
     regression_weight: float = Field(0.0, ge=0, description="original DMD; needs pairs")
+    regression_loss: Literal["mse", "lpips"] = "mse"  # the original DMD's is LPIPS, which needs vgg_weights
+    vgg_weights: WeightsFile | None = Field(None, description="torchvision's VGG-16, the network behind LPIPS")
     guidance_scale: float = Field(1.0, ge=1, description="of the real score")
 
     num_steps: int = Field(1, gt=0, description="generator steps")
@@ -169,6 +183,14 @@ class Train(Model):
         False,
         description="fake score and GAN see the same noised sample: one encoder pass less; not in the paper",
     )
+    share_levels: bool = Field(False, description="matching and GAN see the same noised sample; as FastGen")
+    turns: Literal["both", "disjoint"] = Field(
+        "both", description="whether the critic also moves on a generator step; disjoint as FastGen"
+    )
+    gan_features: Literal["critic", "teacher"] = Field("critic", description="what the discriminator sees")
+    gan_taps: int = Field(1, gt=0, description="encoder levels with a discriminator head, from the coarsest")
+    denoising_weighting: Literal["edm", "uniform"] = Field("edm", description="of the fake score's loss over sigma")
+    precision: Precision = "fp32"  # the paper trains ImageNet in bf16
     matching_levels: tuple[int, int] = (20, 980)
     critic_levels: tuple[int, int] = (0, 999)
     gan_levels: tuple[int, int] = (0, 999)
@@ -195,6 +217,12 @@ class Train(Model):
             raise ValueError("matching_weight and gan_generator_weight are both 0: nothing trains the generator")
         if self.share_critic_pass and self.has_gan and self.critic_levels != self.gan_levels:
             raise ValueError("share_critic_pass needs critic_levels and gan_levels to be equal")
+        if self.share_levels and self.matching_levels != self.gan_levels:
+            raise ValueError("share_levels needs matching_levels and gan_levels to be equal")
+        if self.turns == "disjoint" and self.critic_steps_per_generator == 1:
+            raise ValueError("turns disjoint needs critic_steps_per_generator above 1, or the critic never moves")
+        if self.regression_weight > 0 and self.regression_loss == "lpips" and self.vgg_weights is None:
+            raise ValueError("regression_loss lpips needs vgg_weights; name the file, or use mse")
         if self.r1_weight > 0 and not self.has_gan:
             raise ValueError("r1_weight needs a GAN: set gan_generator_weight and gan_critic_weight")
         if self.num_snapshots > self.iterations:
@@ -219,6 +247,16 @@ class Runtime(Model):
     keep_checkpoints: int = Field(2, ge=2, description="the newest, and the ones to fall back to")
     sample_batch_size: int = Field(128, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="samples that a device passes at a time; gradients of a batch's parts are summed"
+    )
+    layout: Literal["replicate", "shard"] = Field(
+        "replicate", description="whole networks on every device, or their weights and optimizers in parts (FSDP2)"
+    )
+    compile: bool = Field(False, description="torch.compile of the networks' blocks; equal up to rounding")
+    activation_checkpointing: bool = Field(False, description="recompute the networks' blocks instead of storing them")
+    async_checkpoints: bool = Field(True, description="write checkpoints beside the training")
+    collective_timeout_minutes: float = Field(10.0, gt=0, description="after which a silent rank ends the job")
 
 
 class Preset(Model):
@@ -271,6 +309,7 @@ class RunFile(Model):
 
     description: str
     train: dict[str, Any] = {}
+    weights: WeightsFile | None = Field(None, description="a released student to import instead of training one")
 
 
 class Run(Model):
@@ -279,3 +318,4 @@ class Run(Model):
     name: str
     description: str
     train: Train
+    weights: WeightsFile | None = None

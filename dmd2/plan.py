@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dmd2.config import Data, Evaluation, Preset, Run
+from dmd2.config import Data, Evaluation, Features, Preset, Run, Teacher
 from dmd2.errors import UserError
 from dmd2.presets import load_preset, load_run
 from dmd2.spec import Spec
@@ -48,7 +48,7 @@ class Plan:
 
     @cached_property
     def _data(self) -> Data:
-        """The data section without its path: where a data set lies does not decide what is made of it."""
+        """The data section for what reads shards: where the source lies is told to the stage that opens it alone."""
         return self.preset.data.model_copy(update={"path": None})
 
     def _evaluation(self, *keys: str) -> Evaluation:
@@ -63,52 +63,66 @@ class Plan:
     @cached_property
     def latents(self) -> Spec:
         """The data set in the teacher's space, with its conditions."""
-        return Spec.of("latents", "latents", {"shards": self.shards}, data=self._data, teacher=self._untrained)
+        space = Teacher(kind=self.preset.teacher.kind)  # codec and conditioner depend on nothing else
+        return Spec.of("latents", "latents", {"shards": self.shards}, data=self._data, teacher=space)
 
     @cached_property
-    def _untrained(self) -> Any:
-        """The teacher's codec and conditioner do not depend on how its network is trained."""
-        return self.preset.teacher.model_copy(update={"training": None})
+    def _teacher(self) -> Teacher:
+        """The teacher section for what builds on its weights: their origin is in the digest of the teacher's stage."""
+        return self.preset.teacher.model_copy(update={"training": None, "weights": None})
+
+    @cached_property
+    def _features(self) -> Features:
+        """The features section for what reads the extractor that the features stage has stored."""
+        weights = self.preset.features.weights
+        stored = weights and weights.model_copy(update={"path": "extractor.weights"})
+        return self.preset.features.model_copy(update={"weights": stored, "reference": None})
 
     @cached_property
     def features(self) -> Spec:
         """The feature extractor."""
-        return Spec.of("features", "features", {"shards": self.shards}, data=self._data, features=self.preset.features)
+        features = self.preset.features.model_copy(update={"reference": None})
+        upstream = {"shards": self.shards} if features.weights is None else {}
+        return Spec.of("features", "features", upstream, data=self._data, features=features)
 
     @cached_property
     def reference(self) -> Spec:
         """Statistics of the real images."""
         upstream = {"shards": self.shards, "features": self.features}
-        return Spec.of("reference", "reference", upstream, data=self._data, features=self.preset.features)
+        features = self._features.model_copy(update={"reference": self.preset.features.reference})
+        return Spec.of("reference", "reference", upstream, data=self._data, features=features)
 
     @cached_property
     def teacher(self) -> Spec:
-        """The teacher's weights."""
-        return Spec.of("teacher", "teacher", {"latents": self.latents}, data=self._data, teacher=self.preset.teacher)
+        """The teacher's weights: trained on the latents, or imported without them."""
+        upstream = {} if self.preset.teacher.training is None else {"latents": self.latents}
+        return Spec.of("teacher", "teacher", upstream, data=self._data, teacher=self.preset.teacher)
 
     @cached_property
     def pairs(self) -> Spec:
         """Noise-image pairs of the teacher."""
         preset = self.preset
         sampler = preset.samplers[preset.pairs.sampler]
-        sections = {"data": self._data, "teacher": preset.teacher, "pairs": preset.pairs, "sampler": sampler}
+        sections = {"data": self._data, "teacher": self._teacher, "pairs": preset.pairs, "sampler": sampler}
         return Spec.of("pairs", "pairs", {"teacher": self.teacher}, **sections)
 
     def train(self, run: str) -> Spec:
-        """The training of a run."""
+        """The training of a run, or the import of one that was released."""
         train = self.run(run).train
+        if (weights := self.run(run).weights) is not None:
+            return Spec.of("import", run, data=self._data, teacher=self._teacher, train=train, weights=weights)
         upstream = {"teacher": self.teacher, "latents": self.latents}
         if train.regression_weight > 0:
             upstream["pairs"] = self.pairs
         if train.init_run is not None:
             upstream["start"] = self.train(train.init_run)
-        return Spec.of("train", run, upstream, data=self._data, teacher=self.preset.teacher, train=train)
+        return Spec.of("train", run, upstream, data=self._data, teacher=self._teacher, train=train)
 
     def sample(self, entry: str) -> Spec:
         """The samples of an entry."""
         model, name = self.split(entry)
         evaluation = self._evaluation("num_samples", "num_blocks")
-        sections = {"data": self._data, "teacher": self.preset.teacher, "evaluation": evaluation}
+        sections = {"data": self._data, "teacher": self._teacher, "evaluation": evaluation}
         sections["sampler"] = self.preset.samplers[name]
         if model == "teacher":
             return Spec.of("sample", entry, {"model": self.teacher}, **sections)
@@ -120,20 +134,19 @@ class Plan:
         if entry != "floor":
             upstream["samples"] = self.sample(entry)
         evaluation = self._evaluation("num_samples", "num_blocks", "covariance_start")
-        sections = {"data": self._data, "features": self.preset.features, "evaluation": evaluation}
+        sections = {"data": self._data, "features": self._features, "evaluation": evaluation}
         return Spec.of("metrics", entry, upstream, **sections)
 
     def curve(self, run: str) -> Spec:
         """The metrics of a run's snapshots."""
         upstream = {"model": self.train(run), "reference": self.reference, "features": self.features}
-        preset = self.preset
         return Spec.of(
             "curve",
             run,
             upstream,
             data=self._data,
-            teacher=preset.teacher,
-            features=preset.features,
+            teacher=self._teacher,
+            features=self._features,
             evaluation=self._evaluation("covariance_start", "curve_samples"),
             train=self.run(run).train,
         )

@@ -94,7 +94,7 @@ def load_run(folder: Path | str, name: str, preset: Preset) -> Run:
         preset.check(train)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    return Run(name=name, description=file.description, train=train)
+    return Run(name=name, description=file.description, train=train, weights=file.weights)
 
 
 def _known(names: Iterable[str], wrong: str | None = None) -> str:

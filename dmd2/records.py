@@ -118,12 +118,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def identity(spec: Spec) -> dict[str, Any]:
+    """What an artifact is, which is the same whenever and wherever it is made."""
+    return {"stage": spec.stage, "name": spec.name, "digest": spec.digest}
+
+
 def provenance(spec: Spec) -> dict[str, Any]:
     """Where an artifact comes from: stage, digest, the exact configuration, commit, versions and time."""
     return {
-        "stage": spec.stage,
-        "name": spec.name,
-        "digest": spec.digest,
+        **identity(spec),
         "spec": json.loads(spec.to_json()),
         "commit": commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

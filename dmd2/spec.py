@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from dmd2.config import Data, Evaluation, Features, Model, Pairs, Sampler, Teacher, Train
+from dmd2.config import Data, Evaluation, Features, Model, Pairs, Sampler, Teacher, Train, WeightsFile
 from dmd2.presets import parse, read_mapping, read_yaml
 
 VERSIONS = {
@@ -20,6 +20,7 @@ VERSIONS = {
     "teacher": 1,
     "pairs": 1,
     "train": 1,
+    "import": 1,
     "sample": 1,
     "metrics": 1,
     "curve": 1,
@@ -45,6 +46,7 @@ class Spec(Model):
     sampler: Sampler | None = None
     evaluation: Evaluation | None = None
     train: Train | None = None
+    weights: WeightsFile | None = None
     upstream: dict[str, str] = Field({}, description="digests of the stages this one builds on")
 
     @classmethod
@@ -59,8 +61,12 @@ class Spec(Model):
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of the canonical form, the name left out."""
-        content = self.model_dump(mode="json", exclude_none=True, exclude={"name"})
+        """16 hexadecimal digits of the SHA-256 of the canonical form, the name and the places of files left out.
+
+        A data set is known by what its source finds there, a file by its SHA-256 where one is set.
+        """
+        content = _placeless(self.model_dump(mode="json", exclude_none=True, exclude={"name"}))
+        content.get("data", {}).pop("path", None)
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -70,6 +76,13 @@ class Spec(Model):
         if value is None:
             raise ValueError(f"stage {self.stage} reads `{section}`, which its spec lacks")
         return value
+
+
+def _placeless(value: Any) -> Any:
+    """`value` without the `path` of any mapping that has a `sha256`."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _placeless(item) for key, item in value.items() if key != "path" or "sha256" not in value}
 
 
 def read_spec(text_or_path: str) -> Spec:

@@ -34,6 +34,7 @@ class Row(Model):
     paper: dict[Metric, float] = Field(default_factory=dict)
     ticks: tuple[str, ...] = ()
     measure: str | None = Field(None, pattern=r"^(floor|[A-Za-z0-9_-]+/[A-Za-z0-9_-]+)$", description="MODEL/SAMPLER")
+    only: tuple[str, ...] = Field((), description="presets that have this row; none means all")
     pending: str | None = Field(None, description="why this project cannot measure the row yet")
 
     @model_validator(mode="after")

@@ -54,15 +54,15 @@ TABLE: list[tuple[dict[str, Any], set[str]]] = [
     ({"description": "other words"}, set()),
     ({"runtime": {"log_every": 7, "checkpoint_every": 9, "sample_batch_size": 3, "device": "cpu"}}, set()),
     ({"gpus": 2}, set()),
-    # The data: everything.
+    # The data: everything, unless it merely lies elsewhere.
     ({"data": {"shard_size": 250}}, set(BEFORE)),
     ({"data": {"image_format": "webp"}}, set(BEFORE)),
-    ({"data": {"path": "elsewhere"}}, set(BEFORE)),
-    # The teacher: what is in its space, what it trains and makes; no feature statistics.
+    ({"data": {"path": "elsewhere"}}, set()),
+    # The teacher: what it trains and makes; no latents (they follow its kind), no feature statistics.
     ({"teacher": {"training": {"iterations": 1300}}}, TEACHER),
     ({"teacher": {"training": {"seed": 1}}}, TEACHER),
-    ({"teacher": {"network": {"num_blocks": 2}}}, TEACHER | {"latents"}),
-    ({"teacher": {"sigma_max": 60}}, TEACHER | {"latents"}),
+    ({"teacher": {"network": {"num_blocks": 2}}}, TEACHER),
+    ({"teacher": {"sigma_max": 60}}, TEACHER),
     # Features: what is measured with them; nothing is trained or sampled.
     ({"features": {"epochs": 7}}, MEASURES | {"features", "reference"}),
     # Pairs: the run that reads them.
@@ -123,6 +123,20 @@ def test_digest_covers_version_and_upstream_but_not_the_name(monkeypatch: pytest
     before = spec().digest
     monkeypatch.setitem(VERSIONS, "train", VERSIONS["train"] + 1)
     assert spec().digest != before
+
+
+def test_file_is_known_by_its_checksum_and_else_by_its_place():
+    def imported(path: str, sha256: str | None) -> dict[str, Any]:
+        return {"teacher": {"training": None, "weights": {"path": path, "sha256": sha256}}}
+
+    def at(path: str, sha256: str | None) -> dict[str, str]:
+        return digests(Plan(FOLDER, "digits", imported(path, sha256)))
+
+    assert at("a.pkl", "0" * 64) == at("b.pkl", "0" * 64)
+    assert at("a.pkl", "0" * 64)["teacher"] != at("a.pkl", "1" * 64)["teacher"]
+    assert at("a.pkl", None)["teacher"] != at("b.pkl", None)["teacher"]
+    assert at("a.pkl", None)["train dmd2"] != at("b.pkl", None)["train dmd2"]
+    assert "a.pkl" not in Plan(FOLDER, "digits", imported("a.pkl", "0" * 64)).train("dmd2").to_json()
 
 
 def test_canonical_string_says_every_default_and_has_no_white_space():

@@ -1,6 +1,7 @@
 """Tar shards with a manifest: how every set of samples is stored, be it images, latents, pairs or generated images.
 
-    manifest.json       counts, sizes and checksums of the shards, layout of the fields, provenance; written last
+    manifest.json       counts, sizes and checksums of the shards, layout of the fields; written last
+    provenance.json     when and by which code they were made, apart so that sets of equal content have equal manifests
     shard-00000.tar     WebDataset samples `000000000.image.png`, `000000000.cls`, ...
     shard-00000.json    the shard's sidecar: what decided its content, its checksum, and where each member lies
 
@@ -237,7 +238,8 @@ def _write_manifest(
         "fields": fields,
         "facts": dict(facts),
         "shards": shards,
-        "provenance": records.provenance(spec),
+        "provenance": records.identity(spec),
     }
+    records.write_json(manifest_path.with_name("provenance.json"), records.provenance(spec))
     with _new_file(manifest_path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")

@@ -14,7 +14,7 @@ from dmd2.noise import SampleNoise, step_rng
 from dmd2.progress import Counter
 from dmd2.spec import Spec
 from dmd2.stages.weights import checked_record, open_teacher
-from dmd2.teachers import load_teacher
+from dmd2.teachers import load_space
 
 
 def shards(spec: Spec, manifest: Path) -> None:
@@ -24,12 +24,12 @@ def shards(spec: Spec, manifest: Path) -> None:
 
 def latents(spec: Spec, images: Path, manifest: Path, runtime: Runtime) -> None:
     """The images in the teacher's space (itself, for a pixel teacher) with the teacher's conditions."""
-    teacher = load_teacher(spec.need("teacher"), spec.need("data"))
+    codec, conditioner = load_space(spec.need("teacher"), spec.need("data"))
     write_latents(
         images,
         manifest,
-        teacher.codec,
-        teacher.conditioner,
+        codec,
+        conditioner,
         spec,
         images_digest=spec.upstream["shards"],
         batch_size=runtime.sample_batch_size,

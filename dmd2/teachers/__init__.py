@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from dmd2 import config
-from dmd2.denoiser import Teacher
+from dmd2.denoiser import Codec, Conditioner, Teacher
 from dmd2.errors import UserError
 from dmd2.teachers.edm import load_edm
 from dmd2.teachers.mixture import load_mixture
+from dmd2.teachers.pixels import pixel_space
 from dmd2.teachers.weights import check_sha256
 
 
@@ -26,6 +28,17 @@ TEACHERS: dict[str, Loader] = {
     "edm": load_edm,
     "mixture": load_mixture,
 }
+SPACES: dict[str, Callable[[config.Data], tuple[Codec, Conditioner]]] = {
+    "edm": pixel_space,
+    "mixture": pixel_space,
+}
+"""What turns data into a teacher's latents and conditions, without its network."""
+
+
+def load_space(teacher: config.Teacher, data: config.Data) -> tuple[Codec, Conditioner]:
+    """The codec and the conditioner of the teacher that a configuration describes."""
+    _check_kind(teacher.kind)
+    return SPACES[teacher.kind](data)
 
 
 def load_teacher(
@@ -37,13 +50,17 @@ def load_teacher(
     it is the one read); without either they are initial ones, the same for the same `seed`, drawn without touching
     torch's global generator.
     """
-    if teacher.kind not in TEACHERS:
-        close = difflib.get_close_matches(teacher.kind, TEACHERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(TEACHERS)}"
-        raise UserError(f"teacher.kind: no teacher {teacher.kind!r}; {hint}")
+    _check_kind(teacher.kind)
     path = None if weights is None else Path(weights)
     configured = teacher.weights
     if configured is not None and (path is None or path.resolve() == Path(configured.path).resolve()):
         path = Path(configured.path)
         check_sha256(path, configured.sha256)
     return TEACHERS[teacher.kind](teacher, data, path, seed=seed)
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in TEACHERS:
+        close = difflib.get_close_matches(kind, TEACHERS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(TEACHERS)}"
+        raise UserError(f"teacher.kind: no teacher {kind!r}; {hint}")

@@ -15,7 +15,7 @@ from dmd2 import config
 from dmd2.denoiser import Cond, Denoiser, Teacher
 from dmd2.noise import NoiseGrid, expand
 from dmd2.teachers.edm_unet import UNet
-from dmd2.teachers.pixels import ClassConditioner, PixelCodec
+from dmd2.teachers.pixels import pixel_space
 from dmd2.teachers.weights import load_weights
 
 Precision = Literal["fp32", "bf16"]
@@ -33,9 +33,11 @@ class EDMDenoiser(Denoiser):
         super().__init__()
         self.model = unet
         self.sample_shape, self.sigma_data, self.precision = tuple(sample_shape), sigma_data, precision
-        self.feature_shape = unet.bottleneck_shape
+        self.feature_shapes = unet.feature_shapes
 
-    def denoise_and_tap(self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int) -> tuple[Tensor, Tensor]:
+    def denoise_and_tap(
+        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
+    ) -> tuple[Tensor, list[Tensor]]:
         """See `Denoiser`. EDM, eq. 7 and table 1:
 
         c_skip = sigma_data^2 / (sigma^2 + sigma_data^2),   c_out = sigma sigma_data / sqrt(sigma^2 + sigma_data^2),
@@ -46,12 +48,13 @@ class EDMDenoiser(Denoiser):
             raise ValueError(
                 f"x is {tuple(x.shape)}; this denoiser takes (B, {', '.join(map(str, self.sample_shape))})"
             )
+        self.check_taps(num_taps)
         x, sigma = x.float(), sigma.float()
         inverse = (sigma.square() + self.sigma_data**2).rsqrt()  # c_in, (B,)
         encoding = self.model.encode(
             (expand(inverse, x) * x).to(DTYPES[self.precision]), sigma.log() / 4, cond["label"]
         )
-        features = encoding.bottleneck.float()
+        features = [feature.float() for feature in self.model.levels(encoding)[:num_taps]]
         if num_denoise == 0:
             return x[:0], features
         x, sigma, inverse = x[:num_denoise], sigma[:num_denoise], inverse[:num_denoise]
@@ -74,11 +77,12 @@ def load_edm(teacher: config.Teacher, data: config.Data, weights: Path | None, *
         denoiser.model.reset(torch.Generator().manual_seed(seed))
     else:
         load_weights(denoiser, weights)
+    codec, conditioner = pixel_space(data)
     return Teacher(
         denoiser=denoiser.eval().requires_grad_(False),
         grid=NoiseGrid.karras(teacher.num_levels, teacher.sigma_min, teacher.sigma_max, teacher.rho),
-        codec=PixelCodec(data.levels, data.channels),
-        conditioner=ClassConditioner(data.num_classes),
+        codec=codec,
+        conditioner=conditioner,
         sample_shape=denoiser.sample_shape,
         sigma_data=teacher.sigma_data,
     )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmd2.config import Data
 from dmd2.denoiser import Cond
 from dmd2.errors import UserError
 
@@ -94,3 +95,8 @@ class ClassConditioner:
     def null(self, num: int) -> Cond | None:
         """None: EDM's class-conditional networks have no unconditional input."""
         return None
+
+
+def pixel_space(data: Data) -> tuple[PixelCodec, ClassConditioner]:
+    """The space of a class-conditional teacher of pixels."""
+    return PixelCodec(data.levels, data.channels), ClassConditioner(data.num_classes)
