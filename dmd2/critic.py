@@ -50,7 +50,7 @@ class Critic(nn.Module):
     def __init__(self, fake: Denoiser, *, has_gan: bool):
         super().__init__()
         self.fake = fake
-        self.head = RealismHead(fake.feature_shape) if has_gan else None
+        self.head = RealismHead(fake.feature_shapes[0]) if has_gan else None
 
     def forward(
         self, x: Tensor, sigma: Tensor, cond: Cond, *, num_denoise: int, logits_from: int | None = None
@@ -63,5 +63,5 @@ class Critic(nn.Module):
             return self.fake(x[:num_denoise], sigma[:num_denoise], cond), None
         if self.head is None:
             raise ValueError("this critic was built without a realism head")
-        x0_fake, features = self.fake.denoise_and_tap(x, sigma, cond, num_denoise)
+        x0_fake, (features,) = self.fake.denoise_and_tap(x, sigma, cond, num_denoise)
         return x0_fake, self.head(features[logits_from:])

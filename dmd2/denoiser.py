@@ -22,25 +22,32 @@ Cond = Mapping[str, Tensor]
 
 
 class Denoiser(nn.Module, abc.ABC):
-    """A network that estimates x0 from x = x0 + sigma * eps, with a tap on its bottleneck.
+    """A network that estimates x0 from x = x0 + sigma * eps, with taps on its encoder.
 
     Inputs and outputs are float32 whatever precision the network uses inside.
     """
 
-    feature_shape: tuple[int, int, int]
-    """(C, H, W) of the tapped features of one sample."""
+    feature_shapes: tuple[tuple[int, int, int], ...]
+    """(C, H, W) of the features that can be tapped, of one sample: the bottleneck first, then ever finer levels."""
 
     @abc.abstractmethod
-    def denoise_and_tap(self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int) -> tuple[Tensor, Tensor]:
-        """x0 for the first `num_denoise` samples and bottleneck features for all, in one encoder pass.
+    def denoise_and_tap(
+        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x0 for the first `num_denoise` samples and the first `num_taps` features for all, in one encoder pass.
 
-        x (B, ...), sigma (B,) -> x0 (num_denoise, ...), features (B, *feature_shape). With num_denoise = 0
-        the decoder is not run.
+        x (B, ...), sigma (B,) -> x0 (num_denoise, ...), features[i] (B, *feature_shapes[i]). With num_denoise = 0
+        the decoder is not run. Raises ValueError for more taps than there are.
         """
+
+    def check_taps(self, num_taps: int) -> None:
+        """Raises ValueError for more taps than there are."""
+        if not 0 <= num_taps <= len(self.feature_shapes):
+            raise ValueError(f"{num_taps} taps asked for; this network has {len(self.feature_shapes)}")
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """The x0 estimate: (B, ...), (B,) -> (B, ...)."""
-        return self.denoise_and_tap(x, sigma, cond, x.shape[0])[0]
+        return self.denoise_and_tap(x, sigma, cond, x.shape[0], num_taps=0)[0]
 
 
 class Codec(Protocol):

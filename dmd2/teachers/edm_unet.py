@@ -99,8 +99,10 @@ class UNet(nn.Module):
         self.map_layer1 = Linear(num_emb, num_emb)
         self.map_label = LabelEmbedding(num_classes, num_emb)
         self.enc, widths = _encoder(network, resolution, num_channels, num_emb)
-        bottom = resolution >> (len(network.channel_mult) - 1)
-        self.bottleneck_shape = (widths[-1], bottom, bottom)
+        # The place of each level's last block among the skips, coarsest first; the finest level starts with a conv.
+        self._ends = [(level + 1) * (network.num_blocks + 1) - 1 for level in range(len(network.channel_mult))][::-1]
+        sizes = [resolution >> level for level in range(len(network.channel_mult))][::-1]
+        self.feature_shapes = tuple((widths[i], size, size) for i, size in zip(self._ends, sizes, strict=True))
         self.dec = _decoder(network, resolution, widths, num_emb)
         num_out = network.model_channels * network.channel_mult[0]
         self.out_norm = norm(num_out)
@@ -130,6 +132,10 @@ class UNet(nn.Module):
             x = module(x, emb) if isinstance(module, Block) else module(x)
             skips.append(x)
         return Encoding(skips, emb)
+
+    def levels(self, encoding: Encoding) -> list[Tensor]:
+        """The output of each level's last block, coarsest first: the shapes are `feature_shapes`."""
+        return [encoding.skips[i] for i in self._ends]
 
     def decode(self, encoding: Encoding) -> Tensor:
         """The output (B, C, H, W) from an encoding; blocks that are wider than x take the next skip."""

@@ -97,7 +97,7 @@ class MixtureDenoiser(Denoiser):
         if num != math.prod(sample_shape):
             raise ValueError(f"means have {num} elements, but a sample of shape {sample_shape} has another number")
         self.mixture, self.sample_shape, self.sigma_data = mixture, tuple(sample_shape), sigma_data
-        self.feature_shape = (num_features, 4, 4)
+        self.feature_shapes = ((num_features, 4, 4),)
         self.first = Linear(num + 2 * len(FREQUENCIES), WIDTH)
         self.label = LabelEmbedding(num_classes, WIDTH)
         self.second = Linear(WIDTH, 16 * num_features)
@@ -110,14 +110,17 @@ class MixtureDenoiser(Denoiser):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def denoise_and_tap(self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int) -> tuple[Tensor, Tensor]:
+    def denoise_and_tap(
+        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
+    ) -> tuple[Tensor, list[Tensor]]:
         """See `Denoiser`; c_in, c_out and c_noise are EDM's (Karras et al. 2022, table 1)."""
+        self.check_taps(num_taps)
         label = cond["label"]
         inverse = (sigma.square() + self.sigma_data**2).rsqrt()  # c_in
         angles = torch.outer(sigma.log() / 4, torch.tensor(FREQUENCIES, device=sigma.device))
         inputs = torch.cat([inverse[:, None] * x.flatten(1), angles.cos(), angles.sin()], dim=1)
         hidden = F.silu(self.second(F.silu(self.first(inputs) + self.label(label))))
-        features = hidden.view(-1, *self.feature_shape)
+        features = [hidden.view(-1, *self.feature_shapes[0])][:num_taps]
         x, sigma, label = x[:num_denoise], sigma[:num_denoise], label[:num_denoise]
         c_out = expand(sigma * self.sigma_data * inverse[:num_denoise], x)
         exact = self.mixture.posterior_mean(x, sigma, label)

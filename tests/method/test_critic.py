@@ -77,7 +77,8 @@ def test_one_pass_over_all_parts_equals_a_pass_for_each(r1_weight: float):
     torch.testing.assert_close(result.denoising.loss.double(), by_hand, rtol=1e-5, atol=0)
 
     gen, real, *moved = (
-        critic.head(critic.fake.denoise_and_tap(part["x"], part["sigma"], cond(part), 0)[1]).double() for part in judged
+        critic.head(critic.fake.denoise_and_tap(part["x"], part["sigma"], cond(part), 0)[1][0]).double()
+        for part in judged
     )
     gan = torch.log1p(gen.exp()).mean() + torch.log1p((-real).exp()).mean()
     if moved:

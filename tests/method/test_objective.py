@@ -98,9 +98,9 @@ def test_matching_asks_levels_20_to_980_and_critic_and_gan_0_to_999():
     asked = []
     run = critic.fake.denoise_and_tap
 
-    def spy(x: Tensor, sigma: Tensor, cond: Any, num_denoise: int) -> tuple[Tensor, Tensor]:
+    def spy(x: Tensor, sigma: Tensor, *args: Any, **options: Any) -> tuple[Tensor, list[Tensor]]:
         asked.append(sigma)
-        return run(x, sigma, cond, num_denoise)
+        return run(x, sigma, *args, **options)
 
     critic.fake.denoise_and_tap = spy
     with torch.no_grad():

@@ -19,10 +19,12 @@ STD = 0.5
 class GaussianDenoiser(Denoiser):
     """Data N(0, STD^2): E[x0 | x] = x STD^2 / (STD^2 + sigma^2)."""
 
-    feature_shape = (1, 1, 1)
+    feature_shapes = ((1, 1, 1),)
 
-    def denoise_and_tap(self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int) -> tuple[Tensor, Tensor]:
-        return x * expand(STD**2 / (STD**2 + sigma**2), x), x
+    def denoise_and_tap(
+        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
+    ) -> tuple[Tensor, list[Tensor]]:
+        return x * expand(STD**2 / (STD**2 + sigma**2), x), [x][:num_taps]
 
 
 def fixed_noise(num: int = 6, seed: int = 3) -> SampleNoise:

@@ -23,7 +23,7 @@ class ToyDenoiser(Denoiser):
 
     def __init__(self, seed: int, channels: int = 8, dropout: float = 0.0):
         super().__init__()
-        self.feature_shape = (channels, 4, 4)
+        self.feature_shapes = ((channels, 4, 4),)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.encoder = nn.Conv2d(1, channels, 3, padding=1)
@@ -32,7 +32,10 @@ class ToyDenoiser(Denoiser):
             self.decoder = nn.Conv2d(channels, 1, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
 
-    def denoise_and_tap(self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int) -> tuple[Tensor, Tensor]:
+    def denoise_and_tap(
+        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
+    ) -> tuple[Tensor, list[Tensor]]:
+        self.check_taps(num_taps)
         dtype = self.encoder.weight.dtype
         x, sigma = x.to(dtype), sigma.to(dtype)
         total = sigma.square() + SIGMA_DATA**2
@@ -42,7 +45,7 @@ class ToyDenoiser(Denoiser):
         x, sigma, total = x[:num_denoise], sigma[:num_denoise], total[:num_denoise]
         out = self.decoder(features[:num_denoise])
         x0 = expand(SIGMA_DATA**2 / total, x) * x + expand(sigma * SIGMA_DATA * total.rsqrt(), x) * out
-        return x0, features
+        return x0, [features][:num_taps]
 
 
 class NullLabels(ClassConditioner):

@@ -73,25 +73,45 @@ def test_tap_is_the_bottleneck_of_the_full_forward_pass():
     denoiser, (x, sigma, cond) = network(), batch(4)
     caught = []
     list(denoiser.model.enc.values())[-1].register_forward_hook(lambda *args: caught.append(args[-1]))
-    _, features = denoiser.denoise_and_tap(x, sigma, cond, 4)
+    _, (features,) = denoiser.denoise_and_tap(x, sigma, cond, 4)
     assert torch.equal(features, caught[0])
-    assert features.shape[1:] == denoiser.feature_shape
+
+
+def test_taps_are_the_last_encoder_blocks_of_each_level_from_the_coarsest():
+    denoiser, (x, sigma, cond) = network(), batch(4)
+    caught = {}
+    for name, block in denoiser.model.enc.items():
+        block.register_forward_hook(lambda *args, name=name: caught.update({name: args[-1]}))
+    for num_taps in (0, 1, 2):
+        _, features = denoiser.denoise_and_tap(x, sigma, cond, 0, num_taps)
+        assert len(features) == num_taps
+        for feature, name in zip(features, ("4x4_block0", "8x8_block0"), strict=False):
+            assert torch.equal(feature, caught[name])
+    assert denoiser.feature_shapes == ((16, 4, 4), (8, 8, 8))
+    assert [tuple(feature.shape[1:]) for feature in features] == list(denoiser.feature_shapes)
+
+
+@pytest.mark.parametrize("kind", ["edm", "mixture"])
+def test_more_taps_than_levels_are_refused(kind: str):
+    denoiser, (x, sigma, cond) = load_teacher(CONFIG.model_copy(update={"kind": kind}), DATA).denoiser, batch(1)
+    with pytest.raises(ValueError, match="3 taps asked for; this network has [12]"):
+        denoiser.denoise_and_tap(x, sigma, cond, 0, num_taps=3)
 
 
 @pytest.mark.parametrize("num_denoise", [0, 1, 3, 5])
 def test_denoising_some_and_tapping_all_equals_separate_calls(num_denoise: int):
     denoiser, (x, sigma, cond) = network(), batch(5)
-    x0, features = denoiser.denoise_and_tap(x, sigma, cond, num_denoise)
+    x0, (features,) = denoiser.denoise_and_tap(x, sigma, cond, num_denoise)
     assert x0.shape == (num_denoise, 1, 8, 8)
     torch.testing.assert_close(x0, denoiser(x, sigma, cond)[:num_denoise], rtol=1e-5, atol=1e-6)
     for i in range(5):
-        alone = denoiser.denoise_and_tap(x[i : i + 1], sigma[i : i + 1], {"label": cond["label"][i : i + 1]}, 0)[1]
+        alone = denoiser.denoise_and_tap(x[i : i + 1], sigma[i : i + 1], {"label": cond["label"][i : i + 1]}, 0)[1][0]
         torch.testing.assert_close(features[i : i + 1], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_without_denoising_the_decoder_gets_no_gradient_and_the_encoder_does():
     denoiser, (x, sigma, cond) = network(), batch(2)
-    denoiser.denoise_and_tap(x, sigma, cond, 0)[1].square().sum().backward()
+    denoiser.denoise_and_tap(x, sigma, cond, 0)[1][0].square().sum().backward()
     assert all(p.grad is None for p in denoiser.model.dec.parameters())
     assert all(p.grad.abs().sum() > 0 for p in denoiser.model.enc.parameters())
 
@@ -107,9 +127,9 @@ def test_gradients_reach_all_parameters_and_the_input():
 
 def test_bf16_computes_inside_alone_and_stays_close():
     denoiser, (x, sigma, cond) = network(), batch(4)
-    truth, tap = denoiser.denoise_and_tap(x, sigma, cond, 4)
+    truth, (tap,) = denoiser.denoise_and_tap(x, sigma, cond, 4)
     denoiser.precision = "bf16"
-    x0, features = denoiser.denoise_and_tap(x, sigma, cond, 4)
+    x0, (features,) = denoiser.denoise_and_tap(x, sigma, cond, 4)
     assert x0.dtype == features.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in denoiser.parameters())
     assert torch.equal(features, features.bfloat16().float())

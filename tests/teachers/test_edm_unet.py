@@ -50,7 +50,7 @@ def test_full_size_parameter_counts_are_the_published_ones():
     network = full_size()
     assert sum(p.numel() for p in network.parameters()) == 295_899_267
     assert sum(p.numel() for p in network.model.enc.parameters()) == 90_298_560
-    assert network.feature_shape == (768, 8, 8)
+    assert network.feature_shapes == ((768, 8, 8), (576, 16, 16), (384, 32, 32), (192, 64, 64))
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(192, 32), (1344, 32), (16, 4), (48, 12), (144, 24), (2, 1), (20, 5)])
@@ -85,7 +85,7 @@ def test_output_and_tap_equal_the_formulas_of_the_whole_network():
     encoding = unet.encode(x, noise, label)
     assert distance(encoding.bottleneck, bottleneck) < 1e-5
     assert distance(unet.decode(encoding), out) < 1e-5
-    assert encoding.bottleneck.shape[1:] == unet.bottleneck_shape == (24, 4, 4)
+    assert encoding.bottleneck.shape[1:] == unet.feature_shapes[0] == (24, 4, 4)
 
 
 def test_gradients_equal_those_of_the_formulas():

@@ -105,10 +105,10 @@ def test_copy_starts_at_the_teacher_and_learns():
 def test_tap_depends_on_the_input_and_passes_gradients_to_the_network():
     student = mixture_teacher(mixture().float(), (1, 1, 2)).copy_network()
     x, sigma, cond = torch.randn(3, 1, 1, 2).requires_grad_(), torch.ones(3), {"label": torch.tensor([0, 1, 0])}
-    x0, features = student.denoise_and_tap(x, sigma, cond, 1)
+    x0, (features,) = student.denoise_and_tap(x, sigma, cond, 1)
     assert x0.shape == (1, 1, 1, 2)
     assert student.denoise_and_tap(x, sigma, cond, 0)[0].shape == (0, 1, 1, 2)
-    assert features.shape == (3, *student.feature_shape)
+    assert features.shape == (3, *student.feature_shapes[0])
     features.square().sum().backward()
     assert (x.grad.flatten(1).abs().sum(1) > 0).all()
     for layer in (student.first, student.second, student.label):
