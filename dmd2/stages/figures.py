@@ -11,7 +11,6 @@ import yaml
 
 from dmd2.config import Preset, Run
 from dmd2.datasets import ShardReader
-from dmd2.figures import brightness_figure, curves_figure, fid_curve_figure
 from dmd2.presets import parse
 from dmd2.records import write_text
 from dmd2.sheets import by_class, compare_png, grid_png
@@ -22,6 +21,8 @@ ROWS = 8
 
 def curves(logs: Mapping[str, Path], qualities: Mapping[str, Path], real: Path, folder: Path) -> None:
     """curves.svg, brightness.svg and fid_curve.svg of the runs, in `folder`."""
+    from dmd2.figures import brightness_figure, curves_figure, fid_curve_figure  # matplotlib, which sheets do without
+
     curves_figure(logs, folder / "curves.svg")
     brightness_figure(logs, folder / "brightness.svg", data_brightness=_brightness(real))
     fid_curve_figure(qualities, folder / "fid_curve.svg")
