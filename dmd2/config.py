@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dmd2.protocols import Name as ProtocolName
+
 
 class Model(BaseModel):
     """Frozen, and unknown keys are errors. YAML's `3e-3`, which PyYAML reads as a string, counts as a number."""
@@ -150,11 +152,20 @@ class Evaluation(Model):
     num_samples: int = Field(50_000, gt=0, description="samples per seed block")
     num_blocks: int = Field(3, gt=0, description="independent blocks; tables give mean and standard deviation")
     seed: Seed = 0
-    rounding: Literal["round", "truncate"] = "round"  # EDM's protocol; the released DMD2 code truncates
-    covariance_start: Literal["zeros", "ones"] = "zeros"  # the released DMD2 code starts the sum at ones
+    protocols: tuple[ProtocolName, ...] = Field(
+        ("edm",),
+        min_length=1,
+        description="protocols.PROTOCOLS; the first one's distance is `fid`, others stand beside it",
+    )
     streamed: bool = Field(False, description="samples go to the statistics and only `num_shown` are stored as images")
     num_shown: int = Field(100, gt=0, description="stored samples of a streamed evaluation, for the sheets")
     curve_samples: int = Field(5_000, gt=0, description="samples per snapshot of the FID-against-training curve")
+
+    @model_validator(mode="after")
+    def _protocols_differ(self) -> Self:
+        if len(set(self.protocols)) < len(self.protocols):
+            raise ValueError(f"protocols {list(self.protocols)}: one stands twice")
+        return self
 
 
 class Train(Model):

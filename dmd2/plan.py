@@ -14,6 +14,9 @@ from dmd2.errors import UserError
 from dmd2.presets import load_preset, load_run
 from dmd2.spec import Spec
 
+APART = 2**31
+"""Between the seed of a run's curve and that of its best snapshot's samples."""
+
 
 class Plan:
     """The specs of every job on one preset, built on demand and chained by digest."""
@@ -53,7 +56,7 @@ class Plan:
 
     def _evaluation(self, *keys: str) -> Evaluation:
         """The evaluation keys that a stage reads, the others at their defaults: they are not to decide its digest."""
-        return Evaluation(**self.preset.evaluation.model_dump(include={"seed", "rounding", *keys}))
+        return Evaluation(**self.preset.evaluation.model_dump(include={"seed", *keys}))
 
     @cached_property
     def shards(self) -> Spec:
@@ -118,28 +121,53 @@ class Plan:
             upstream["start"] = self.train(train.init_run)
         return Spec.of("train", run, upstream, data=self._data, teacher=self._teacher, train=train)
 
-    def sample(self, entry: str) -> Spec:
-        """The samples of an entry."""
+    def select(self, run: str) -> Spec:
+        """The choice of a run's best snapshot by the FID of its curve."""
+        return Spec.of("select", run, {"curve": self.curve(run), "model": self.train(run)})
+
+    def _model(self, entry: str) -> dict[str, Any]:
+        """What the samples of an entry are made from, as keywords of `Spec.of`.
+
+        The best snapshot is sampled with other noise than it was chosen by, or its distance would be too low.
+        """
         model, name = self.split(entry)
-        evaluation = self._evaluation("num_samples", "num_blocks")
-        sections = {"data": self._data, "teacher": self._teacher, "evaluation": evaluation}
-        sections["sampler"] = self.preset.samplers[name]
+        sampler, seed = self.preset.samplers[name], self.preset.evaluation.seed
+        content: dict[str, Any] = {"data": self._data, "teacher": self._teacher, "sampler": sampler}
         if model == "teacher":
-            return Spec.of("sample", entry, {"model": self.teacher}, **sections)
-        return Spec.of("sample", entry, {"model": self.train(model)}, train=self.run(model).train, **sections)
+            return content | {"upstream": {"model": self.teacher}, "seed": seed}
+        content["train"] = self.run(model).train
+        if sampler.checkpoint == "best":
+            return content | {"upstream": {"model": self.select(model)}, "seed": (seed + APART) % 2**32}
+        return content | {"upstream": {"model": self.train(model)}, "seed": seed}
+
+    def sample(self, entry: str) -> Spec:
+        """The samples of an entry: all of them, or those that a streamed evaluation shows."""
+        content = self._model(entry)
+        keys = ("streamed", "num_shown") if self.preset.evaluation.streamed else ("num_samples", "num_blocks")
+        evaluation = self._evaluation("protocols", *keys).model_copy(update={"seed": content.pop("seed")})
+        return Spec.of("sample", entry, content.pop("upstream"), evaluation=evaluation, **content)
 
     def metrics(self, entry: str) -> Spec:
-        """The metrics of an entry, or of `floor`: resamples of the data themselves."""
+        """The metrics of an entry, or of `floor`: resamples of the data themselves.
+
+        They build on the entry's samples, or on its model where they are streamed.
+        """
         upstream = {"reference": self.reference, "features": self.features}
-        if entry != "floor":
-            upstream["samples"] = self.sample(entry)
-        evaluation = self._evaluation("num_samples", "num_blocks", "covariance_start")
-        sections = {"data": self._data, "features": self._features, "evaluation": evaluation}
-        return Spec.of("metrics", entry, upstream, **sections)
+        evaluation = self._evaluation("num_samples", "num_blocks")
+        sections: dict[str, Any] = {"data": self._data, "features": self._features}
+        if entry == "floor":
+            return Spec.of("metrics", entry, upstream, evaluation=evaluation, **sections)
+        content = self._model(entry)
+        evaluation = self._evaluation("protocols", "num_samples", "num_blocks", "streamed")
+        sections["evaluation"] = evaluation.model_copy(update={"seed": content.pop("seed")})
+        if not evaluation.streamed:
+            return Spec.of("metrics", entry, {**upstream, "samples": self.sample(entry)}, **sections)
+        return Spec.of("metrics", entry, upstream | content.pop("upstream"), **sections | content)
 
     def curve(self, run: str) -> Spec:
-        """The metrics of a run's snapshots."""
+        """The metrics of a run's snapshots, under the first protocol alone."""
         upstream = {"model": self.train(run), "reference": self.reference, "features": self.features}
+        evaluation = self._evaluation("protocols", "curve_samples")
         return Spec.of(
             "curve",
             run,
@@ -147,7 +175,7 @@ class Plan:
             data=self._data,
             teacher=self._teacher,
             features=self._features,
-            evaluation=self._evaluation("covariance_start", "curve_samples"),
+            evaluation=evaluation.model_copy(update={"protocols": evaluation.protocols[:1]}),
             train=self.run(run).train,
         )
 
@@ -167,6 +195,8 @@ class Plan:
         if (model == "teacher") != (kind == "heun"):
             wanted = "a heun sampler" if model == "teacher" else "a few_step sampler"
             raise UserError(f"entry {entry}: {model} needs {wanted}, but {name} is {kind}")
-        if model != "teacher":
-            self._asked(model, f"entry {entry}")
+        if model == "teacher":
+            return model, name
+        if self._asked(model, f"entry {entry}").weights and self.preset.samplers[name].checkpoint == "best":
+            raise UserError(f"entry {entry}: {model} is imported, with no snapshots to choose the best of; use another")
         return model, name

@@ -78,8 +78,10 @@ TABLE: list[tuple[dict[str, Any], set[str]]] = [
     ({"evaluation": {"num_samples": 1797}}, all_of("sample", "metrics", "floor")),
     ({"evaluation": {"num_blocks": 2}}, all_of("sample", "metrics", "floor")),
     ({"evaluation": {"seed": 1}}, MEASURES | all_of("sample")),
-    ({"evaluation": {"rounding": "truncate"}}, MEASURES | all_of("sample")),
-    ({"evaluation": {"covariance_start": "ones"}}, MEASURES),
+    ({"evaluation": {"protocols": ["dmd2"]}}, MEASURES - {"floor"} | all_of("sample")),
+    ({"evaluation": {"protocols": ["edm", "dmd2"]}}, all_of("sample", "metrics")),
+    ({"evaluation": {"num_shown": 10}}, set()),
+    ({"evaluation": {"streamed": True}}, all_of("sample", "metrics")),
     ({"evaluation": {"curve_samples": 599}}, all_of("curve")),
     # Training: all runs, or the one, with those that start from it.
     ({"train": {"batch_size": 32}}, of_runs(*RUNS)),

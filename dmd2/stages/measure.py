@@ -17,6 +17,7 @@ from dmd2.config import Runtime, Sampler
 from dmd2.datasets import ShardReader, read_manifest
 from dmd2.metrics import Extractor, Reference, load_extractor, measure, resample_floor, train_classifier
 from dmd2.progress import Counter
+from dmd2.protocols import PROTOCOLS, describe
 from dmd2.records import atomic, provenance, read_json, sha256, write_json, write_record
 from dmd2.spec import Spec
 from dmd2.stages.sample import labels_of, sample_images
@@ -74,14 +75,16 @@ def metrics(
         facts: dict[str, Any] = {"nfe": None, "model": {"run": "data"}}
     else:
         images, labels = read_images(samples, spec.upstream["samples"])
-        found = measure(images, labels, real, extractor, evaluation.num_blocks, evaluation.covariance_start)
+        found = measure(
+            images, labels, real, extractor, evaluation.num_blocks, PROTOCOLS[evaluation.protocols[0]].covariance_start
+        )
         facts = read_manifest(samples, spec.upstream["samples"])["facts"]
     content = {
         **found,
         **facts,
         "entry": spec.name,
         "seed": evaluation.seed,
-        "protocol": {"rounding": evaluation.rounding, "covariance_start": evaluation.covariance_start},
+        "protocol": describe(evaluation.protocols)[evaluation.protocols[0]],
         "features": {"name": extractor.name, "sha256": sha256(extractor_weights)},
         "provenance": provenance(spec),
     }
@@ -103,7 +106,9 @@ def curve(spec: Spec, snapshots: Path, reference: Path, extractor_weights: Path,
         parts = [range(start, stop) for start, stop in pairwise(bounds)]
         images = np.concatenate([sample_images(spec, model, ids, STUDENT, evaluation.seed) for ids in parts])
         labels = labels_of(spec, range(evaluation.curve_samples))
-        found = measure(images, labels, real, extractor, 1, evaluation.covariance_start)["metrics"]
+        found = measure(images, labels, real, extractor, 1, PROTOCOLS[evaluation.protocols[0]].covariance_start)[
+            "metrics"
+        ]
         updates = -(-item["step"] // train.critic_steps_per_generator)
         means = {name: value["mean"] for name, value in found.items()}
         rows.append({"step": item["step"], "generator_updates": updates, **means})

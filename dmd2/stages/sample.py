@@ -14,6 +14,7 @@ from dmd2.datasets import write_shards
 from dmd2.denoiser import Teacher, move
 from dmd2.noise import SampleNoise
 from dmd2.progress import Counter
+from dmd2.protocols import PROTOCOLS
 from dmd2.spec import Spec
 from dmd2.stages.weights import checked_record, open_teacher
 
@@ -38,7 +39,7 @@ def sample_images(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, samp
         assert sampler.num_steps is not None
         rho = spec.need("teacher").rho
         x0 = sampling.heun(teacher.denoiser, cond, teacher.grid, sampler.num_steps, noise, rho=rho, churn=churn)
-    return teacher.codec.decode(x0.cpu(), rounding=spec.need("evaluation").rounding)
+    return teacher.codec.decode(x0.cpu(), rounding=PROTOCOLS[spec.need("evaluation").protocols[0]].rounding)
 
 
 def labels_of(spec: Spec, ids: Sequence[int] | range) -> np.ndarray:
