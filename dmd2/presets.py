@@ -34,10 +34,23 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     return read_mapping(text, str(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that stands twice in a mapping: the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key `{key.value}` twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_mapping(text: str, where: str) -> dict[str, Any]:
     """The mapping in a YAML or JSON text; an empty text is an empty one. Raises UserError naming `where` and line."""
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
@@ -80,6 +93,9 @@ def parse(model: type[M], content: Mapping[str, Any], where: str) -> M:
 
 def load_preset(folder: Path | str, name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
     """The preset `name` from `folder`/presets, with the user's overrides on top."""
+    for key in overrides or {}:
+        if key not in Preset.model_fields and difflib.get_close_matches(key, ["preset"]):
+            raise UserError(f"unknown key `{key}`; did you mean 'preset'?")
     content = merge(read_chain(Path(folder) / "presets", name), overrides or {})
     return parse(Preset, {"name": name, **content}, f"preset {name}")
 

@@ -235,6 +235,7 @@ def test_init_run_in_a_circle_is_refused(folder: Path):
         ("data: [1, 2", r"bad\.yaml: not valid YAML.*line 1"),
         ("- 1\n- 2\n", r"bad\.yaml: expected a mapping"),
         ("just words", r"bad\.yaml: expected a mapping"),
+        ("a: 1\nb: 2\na: 3\n", r"bad\.yaml: not valid YAML: key `a` twice .*line 3"),
     ],
 )
 def test_file_that_is_no_mapping_is_named_with_its_line(content: str, message: str, tmp_path: Path):
@@ -292,3 +293,8 @@ def test_parse_names_a_missing_key():
         parse(Sampler, {}, "here")
     with pytest.raises(UserError, match=r"missing key `data\.source`"):
         parse(Preset, {"name": "x", "data": {}}, "here")
+
+
+def test_misspelt_choice_of_preset_is_told_apart_from_a_key_of_presets():
+    with pytest.raises(UserError, match="unknown key `prest`; did you mean 'preset'"):
+        load_preset(FOLDER, "digits", {"prest": "smoke"})
