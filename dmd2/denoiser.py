@@ -9,7 +9,7 @@ import abc
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ class Denoiser(nn.Module, abc.ABC):
 
     feature_shapes: tuple[tuple[int, int, int], ...]
     """(C, H, W) of the features that can be tapped, of one sample: the bottleneck first, then ever finer levels."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the network computes in, where it has a choice; may be changed between calls."""
 
     @abc.abstractmethod
     def denoise_and_tap(
@@ -39,6 +41,24 @@ class Denoiser(nn.Module, abc.ABC):
         x (B, ...), sigma (B,) -> x0 (num_denoise, ...), features[i] (B, *feature_shapes[i]). With num_denoise = 0
         the decoder is not run. Raises ValueError for more taps than there are.
         """
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules that are compiled, recomputed or sharded one at a time; a small network has none.
+
+        Each has a flag `recompute`: whether a pass with gradients stores its inputs alone.
+        """
+        return []
+
+    def prepare(self, *, compile: bool = False, activation_checkpointing: bool = False) -> None:
+        """Chooses how the blocks run, for good; names and values of the state dict stay as they are.
+
+        Compiled blocks are equal up to rounding, recomputed ones bit for bit. Call it on a network that will not be
+        copied any more: a copy is not compiled.
+        """
+        for block in self.blocks():
+            block.recompute = activation_checkpointing  # type: ignore[assignment]
+            if compile:
+                block.compile()
 
     def check_taps(self, num_taps: int) -> None:
         """Raises ValueError for more taps than there are."""
@@ -99,8 +119,8 @@ class Teacher:
 
 
 def move(cond: Cond, device: torch.device | str) -> dict[str, Tensor]:
-    """The same conditions on `device`."""
-    return {name: value.to(device) for name, value in cond.items()}
+    """The same conditions on `device`; a GPU is not waited for."""
+    return {name: value.to(device, non_blocking=torch.device(device).type == "cuda") for name, value in cond.items()}
 
 
 def concat(conds: Sequence[Cond]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The layers of EDM's U-Net, with EDM's parameter names and initial values.
+"""The layers of EDM's U-Nets, with EDM's parameter names and initial values.
 
 Weights are float32; a layer computes in the dtype of its input and casts its weights on the way. They are
 uninitialised until `reset` draws them or a state dict fills them, so that a network can be built on the meta device.
@@ -9,7 +9,7 @@ Shapes: B batch, C channels, H, W height and width, E embedding.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,28 +20,53 @@ from dmd2_kernels import GroupNormSiLU
 Resampling = Literal["up", "down"]
 
 
+class Init(NamedTuple):
+    """How a layer's initial values are drawn: uniformly, by EDM's `weight_init`.
+
+    ADM's are within +-scale / sqrt(fan in), biases too (kaiming_uniform, init_weight and init_bias sqrt(1/3));
+    DDPM++'s weights within +-scale * sqrt(6 / (fan in + fan out)), biases 0 (`xavier`).
+    """
+
+    scale: float = 1.0
+    xavier: bool = False
+
+    def draw(self, weight: Tensor, bias: Tensor | None, rng: torch.Generator) -> None:
+        """Fills `weight` (out, in, ...) and `bias` (out,)."""
+        fan_in, fan_out = weight[0].numel(), weight[:, 0].numel()
+        bound = self.scale * (math.sqrt(6 / (fan_in + fan_out)) if self.xavier else 1 / math.sqrt(fan_in))
+        nn.init.uniform_(weight, -bound, bound, generator=rng)
+        if bias is not None and self.xavier:
+            nn.init.zeros_(bias)
+        elif bias is not None:
+            nn.init.uniform_(bias, -bound, bound, generator=rng)
+
+
+KAIMING = Init()
+
+
 def num_groups(num_channels: int) -> int:
     """EDM's min(32, C // 4), or the largest divisor of C below it where that does not divide C."""
     most = max(1, min(32, num_channels // 4))
     return next(n for n in range(most, 0, -1) if num_channels % n == 0)
 
 
-def norm(num_channels: int, *, silu: bool = True) -> GroupNormSiLU:
+def norm(num_channels: int, eps: float = 1e-5, *, silu: bool = True) -> GroupNormSiLU:
     """GroupNorm with EDM's number of groups, then SiLU unless told otherwise."""
-    return GroupNormSiLU(num_channels, num_groups(num_channels), eps=1e-5, silu=silu)
+    return GroupNormSiLU(num_channels, num_groups(num_channels), eps=eps, silu=silu)
 
 
 class Linear(nn.Module):
     """x W^T + b of (B, in), in the input's dtype."""
 
-    def __init__(self, num_in: int, num_out: int):
+    def __init__(self, num_in: int, num_out: int, init: Init = KAIMING):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_out, num_in))
         self.bias = nn.Parameter(torch.empty(num_out))
+        self.init = init
 
     def reset(self, rng: torch.Generator) -> None:
         """Draws EDM's initial values."""
-        _uniform(self.weight, self.bias, rng)
+        self.init.draw(self.weight, self.bias, rng)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -62,26 +87,56 @@ class LabelEmbedding(nn.Module):
         return F.embedding(label, self.weight.t())  # (B,) -> (B, E)
 
 
+class ScaledLabelEmbedding(LabelEmbedding):
+    """DDPM++'s form: a linear layer with bias of the one-hot vector times sqrt(classes)."""
+
+    def __init__(self, num_classes: int, num_out: int, init: Init):
+        super().__init__(num_classes, num_out)
+        self.bias = nn.Parameter(torch.empty(num_out))
+        self.init, self.scale = init, math.sqrt(num_classes)
+
+    def reset(self, rng: torch.Generator) -> None:
+        """Draws EDM's initial values."""
+        self.init.draw(self.weight, self.bias, rng)
+
+    def forward(self, label: Tensor) -> Tensor:
+        return self.scale * super().forward(label) + self.bias
+
+
+class Unused(nn.Module):
+    """A weight of the published network that no computation here reads, kept so that its files fit."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(shape))
+
+    def reset(self, rng: torch.Generator) -> None:
+        """Zeros."""
+        nn.init.zeros_(self.get_buffer("weight"))
+
+
 class Conv(nn.Module):
     """A convolution that keeps H and W, in the input's dtype; with `resampling`, of the resampled input."""
 
     def __init__(
-        self, num_in: int, num_out: int, kernel: int, *, resampling: Resampling | None = None, zero: bool = False
+        self, num_in: int, num_out: int, kernel: int, *, resampling: Resampling | None = None, init: Init = KAIMING
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_out, num_in, kernel, kernel))
         self.bias = nn.Parameter(torch.empty(num_out))
-        self.padding, self.resampling, self.zero = kernel // 2, resampling, zero
+        self.padding, self.resampling, self.init = kernel // 2, resampling, init
         if resampling:
             self.register_buffer("resample_filter", _box())
 
     def reset(self, rng: torch.Generator) -> None:
-        """Draws EDM's initial values, or zeros for a layer that starts at zero."""
-        _uniform(self.weight, self.bias, rng, scale=0.0 if self.zero else 1.0)
+        """Draws EDM's initial values."""
+        self.init.draw(self.weight, self.bias, rng)
 
     def forward(self, x: Tensor) -> Tensor:
         x = resample(x, self.resampling)
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
+        # Cast and layout in one copy: a convolution would convert weights of another layout by itself, in a second.
+        layout = torch.channels_last if is_channels_last(x) else torch.preserve_format
+        return F.conv2d(x, self.weight.to(x.dtype, memory_format=layout), self.bias.to(x.dtype), padding=self.padding)
 
 
 class Resample(nn.Module):
@@ -108,11 +163,9 @@ def resample(x: Tensor, resampling: Resampling | None) -> Tensor:
     return x
 
 
-def _uniform(weight: Tensor, bias: Tensor, rng: torch.Generator, scale: float = 1.0) -> None:
-    """Uniform in +-scale / sqrt(fan in): EDM's kaiming_uniform with init_weight and init_bias sqrt(1/3)."""
-    bound = scale / math.sqrt(weight[0].numel())
-    nn.init.uniform_(weight, -bound, bound, generator=rng)
-    nn.init.uniform_(bias, -bound, bound, generator=rng)
+def is_channels_last(x: Tensor) -> bool:
+    """Whether channels are the fastest dimension of x (B, C, H, W), and not by a size of 1 alone."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _box() -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dmd2 import config
 from dmd2.errors import UserError
 from dmd2.teachers.edm import build_denoiser
+from dmd2.teachers.edm_blocks import Block
 from dmd2.teachers.edm_layers import num_groups
-from dmd2.teachers.edm_unet import Block, UNet
+from dmd2.teachers.edm_unet import UNet
 
 ADM64_KEYS = Path(__file__).parents[1] / "data" / "adm64_keys.txt"
 SMALL = config.Network(
@@ -126,7 +127,7 @@ def test_dropout_acts_in_training_alone():
 def test_sizes_that_cannot_be_built_are_named():
     with pytest.raises(UserError, match=r"resolution 18 .*multiple of 4"):
         UNet(SMALL, resolution=18, num_channels=3, num_classes=5)
-    with pytest.raises(UserError, match="channels_per_head 7 does not divide the 16 channels at 8x8"):
+    with pytest.raises(UserError, match="channels_per_head 7 does not divide the 16 channels of a block with"):
         UNet(SMALL.model_copy(update={"channels_per_head": 7}), resolution=16, num_channels=3, num_classes=5)
     with pytest.raises(UserError, match="model_channels 9 is odd"):
         UNet(SMALL.model_copy(update={"model_channels": 9}), resolution=16, num_channels=3, num_classes=5)
