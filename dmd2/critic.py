@@ -1,10 +1,13 @@
-"""The critic: the fake score, an online denoiser of what the generator makes, with a realism head on its bottleneck.
+"""The critic: the fake score, an online denoiser of what the generator makes, with realism heads on an encoder.
 
 Shapes: B batch, C, H, W of the tapped features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from dmd2.denoiser import Cond, Denoiser
@@ -12,7 +15,7 @@ from dmd2_kernels import GroupNormSiLU
 
 
 class RealismHead(nn.Sequential):
-    """One logit per sample from bottleneck features: (B, C, H, W) -> (B,), in float32.
+    """One logit per sample from features of an encoder: (B, C, H, W) -> (B,), in float32.
 
     Convolutions of stride 2 down to 4x4, one to 1x1, a linear read-out; GroupNorm and SiLU between (the released
     code's `cls_pred_branch`, whose parameter names this keeps). Features that are 4x4 already get a 3x3
@@ -45,23 +48,41 @@ class RealismHead(nn.Sequential):
 
 
 class Critic(nn.Module):
-    """Fake score and, where a GAN takes part, realism logits, in one forward so that wrappers see one entry point."""
+    """Fake score and, where a GAN takes part, realism logits, in one forward so that wrappers see one entry point.
 
-    def __init__(self, fake: Denoiser, *, has_gan: bool):
+    A head each judges the first `num_taps` features of an encoder, the coarsest first; with 0 taps there is no GAN.
+    """
+
+    def __init__(self, fake: Denoiser, *, num_taps: int):
         super().__init__()
+        fake.check_taps(num_taps)
         self.fake = fake
-        self.head = RealismHead(fake.feature_shapes[0]) if has_gan else None
+        self.heads = nn.ModuleList(RealismHead(shape) for shape in fake.feature_shapes[:num_taps])
 
     def forward(
-        self, x: Tensor, sigma: Tensor, cond: Cond, *, num_denoise: int, logits_from: int | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Cond,
+        *,
+        num_denoise: int,
+        logits_from: int | None = None,
+        features: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x0 estimates of the first `num_denoise` samples and logits of those from index `logits_from` on.
+        """x0 estimates of the first `num_denoise` samples, and logits of those from index `logits_from` on.
 
-        x (B, ...), sigma (B,) -> x0_fake (num_denoise, ...), logits (B - logits_from,) or None.
+        x (B, ...), sigma (B,) -> x0_fake (num_denoise, ...), logits (B - logits_from, num_taps) or None. With
+        `features` of another network the heads judge those instead of the fake score's own: logits (N, num_taps).
         """
-        if logits_from is None:
+        if logits_from is None and features is None:
             return self.fake(x[:num_denoise], sigma[:num_denoise], cond), None
-        if self.head is None:
+        if not self.heads:
             raise ValueError("this critic was built without a realism head")
-        x0_fake, (features,) = self.fake.denoise_and_tap(x, sigma, cond, num_denoise)
-        return x0_fake, self.head(features[logits_from:])
+        if features is not None:
+            x0_fake = self.fake(x[:num_denoise], sigma[:num_denoise], cond) if num_denoise else x[:0]
+            return x0_fake, self._judge(features)
+        x0_fake, own = self.fake.denoise_and_tap(x, sigma, cond, num_denoise, len(self.heads))
+        return x0_fake, self._judge([feature[logits_from:] for feature in own])
+
+    def _judge(self, features: Sequence[Tensor]) -> Tensor:
+        return torch.stack([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1)

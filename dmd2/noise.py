@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SHARED = 2**31
+"""The `rank` of random numbers that all ranks draw alike."""
+
 
 @dataclass(frozen=True)
 class NoiseGrid:
@@ -84,6 +87,12 @@ def step_rng(seed: int, step: int, rank: int = 0, *, device: torch.device | str 
     """
     mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(mixed))
+
+
+def shared_choice(seed: int, step: int, num: int) -> int:
+    """A uniform number of 0..num-1 that all ranks draw alike at a step, on the host: no device is asked."""
+    words = np.random.SeedSequence([seed, step, SHARED]).generate_state(1, np.uint64)
+    return int(words[0] % np.uint64(num))
 
 
 class SampleNoise:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmd2 import distributed
 from dmd2.config import TeacherTraining
-from dmd2.denoiser import Teacher, move
-from dmd2.noise import add_noise, normal, step_rng
+from dmd2.denoiser import Teacher
+from dmd2.noise import add_noise, normal
 from dmd2.objective import critic_weight
 from dmd2.optimization import Average, Descent, FiniteGuard, warmup_decay
+from dmd2.parts import Parts, Shares, means
 from dmd2.training import Batches
 from dmd2_kernels import denoising_loss
 
@@ -21,16 +21,24 @@ class TeacherFit:
     """A teacher in training: network, optimizer and average."""
 
     def __init__(
-        self, teacher: Teacher, training: TeacherTraining, data: Batches, *, device: torch.device | str = "cpu"
+        self,
+        teacher: Teacher,
+        training: TeacherTraining,
+        data: Batches,
+        *,
+        micro_batch_size: int | None = None,
+        device: torch.device | str = "cpu",
     ):
-        self.training, self._data = training, data
+        self.training = training
         self.device = torch.device(device)
+        self.parts = Parts.of(training.batch_size, micro_batch_size)
+        self._data = Shares(data, self.parts, self.device)
         self.sigma_data = teacher.sigma_data
         self.network = teacher.copy_network().to(self.device)
         self.average = Average(self.network, training.ema_decay)
         self.guard = FiniteGuard(self.device)
         self._descent = Descent(
-            list(self.network.parameters()),
+            self.network,
             learning_rate=training.learning_rate,
             betas=training.betas,
             weight_decay=0.0,
@@ -41,21 +49,24 @@ class TeacherFit:
         )
 
     def step(self, index: int) -> dict[str, Tensor]:
-        """Iteration `index`: the weighted denoising loss at log-normal noise levels, one update."""
-        training = self.training
-        rng = step_rng(training.seed, index, distributed.rank(), device=self.device)
-        torch.manual_seed(rng.initial_seed())  # the network's dropout draws from torch's global generator
-        x0, cond = self._data(index)
-        x0 = x0.to(self.device, non_blocking=True)
-        sigma = (training.p_mean + training.p_std * normal((x0.shape[0],), rng)).exp()
-        x = add_noise(x0, sigma, normal(x0.shape, rng))
-        x0_hat = self.network(x, sigma, move(cond, self.device))
-        loss = denoising_loss(x0_hat, x0, critic_weight(sigma, self.sigma_data)).loss
-        loss.backward()
-        terms = {"denoising_loss": loss.detach()}
+        """Iteration `index`: the weighted denoising loss at log-normal noise levels over all parts, one update."""
+        terms = means([self._add_loss(index, part) for part in range(self.parts.num)])
         norm = self._descent.step(index, self.guard, terms, "grad_norm")
         self.average.update()
         return {**terms, "grad_norm": norm}
+
+    def _add_loss(self, index: int, part: int) -> dict[str, Tensor]:
+        """The loss of one part; adds its gradient to the network's."""
+        training = self.training
+        rng = self.parts.rng(training.seed, index, part, self.device)
+        torch.manual_seed(rng.initial_seed())  # the network's dropout draws from torch's global generator
+        x0, cond = self._data(index, part)
+        sigma = (training.p_mean + training.p_std * normal((x0.shape[0],), rng)).exp()
+        x = add_noise(x0, sigma, normal(x0.shape, rng))
+        loss = denoising_loss(self.network(x, sigma, cond), x0, critic_weight(sigma, self.sigma_data)).loss
+        with self._descent.accumulating(last=self.parts.is_last(part)):
+            (loss / self.parts.num).backward()
+        return {"denoising_loss": loss.detach()}
 
     def export(self) -> dict[str, Tensor]:
         """The averaged network: the teacher."""

@@ -1,38 +1,48 @@
 """One DMD2 run: its networks, and the step that shows the order of everything that moves weights.
 
-Shapes: B this rank's batch, `...` the shape of one sample.
+Shapes: B samples of one part of this rank's batch (see `parts`), `...` the shape of one sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dmd2 import distributed, objective, sampling
+from dmd2 import objective, sampling
 from dmd2.config import Train
 from dmd2.critic import Critic
 from dmd2.denoiser import Cond, Denoiser, Teacher, move
 from dmd2.errors import UserError
-from dmd2.noise import add_noise, expand, normal, step_rng
+from dmd2.noise import add_noise, expand, normal, shared_choice
 from dmd2.optimization import Average, Descent, FiniteGuard, warmup
+from dmd2.parts import Parts, Shares, means
 
 Batches = Callable[[int], tuple[Tensor, Cond]]
-"""Batch number -> (x0 (B, ...), conditions) of real samples."""
+"""Batch number -> (x0, conditions) of this rank's share of real samples, the samples first."""
 Pairs = Callable[[int], tuple[Tensor, Tensor, Cond]]
-"""Batch number -> (noise (B, ...), the teacher's x0 (B, ...), conditions)."""
+"""Batch number -> (noise, the teacher's x0, conditions) of this rank's share of pairs."""
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""The mean distance () of two batches of images (B, ...), with its gradient in the first."""
 
-SHARED = 2**31
-"""The `rank` of random numbers that all ranks draw alike."""
+
+class Made(NamedTuple):
+    """What the generator made of one part, with the random numbers that the part goes on with."""
+
+    x0: Tensor  # (B, ...), detached
+    cond: Cond
+    rng: torch.Generator
 
 
 class Distillation:
     """A student in training: generator, critic, their optimizers and the generator's average.
 
     `data` and `pairs` are asked only where a term needs them. `start` holds the networks of another run to go on
-    from (`generator.*`, `critic.fake.*`), with fresh optimizers and a fresh realism head.
+    from (`generator.*`, `critic.fake.*`), with fresh optimizers and fresh realism heads. With `micro_batch_size` a
+    rank's share of the batch passes the networks in parts, whose gradients are summed.
     """
 
     def __init__(
@@ -42,28 +52,29 @@ class Distillation:
         *,
         data: Batches | None = None,
         pairs: Pairs | None = None,
+        regression_distance: Distance = torch.nn.functional.mse_loss,
         start: Mapping[str, Tensor] | None = None,
+        micro_batch_size: int | None = None,
         device: torch.device | str = "cpu",
     ):
-        if (data is None) and (train.has_gan or (train.num_steps > 1 and not train.backward_simulation)):
-            raise UserError("this run needs real data: it has a GAN, or several steps without backward simulation")
-        if (pairs is None) and train.regression_weight > 0:
-            raise UserError("regression_weight > 0 needs the teacher's noise-image pairs")
-        if train.guidance_scale != 1 and teacher.conditioner.null(1) is None:
-            raise UserError(
-                f"guidance_scale is {train.guidance_scale}, but this teacher has no unconditional input; set it to 1"
-            )
+        _check(teacher, train, has_data=data is not None, has_pairs=pairs is not None)
         self.train = train
         self.device = torch.device(device)
         self.teacher = teacher.to(self.device)
-        self.batch_size = distributed.local_share(train.batch_size)
-        self._data, self._pairs = data, pairs
+        self.parts = Parts.of(train.batch_size, micro_batch_size)
+        self._data = Shares(data, self.parts, self.device) if data is not None else None
+        self._pairs = Shares(pairs, self.parts, self.device) if pairs is not None else None
+        self._regression_distance = regression_distance
         self._sigmas = teacher.grid.student_steps(train.num_steps)
-        with torch.random.fork_rng(devices=[]):  # the realism head's initial weights
+        self._sigma_table = torch.tensor(self._sigmas, device=self.device)
+        with torch.random.fork_rng(devices=[]):  # the realism heads' initial weights
             torch.manual_seed(train.seed)
             # In evaluation mode: DMD2 uses no dropout, whatever the teacher was trained with.
             self.generator: Denoiser = teacher.copy_network().to(self.device).eval()
-            self.critic = Critic(teacher.copy_network(), has_gan=train.has_gan).to(self.device).eval()
+            num_taps = train.gan_taps if train.has_gan else 0
+            self.critic = Critic(teacher.copy_network(), num_taps=num_taps).to(self.device).eval()
+        for network in (self.teacher.denoiser, self.generator, self.critic.fake):
+            network.precision = train.precision
         if start is not None:
             self._load_networks(start)
         self.average = Average(self.generator, train.ema_decay)
@@ -74,7 +85,7 @@ class Distillation:
     def _descent(self, network: torch.nn.Module, learning_rate: float) -> Descent:
         train = self.train
         return Descent(
-            list(network.parameters()),
+            network,
             learning_rate=learning_rate,
             betas=train.betas,
             weight_decay=train.weight_decay,
@@ -85,103 +96,122 @@ class Distillation:
     def step(self, index: int) -> dict[str, Tensor]:
         """Iteration `index`, from 0 (paper, algorithm 1): every R-th moves the generator, each one the critic.
 
-        The critic trains on the images that the generator made before its update. Returns scalars for the log, on
-        the device; a function of (seed, index, rank) and the networks, so that a resumed run repeats it exactly.
+        The critic trains on the images that the generator made before its update. With `turns: disjoint` it rests
+        where the generator moves. Returns scalars for the log, on the device, means over the parts; a function of
+        (seed, index, rank) and the networks, so that a resumed run repeats it exactly.
         """
-        train = self.train
-        rng = step_rng(train.seed, index, distributed.rank(), device=self.device)
-        update_generator = index % train.critic_steps_per_generator == 0
+        moves_generator = index % self.train.critic_steps_per_generator == 0
+        moves_critic = self.train.turns == "both" or not moves_generator
+        regresses = self.train.regression_weight > 0
 
-        x, sigma, cond = self._generator_input(index, rng)
-        with torch.set_grad_enabled(update_generator):
-            x0 = self.generator(x, sigma, cond)
-
-        metrics: dict[str, Tensor] = {}
-        if update_generator:
-            grad, metrics = self._generator_gradient(x0.detach(), cond, rng)
-            x0.backward(grad)
-            terms = {name: metrics[name] for name in metrics if name.endswith("_loss")}
-            if train.regression_weight > 0:
-                terms["regression_loss"] = metrics["regression_loss"] = self._add_regression(index)
-            norm = self._generator_descent.step(index, self.guard, terms, "generator_grad_norm")
+        made: list[Made] = []
+        rows: list[dict[str, Tensor]] = []
+        for part in range(self.parts.num):
+            rng = self.parts.rng(self.train.seed, index, part, self.device)
+            x, sigma, cond = self._generator_input(index, part, rng)
+            with torch.set_grad_enabled(moves_generator):
+                x0 = self.generator(x, sigma, cond)
+            made.append(Made(x0.detach(), cond, rng))
+            if moves_generator:
+                grad, metrics = self._generator_gradient(made[part])
+                with self._generator_descent.accumulating(last=self.parts.is_last(part) and not regresses):
+                    x0.backward(grad / self.parts.num)
+                if regresses:
+                    metrics["regression_loss"] = self._add_regression(index, part)
+                rows.append(metrics | _describe(made[part].x0))
+        metrics = {}
+        if moves_generator:
+            metrics = self._descend(self._generator_descent, index, means(rows), "generator_grad_norm")
             self.average.update()
-            metrics |= {"generator_grad_norm": norm, **_describe(x0.detach())}
 
-        losses = objective.critic_losses(
-            x0.detach(), cond, lambda: self._real_batch(index), self.teacher, self.critic, train, rng
-        )
-        losses.total.backward()
-        terms = {"denoising_loss": losses.denoising.loss.detach()}
-        if losses.gan is not None:
-            terms["gan_critic_loss"] = losses.gan.loss.detach()
-            metrics["d_accuracy"] = 0.5 * ((losses.gan.p_data > 0.5).float() + (losses.gan.p_gen < 0.5).float()).mean()
-        norm = self._critic_descent.step(index, self.guard, terms, "critic_grad_norm")
-        return metrics | terms | {"critic_grad_norm": norm} | self._lag(index, terms["denoising_loss"])
+        if moves_critic:
+            rows = [self._add_critic_losses(index, part, made[part]) for part in range(self.parts.num)]
+            metrics |= self._descend(self._critic_descent, index, means(rows), "critic_grad_norm")
+            metrics |= self._lag(index, metrics["denoising_loss"])
+        return metrics
 
-    def _generator_input(self, index: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
+    def _descend(self, descent: Descent, index: int, metrics: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
+        """One update from the gradients that are there, its losses guarded; `metrics` and the gradient's norm."""
+        terms = {name: value for name, value in metrics.items() if name.endswith("_loss")}
+        return metrics | {norm: descent.step(index, self.guard, terms, norm)}
+
+    def _generator_input(self, index: int, part: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
         """(x, sigma, conditions): pure noise for one step; for several, the student's own input at a step that all
-        ranks draw alike."""
+        slots draw alike."""
         train, grid = self.train, self.teacher.grid
-        shape = (self.batch_size, *self.teacher.sample_shape)
+        shape = (self.parts.size, *self.teacher.sample_shape)
         if train.num_steps > 1 and not train.backward_simulation:
-            return self._noised_data(index, rng)
-        cond = move(self.teacher.conditioner.draw(self.batch_size, rng), self.device)
-        shared = step_rng(train.seed, index, SHARED)
-        k = int(torch.randint(train.num_steps, (), generator=shared))
+            return self._noised_data(index, part, rng)
+        cond = move(self.teacher.conditioner.draw(self.parts.size, rng), self.device)
+        k = shared_choice(train.seed, index, train.num_steps)
         x, sigma = sampling.simulate(self.generator, cond, self._sigmas, grid.init_scale, k, lambda: normal(shape, rng))
         return x, sigma, cond
 
-    def _noised_data(self, index: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
+    def _noised_data(self, index: int, part: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
         """Without backward simulation: noised real samples with their own conditions, at a step of their own each;
         pure noise at the first."""
-        x0, cond = self._real_batch(index)
+        x0, cond = self._real(index, part)
         eps = normal(x0.shape, rng)
         k = torch.randint(self.train.num_steps, (x0.shape[0],), generator=rng, device=self.device)
-        sigma = torch.tensor(self._sigmas, device=self.device)[k]
+        sigma = self._sigma_table[k]
         pure = self.teacher.grid.init_scale * eps
         return torch.where(expand(k == 0, x0), pure, add_noise(x0, sigma, eps)), sigma, cond
 
-    def _generator_gradient(self, x0: Tensor, cond: Cond, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient of matching and GAN losses on the images x0, and what the log wants of them."""
-        train = self.train
+    def _generator_gradient(self, made: Made) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of matching and GAN losses on the images, and what the log wants of them."""
+        train, (x0, cond, rng) = self.train, made
+        matching, gan = objective.generator_terms(x0, cond, self.teacher, self.critic, train, rng)
         grad = torch.zeros_like(x0)
         metrics: dict[str, Tensor] = {}
-        if train.matching_weight > 0:
-            matching, matching_grad = objective.matching_gradient(x0, cond, self.teacher, self.critic, train, rng)
+        if matching is not None:
+            loss, matching_grad = matching
             grad += train.matching_weight * matching_grad
-            metrics |= {"matching_loss": matching.loss, "num_nonfinite": matching.num_nonfinite.sum().float()}
-        if train.has_gan:
-            gan_loss, gan_grad = objective.gan_gradient(x0, cond, self.teacher, self.critic, train, rng)
+            metrics |= {"matching_loss": loss.loss, "num_nonfinite": loss.num_nonfinite.sum().float()}
+        if gan is not None:
+            metrics["gan_generator_loss"], gan_grad = gan
             gan_grad = train.gan_generator_weight * gan_grad
-            if train.matching_weight > 0:
+            if matching is not None:
                 metrics["gan_to_matching_ratio"] = gan_grad.norm() / grad.norm()
             grad += gan_grad
-            metrics["gan_generator_loss"] = gan_loss
         return grad, metrics
 
-    def _add_regression(self, index: int) -> Tensor:
+    def _add_regression(self, index: int, part: int) -> Tensor:
         """Original DMD's regression on pairs: adds its gradient to the generator's; the loss (), unweighted."""
         assert self._pairs is not None
-        noise, target, cond = self._pairs(index)
+        noise, target, cond = self._pairs(index, part)
         sigma = torch.full((noise.shape[0],), self._sigmas[0], device=self.device)
-        x0 = self.generator(self.teacher.grid.init_scale * noise.to(self.device), sigma, move(cond, self.device))
-        loss = torch.nn.functional.mse_loss(x0, target.to(self.device))
-        (self.train.regression_weight * loss).backward()
+        x0 = self.generator(self.teacher.grid.init_scale * noise, sigma, cond)
+        loss = self._regression_distance(x0, target)
+        with self._generator_descent.accumulating(last=self.parts.is_last(part)):
+            (self.train.regression_weight / self.parts.num * loss).backward()
         return loss.detach()
 
-    def _real_batch(self, index: int) -> tuple[Tensor, Cond]:
+    def _add_critic_losses(self, index: int, part: int, made: Made) -> dict[str, Tensor]:
+        """Fake-score and discriminator losses on what the generator made: adds their gradient to the critic's."""
+        x0, cond, rng = made
+        real = partial(self._real, index, part)
+        losses = objective.critic_losses(x0, cond, real, self.teacher, self.critic, self.train, rng)
+        with self._critic_descent.accumulating(last=self.parts.is_last(part)):
+            (losses.total / self.parts.num).backward()
+        metrics = {"denoising_loss": losses.denoising.loss.detach()}
+        if losses.gan is not None:
+            metrics["gan_critic_loss"] = losses.gan.loss.detach()
+            metrics["d_accuracy"] = 0.5 * ((losses.gan.p_data > 0.5).float() + (losses.gan.p_gen < 0.5).float()).mean()
+        return metrics
+
+    def _real(self, index: int, part: int) -> tuple[Tensor, Cond]:
         assert self._data is not None
-        x0, cond = self._data(index)
-        return x0.to(self.device, non_blocking=True), move(cond, self.device)
+        x0, cond = self._data(index, part)
+        return x0, cond
 
     def _lag(self, index: int, denoising: Tensor) -> dict[str, Tensor]:
-        """The critic's loss on the first and on the last iteration between two generator updates."""
+        """The critic's loss on its first and on its last update between two of the generator."""
         period = self.train.critic_steps_per_generator
         if period == 1:
             return {}
-        phase = index % period
-        name = {1: "denoising_loss_after_update", 0: "denoising_loss_before_update"}.get(phase)
-        return {name: denoising} if name else {}
+        first, last = 1, 0 if self.train.turns == "both" else period - 1
+        names = {"denoising_loss_after_update": first, "denoising_loss_before_update": last}
+        return {name: denoising for name, phase in names.items() if index % period == phase}
 
     def export(self) -> dict[str, Tensor]:
         """The generator to sample with: its average, or its weights where the run keeps none."""
@@ -218,6 +248,22 @@ class Distillation:
         self.average.load_state_dict(state["average"])
         self._generator_descent.load_state_dict(state["generator_optimizer"])
         self._critic_descent.load_state_dict(state["critic_optimizer"])
+
+
+def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool) -> None:
+    """Raises UserError where a run asks for what it was not given, or what this teacher does not have."""
+    if not has_data and (train.has_gan or (train.num_steps > 1 and not train.backward_simulation)):
+        raise UserError("this run needs real data: it has a GAN, or several steps without backward simulation")
+    if not has_pairs and train.regression_weight > 0:
+        raise UserError("regression_weight > 0 needs the teacher's noise-image pairs")
+    if train.guidance_scale != 1 and teacher.conditioner.null(1) is None:
+        raise UserError(
+            f"guidance_scale is {train.guidance_scale}, but this teacher has no unconditional input; set it to 1"
+        )
+    if train.has_gan and train.gan_taps > (num := len(teacher.denoiser.feature_shapes)):
+        raise UserError(
+            f"gan_taps is {train.gan_taps}, but this teacher's encoder has {num} level(s); use at most {num}"
+        )
 
 
 def _describe(x0: Tensor) -> dict[str, Tensor]:

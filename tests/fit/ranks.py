@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from trainees import BATCH, DIGEST, RUNTIME, Source, distillation
 
-from dmd2 import distributed, noise, objective, training
+from dmd2 import distributed, noise, objective, parts, training
 from dmd2.checkpoint import CheckpointStore
 from dmd2.errors import Interrupted
 from dmd2.fitting import fit
@@ -47,7 +47,7 @@ def update(rank: int, world: int) -> Tensor:
     x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
     mine = x.chunk(world)[rank]
     descent = Descent(
-        list(model.parameters()),
+        model,
         learning_rate=0.1,
         betas=(0.9, 0.99),
         weight_decay=0.0,
@@ -72,11 +72,11 @@ def share_randomness(rank: int, world: int) -> None:
         return part(normal((shape[0] * world, *shape[1:]), rng))
 
     def shared_rng(seed: int, step: int, rank: int = 0, **options: Any) -> torch.Generator:
-        return step_rng(seed, step, rank if rank == training.SHARED else 0, **options)
+        return step_rng(seed, step, rank if rank == noise.SHARED else 0, **options)
 
     for module in (training, objective):
         module.normal = shared_normal
-    training.step_rng = shared_rng
+    parts.step_rng = shared_rng
     NoiseGrid.draw = lambda self, num, *rest: part(draw(self, num * world, *rest))  # type: ignore[method-assign]
     ClassConditioner.draw = lambda self, num, rng: {  # type: ignore[method-assign]
         name: part(value) for name, value in labels(self, num * world, rng).items()
@@ -89,7 +89,7 @@ def steps(rank: int, world: int, port: int, out: Path, manifest: Path, num: int)
     share_randomness(rank, world)
     with distributed.process_group(CPU):
         run = distillation(Source(manifest, rank=rank, world=world))
-        assert run.batch_size == BATCH // world
+        assert run.parts.size == BATCH // world
         for index in range(num):
             run.step(index)
         torch.save(run.state_dict(), out / f"{rank}.pt")

@@ -17,9 +17,9 @@ from dmd2.noise import add_noise
 TEACHER = toy_teacher()
 
 
-def critic_of(seed: int = 1, *, has_gan: bool = True) -> Critic:
+def critic_of(seed: int = 1, *, num_taps: int = 1) -> Critic:
     torch.manual_seed(seed)
-    return Critic(toy_teacher(seed).copy_network(), has_gan=has_gan)
+    return Critic(toy_teacher(seed).copy_network(), num_taps=num_taps)
 
 
 def images(num: int, seed: int = 9) -> Tensor:
@@ -77,7 +77,7 @@ def test_one_pass_over_all_parts_equals_a_pass_for_each(r1_weight: float):
     torch.testing.assert_close(result.denoising.loss.double(), by_hand, rtol=1e-5, atol=0)
 
     gen, real, *moved = (
-        critic.head(critic.fake.denoise_and_tap(part["x"], part["sigma"], cond(part), 0)[1][0]).double()
+        critic.heads[0](critic.fake.denoise_and_tap(part["x"], part["sigma"], cond(part), 0)[1][0]).double()
         for part in judged
     )
     gan = torch.log1p(gen.exp()).mean() + torch.log1p((-real).exp()).mean()
@@ -90,7 +90,7 @@ def test_one_pass_over_all_parts_equals_a_pass_for_each(r1_weight: float):
 def test_shared_pass_judges_the_sample_that_the_fake_score_denoises():
     result, seen, logits = seen_by(critic_of(), Train(share_critic_pass=True))
     assert len(seen["x"]) == 10
-    assert logits.shape == (10,)
+    assert logits.shape == (10, 1)
     apart, all_seen, _ = seen_by(critic_of(), Train())
     assert torch.equal(seen["x"][:5], all_seen["x"][:5])
     torch.testing.assert_close(result.denoising.loss, apart.denoising.loss, rtol=1e-6, atol=0)
@@ -103,7 +103,7 @@ def test_shared_pass_judges_the_sample_that_the_fake_score_denoises():
 def test_gan_loss_moves_encoder_and_head_but_not_the_decoder():
     critic = critic_of()
     result = losses(critic, Train())
-    networks = {"encoder": critic.fake.encoder, "head": critic.head, "decoder": critic.fake.decoder}
+    networks = {"encoder": critic.fake.encoder, "head": critic.heads[0], "decoder": critic.fake.decoder}
     grads = {
         name: torch.autograd.grad(result.gan.loss, list(part.parameters()), retain_graph=True, allow_unused=True)
         for name, part in networks.items()
@@ -189,8 +189,8 @@ def test_critic_weight_without_data_scale_is_the_epsilon_loss():
 
 
 def test_without_a_gan_no_data_is_asked_for_and_no_head_exists():
-    critic = critic_of(has_gan=False)
-    assert critic.head is None
+    critic = critic_of(num_taps=0)
+    assert len(critic.heads) == 0
 
     def never() -> Any:
         raise AssertionError("data was asked for")

@@ -49,9 +49,9 @@ def test_generator_moves_on_every_rth_iteration_and_critic_on_each(ratio: int, n
     run = distillation(critic_steps_per_generator=ratio)
     moved, critic_moved = [], []
     for index in range(num):
-        before = weights(run.generator), weights(run.critic.fake), weights(run.critic.head)
+        before = weights(run.generator), weights(run.critic.fake), weights(run.critic.heads)
         run.step(index)
-        after = weights(run.generator), weights(run.critic.fake), weights(run.critic.head)
+        after = weights(run.generator), weights(run.critic.fake), weights(run.critic.heads)
         moved += [index] if not torch.equal(before[0], after[0]) else []
         critic_moved += [index] if not any(map(torch.equal, before[1:], after[1:])) else []
     assert moved == list(range(0, num, ratio))
@@ -232,8 +232,8 @@ def test_run_goes_on_from_networks_of_another_with_a_fresh_head_and_optimizers()
     assert torch.equal(weights(after.generator), weights(before.generator))
     assert torch.equal(weights(after.critic.fake), weights(before.critic.fake))
     fresh = Distillation(toy_teacher(), Train(**QUICK), data=data)
-    assert torch.equal(weights(after.critic.head), weights(fresh.critic.head))
-    assert after.state_dict()["generator_optimizer"]["state"] == {}
+    assert torch.equal(weights(after.critic.heads), weights(fresh.critic.heads))
+    assert not after.state_dict()["generator_optimizer"]["steps"].any()
     start_average = torch.cat([v.flatten() for v in after.export().values()])
     assert torch.equal(start_average, torch.cat([v.flatten() for v in before.generator.state_dict().values()]))
 

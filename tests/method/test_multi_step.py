@@ -56,7 +56,7 @@ def test_backward_simulation_draws_every_step_equally_often():
     run = distillation(batch_size=1)
     seen = torch.zeros(4)
     for index in range(800):
-        _, sigma, _ = run._generator_input(index, rng(index))
+        _, sigma, _ = run._generator_input(index, 0, rng(index))
         seen[SIGMAS.index(float(sigma[0]))] += 1
     assert float((seen - 200).abs().max()) < 5 * 200**0.5
 
@@ -76,7 +76,7 @@ def test_backward_simulation_feeds_the_students_own_noised_estimate():
 
 
 def drawn(run: Distillation, index: int) -> int:
-    return SIGMAS.index(float(run._generator_input(index, rng())[1][0]))
+    return SIGMAS.index(float(run._generator_input(index, 0, rng())[1][0]))
 
 
 def test_without_backward_simulation_inputs_are_noised_data_with_their_conditions():
@@ -98,8 +98,8 @@ def test_without_backward_simulation_inputs_are_noised_data_with_their_condition
 def test_noised_data_is_the_forward_process():
     x0 = torch.randn(64, *SHAPE, generator=rng(5))
     run = distillation(backward_simulation=False)
-    run._data = lambda index: (x0, {"label": torch.zeros(64, dtype=torch.int64)})
-    x, sigma, _ = run._generator_input(0, rng(1))
+    run._data = lambda index, part: (x0, {"label": torch.zeros(64, dtype=torch.int64)})
+    x, sigma, _ = run._generator_input(0, 0, rng(1))
     eps = (x - x0) / sigma.view(-1, 1, 1, 1)
     for level in SIGMAS[1:]:
         here = eps[sigma == level]

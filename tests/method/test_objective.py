@@ -26,9 +26,9 @@ def double_grid() -> NoiseGrid:
     return NoiseGrid(grid.sigmas.double(), grid.init_scale)
 
 
-def critic_of(seed: int = 1, *, has_gan: bool = True) -> Critic:
+def critic_of(seed: int = 1, *, num_taps: int = 1) -> Critic:
     torch.manual_seed(seed)
-    return Critic(toy_teacher(seed).copy_network(), has_gan=has_gan)
+    return Critic(toy_teacher(seed).copy_network(), num_taps=num_taps)
 
 
 def images(num: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -53,7 +53,7 @@ def assert_uniform(index: np.ndarray, low: int, high: int) -> None:
 @pytest.mark.parametrize("scale", [1.0, 1.75])
 def test_matching_gradient_is_the_papers_formula_in_float64(scale: float):
     teacher = wide(toy_teacher(guidable=True))
-    critic = critic_of(has_gan=False).double()
+    critic = critic_of(num_taps=0).double()
     x0, cond = images(7, dtype=torch.float64), labels(7)
     train = Train(guidance_scale=scale)
     with recorded(teacher.denoiser) as real_calls, recorded(critic.fake) as fake_calls:
@@ -76,7 +76,7 @@ def test_matching_gradient_is_the_papers_formula_in_float64(scale: float):
 
 
 def test_matching_adds_noise_of_its_own_level_to_every_sample():
-    teacher, critic = toy_teacher(), critic_of(has_gan=False)
+    teacher, critic = toy_teacher(), critic_of(num_taps=0)
     x0 = images(4000)
     with recorded(teacher.denoiser) as calls:
         objective.matching_gradient(x0, labels(4000), teacher, critic, Train(), rng())
@@ -150,7 +150,8 @@ def test_generator_gan_loss_and_gradient_equal_the_test_vector():
 
 def test_gan_gradient_equals_the_difference_quotient_and_leaves_no_gradient_on_the_critic():
     teacher, critic = wide(toy_teacher()), critic_of().double()
-    critic.head.forward = lambda features: torch.nn.Sequential.forward(critic.head, features).flatten()  # stay double
+    head = critic.heads[0]
+    head.forward = lambda features: torch.nn.Sequential.forward(head, features).flatten()  # stay double
     x0, cond, train = images(4, dtype=torch.float64), labels(4), Train(gan_levels=(300, 900))
 
     def loss_at(moved: Tensor) -> float:
@@ -186,7 +187,7 @@ def test_matching_gives_no_gradient_to_any_network():
 
 def test_matching_stands_still_where_both_scores_agree():
     teacher = toy_teacher(1)
-    critic = critic_of(1, has_gan=False)
+    critic = critic_of(1, num_taps=0)
     loss, grad = objective.matching_gradient(images(4), labels(4), teacher, critic, Train(), rng())
     assert float(loss.loss) == 0
     assert not grad.any()

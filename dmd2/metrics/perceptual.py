@@ -1,0 +1,97 @@
+"""The perceptual distance LPIPS (Zhang et al. 2018, arXiv 1801.03924) of generated images from their targets.
+
+The original DMD regresses on its teacher's images in this distance, with VGG-16 behind it and images brought to
+224 x 224 (arXiv 2311.18828, section 3.3 and appendix B). The distance and the weights of its linear layers come with
+the package `lpips`; the network's weights are torchvision's, from a file that the user supplies.
+
+Shapes: B batch, C channels, H, W height and width.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmd2.config import WeightsFile
+from dmd2.errors import UserError
+from dmd2.records import sha256
+
+SOURCE = "https://download.pytorch.org/models/vgg16-397923af.pth"
+RESOLUTION = 224
+
+
+def load_lpips(weights: WeightsFile, device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean LPIPS () of images x0 (B, C, H, W) in [-1, 1] from targets, with its gradient in the images.
+
+    Grey images count as three equal channels. `weights` is torchvision's VGG-16. Raises UserError if the file is
+    missing, has another SHA-256 than the one set, or holds something else; nothing in it is executed.
+    """
+    trunk = _read(weights)
+    network = _build(trunk, weights.path).to(device)
+
+    def distance(x0: Tensor, target: Tensor) -> Tensor:
+        each: Tensor = network(_prepared(x0), _prepared(target.detach()))  # (B, 1, 1, 1)
+        return each.mean()
+
+    return distance
+
+
+def _prepared(x0: Tensor) -> Tensor:
+    """Images as VGG sees them: three channels, bilinearly brought to 224 x 224."""
+    x0 = x0.float().expand(-1, 3, -1, -1)
+    return F.interpolate(x0, size=(RESOLUTION, RESOLUTION), mode="bilinear", align_corners=False)
+
+
+def _read(weights: WeightsFile) -> dict[str, Any]:
+    path = Path(weights.path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (train.vgg_weights.path); fetch {SOURCE} and put it there")
+    if weights.sha256 is not None and (found := sha256(path)) != weights.sha256:
+        raise UserError(
+            f"{path}: its SHA-256 is {found}, train.vgg_weights.sha256 says {weights.sha256}; fetch {SOURCE} again"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a file of tensors ({first}); fetch {SOURCE} again") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not named tensors; fetch {SOURCE}")
+    return state
+
+
+def _build(trunk: Mapping[str, Any], path: str) -> nn.Module:
+    """LPIPS by the library, made without values so that it draws and downloads none, then filled."""
+    import lpips
+
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # the library passes torchvision an argument that is deprecated
+        network: nn.Module = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+    network.scaling_layer = lpips.ScalingLayer()
+    linear = torch.load(Path(lpips.__file__).with_name("weights") / "v0.1" / "vgg.pth", weights_only=True)
+    state = {name: linear[_bundled(name)] for name in network.state_dict() if name.startswith("lin")}
+    for name, wanted in network.net.state_dict().items():  # type: ignore[operator, union-attr]
+        state[f"net.{name}"] = _checked(trunk, f"features.{name.partition('.')[2]}", wanted.shape, path)
+    state |= {f"scaling_layer.{name}": value for name, value in network.scaling_layer.state_dict().items()}
+    network.load_state_dict(state, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _bundled(name: str) -> str:
+    """The name in the library's file of a linear layer's weight, which its network lists twice: lins.0 is lin0."""
+    return name.replace("lins.", "lin") if name.startswith("lins.") else name
+
+
+def _checked(trunk: Mapping[str, Any], name: str, shape: torch.Size, path: str) -> Tensor:
+    value = trunk.get(name)
+    if not isinstance(value, Tensor) or value.shape != shape:
+        found = f"is {tuple(value.shape)}" if isinstance(value, Tensor) else "is missing"
+        raise UserError(f"{path}: not torchvision's VGG-16: {name} {found}, expected {tuple(shape)}; fetch {SOURCE}")
+    return value.float()
