@@ -13,13 +13,13 @@ from dmd2.config import Data, Evaluation, Features, Model, Pairs, Sampler, Teach
 from dmd2.presets import parse, read_mapping, read_yaml
 
 VERSIONS = {
-    "shards": 1,
+    "shards": 2,
     "latents": 1,
     "features": 1,
     "reference": 2,
     "teacher": 1,
     "pairs": 1,
-    "train": 1,
+    "train": 2,
     "import": 1,
     "sample": 1,
     "metrics": 2,

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from checkout import Checkout
 
-from dmd2.plan import Plan
-
 RUN = "dmd2"
 TARGET = f"results/smoke/{RUN}/generator.safetensors"
 OUTPUTS = ("generator.safetensors", "networks.safetensors", "snapshots/00000010.safetensors")
@@ -26,15 +24,15 @@ def without_the_student(finished: Checkout, folder: Path) -> Checkout:
     return checkout
 
 
-def state_of(checkout: Checkout) -> Path:
-    return checkout / f"state/{RUN}-{Plan(checkout / 'workflow', 'smoke').train(RUN).digest}"
+def state_of(checkout: Checkout) -> Path | None:
+    """The run's state folder, which is named after the spec and what is read; None before it exists."""
+    return next(iter((checkout / "state").glob(f"{RUN}-*")), None)
 
 
 def in_the_middle(checkout: Checkout, process: subprocess.Popen[str]) -> int:
     """Waits for the first checkpoint and returns its iteration."""
-    newest = state_of(checkout) / "newest.json"
     deadline = time.monotonic() + DEADLINE_S
-    while not newest.exists():
+    while (state := state_of(checkout)) is None or not (state / "newest.json").exists():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.005)
