@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor
 
-from dmd2 import distributed
+from dmd2 import distributed, sharding
 from dmd2.checkpoint import CheckpointStore
 from dmd2.config import Runtime
 from dmd2.errors import Interrupted
@@ -86,39 +86,48 @@ def fit(
 
     The store must be entered (its lease held). Snapshots of `trainee.export()` are written into the store's folder
     as `snapshot-00000500.safetensors`. `alarm` sees each log row and may return a warning. Raises UserError when a
-    loss is not finite, and Interrupted after saving on a signal. A crash loses at most what follows the newest
-    checkpoint: `runtime.checkpoint_every` iterations or `checkpoint_minutes`.
+    loss is not finite, and Interrupted after saving on a signal: with one process after the iteration it arrived in,
+    with several after the next, since the ranks tell one another beside the work (`distributed.Notices`). A crash
+    loses at most what follows the newest checkpoint: `runtime.checkpoint_every` iterations or `checkpoint_minutes`,
+    and what was done while that was written.
     """
     start, clock = 0, Clock()
-    if (found := store.load()) is not None:
+    if (found := store.load(trainee.state_dict())) is not None:
         state, facts = found
         trainee.load_state_dict(state)
         start, clock = facts["step"], Clock(facts["wall_s"], facts["cpu_s"])
         log.info("%s: resuming after iteration %d of %d", title, start, iterations)
     snapshots = set(snapshots)
     is_main = distributed.rank() == 0
-    saved_at = time.monotonic()
+    saved_at, notices = time.monotonic(), distributed.Notices()
 
     with StopSignals() as stop, TrainLog(store.folder, start, enabled=is_main) as rows:
         progress = Progress(title, iterations, start)
         for index in range(start, iterations):
-            rows.add(trainee.step(index))
+            with distributed.exchange(f"iteration {index + 1}"):
+                rows.add(trainee.step(index))
+            store.check()
             done = index + 1
-            stopping = distributed.any_rank(stop.received is not None)
-            due = done % runtime.checkpoint_every == 0 or time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes
-            if done % runtime.log_every == 0 or done in snapshots or due or stopping or done == iterations:
+            is_time = time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes
+            signum, clock_says = notices(stop.received or 0, int(is_time), now=done == iterations)
+            saving = done % runtime.checkpoint_every == 0 or clock_says > 0 or signum > 0 or done == iterations
+            if done % runtime.log_every == 0 or done in snapshots or saving:
                 trainee.guard.raise_if_tripped()
                 row = rows.flush(done, clock.read())
                 progress.update(done, row.get("denoising_loss"))
-                if alarm is not None and (warning := alarm(row)):
+                if alarm is not None and is_main and (warning := alarm(row)):
                     log.warning("%s: iteration %d: %s", title, done, warning)
-            if done in snapshots and is_main:
-                store.save_weights(f"snapshot-{done:08d}", trainee.export())
-            if due or stopping or done == iterations:
+            if done in snapshots:
+                weights = sharding.gather(trainee.export())
                 if is_main:
-                    store.save(done, trainee.state_dict(), **clock.read())
+                    store.save_weights(f"snapshot-{done:08d}", weights)
+            if saving:
+                store.save(done, trainee.state_dict(), **clock.read())
                 saved_at = time.monotonic()
-            if stopping:
-                raise Interrupted(stop.received or signal.SIGTERM, done)
+            if signum:
+                store.wait()
+                distributed.barrier()  # a rank that ended first would have the others ended too
+                raise Interrupted(signum, done)
+        store.wait()
     distributed.barrier()
     return clock.read()

@@ -1,15 +1,20 @@
-"""What moves weights: the update with clipping and a finite guard, learning-rate schedules, weight averages."""
+"""What moves weights: the update with clipping and a finite guard, learning-rate schedules, weight averages.
+
+All of it works on what a rank holds of a network: the whole, or its rows of each tensor (see `sharding`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dmd2 import distributed
+from dmd2 import distributed, sharding
 from dmd2.errors import UserError
+from dmd2.gradients import Buckets
 
 Rate = Callable[[int], float]
 """The learning rate's factor at an update or iteration index, counted from 0."""
@@ -33,7 +38,7 @@ def warmup_decay(num_warmup: int, iterations: int, decay_from: float, final: flo
 
 
 class FiniteGuard:
-    """Notices on the device, without waiting for it, the first step at which a term is not finite.
+    """Notices on the device, without waiting for it, the first step at which a term is not finite on any rank.
 
     From then on `tripped` is 1 and every update guarded by it is skipped on the device, so the weights stay as they
     were before the bad step. The host asks with `raise_if_tripped` when it synchronises anyway.
@@ -45,20 +50,21 @@ class FiniteGuard:
         self.tripped = torch.zeros((), device=device)
 
     def watch(self, step: int, terms: Mapping[str, Tensor]) -> None:
-        """Checks the scalar `terms` of step `step` (counted from 0)."""
+        """Checks the scalar `terms` of step `step` (counted from 0); the ranks must name the same."""
         names = list(terms)
         bad = ~torch.isfinite(torch.stack([terms[name].detach().float() for name in names]))
         first = bad.any() & (self.tripped == 0)
-        self._step = torch.where(first, step, self._step)
+        self._step = distributed.maximum(torch.where(first, step, self._step))
         for name, flag in zip(names, bad, strict=True):
             self._bad[name] = torch.where(first, flag, self._bad.get(name, torch.zeros_like(flag)))
-        self.tripped = torch.maximum(self.tripped, first.float())
+        self.tripped = (self._step >= 0).float()
 
     def raise_if_tripped(self) -> None:
-        """Raises UserError naming the step and the terms. Synchronises with the device."""
+        """Raises UserError naming the step and the terms, on every rank. Synchronises with the device."""
         if self.tripped.item() == 0:
             return
-        terms = ", ".join(name for name, flag in self._bad.items() if flag.item())
+        flags = distributed.agree([int(flag.item()) for flag in self._bad.values()])
+        terms = ", ".join(name for name, flag in zip(self._bad, flags, strict=True) if flag)
         raise UserError(
             f"step {int(self._step.item()) + 1}: {terms} not finite; training stopped before that update, and the last "
             f"checkpoint is kept. Lower the learning rate or the loss weights, or check the data for NaN"
@@ -66,11 +72,14 @@ class FiniteGuard:
 
 
 class Descent:
-    """AdamW over `params` with a global-norm clip and a learning-rate schedule (paper, appendix F; released code)."""
+    """AdamW on a network with a global-norm clip and a learning-rate schedule (paper, appendix F; released code).
+
+    The network must be in its layout already (`sharding.place`). Its gradients become means over the ranks.
+    """
 
     def __init__(
         self,
-        params: list[nn.Parameter],
+        network: nn.Module,
         *,
         learning_rate: float,
         betas: tuple[float, float],
@@ -78,9 +87,38 @@ class Descent:
         grad_clip: float,
         rate: Rate,
     ):
-        self.params = params
+        self._network = network
+        named = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self._names, self.params = list(named), list(named.values())
+        # AdamW sees plain tensors: a rank's rows share their memory with the sharded parameter.
+        self._held = [nn.Parameter(sharding.local(p)) if sharding.is_sharded(p) else p for p in self.params]
+        self._is_sharded = any(sharding.is_sharded(p) for p in self.params)
+        several = distributed.world_size() > 1
+        self._buckets = Buckets(self.params) if several and not self._is_sharded else None
         self._base, self._rate, self._clip = learning_rate, rate, grad_clip
-        self._adamw = torch.optim.AdamW(params, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
+        self._adamw = torch.optim.AdamW(
+            self._held, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
+        )
+        for p in self._held:  # what AdamW would make at its first step; a checkpoint may ask for it before
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            self._adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    @contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        """One of the backward passes whose gradients an update sums; the ranks exchange them in the last one alone.
+
+        The last is one backward pass over the network: each bucket or block leaves as soon as it is complete. Passes
+        outside of any such block are right too; what they leave is exchanged in `step`, or, sharded, at once.
+        """
+        sharding.synchronise(self._network, last)
+        try:
+            if last and self._buckets is not None:
+                with self._buckets.overlapping():
+                    yield
+            else:
+                yield
+        finally:
+            sharding.synchronise(self._network, True)
 
     def step(self, index: int, guard: FiniteGuard, terms: Mapping[str, Tensor], name: str) -> Tensor:
         """One update at iteration `index` from the gradients that are there; they are dropped. Returns their norm ().
@@ -88,25 +126,53 @@ class Descent:
         `terms` and the norm (as `name`) are watched by `guard`. The clip coefficient and the guard's flag go into the
         fused kernel (its `grad_scale` divides, `found_inf` skips): no pass of their own, no wait for the device.
         """
-        grads = [p.grad for p in self.params if p.grad is not None]
-        distributed.average(grads)
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = self._norm(self._collect())
         guard.watch(index, {**terms, name: norm})
         self._adamw.grad_scale = (norm / self._clip).clamp(min=1.0)  # type: ignore[attr-defined]
         self._adamw.found_inf = guard.tripped  # type: ignore[attr-defined]
         for group in self._adamw.param_groups:
             group["lr"] = self._base * self._rate(index)
         self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        for p in (*self._held, *self.params):
+            p.grad = None
         return norm
 
+    def _collect(self) -> list[Tensor]:
+        """What this rank holds of the gradients, which are means over the ranks from now on."""
+        if self._buckets is not None:
+            self._buckets.finish()
+        if self._is_sharded:
+            for p, held in zip(self.params, self._held, strict=True):
+                held.grad = None if p.grad is None else sharding.local(p.grad)
+        return [p.grad for p in self._held if p.grad is not None]
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        norm = torch.nn.utils.get_total_norm(grads)
+        return distributed.total(norm.square()).sqrt() if self._is_sharded else norm
+
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state."""
-        return self._adamw.state_dict()
+        """AdamW's moments by parameter, and its counts of steps in the order of the parameters."""
+        states = [self._adamw.state[p] for p in self._held]
+
+        def moments(key: str) -> dict[str, Tensor]:
+            named = zip(self._names, self.params, states, strict=True)
+            return {name: sharding.as_part_of(state[key], p) for name, p, state in named}
+
+        return {
+            "steps": torch.stack([state["step"] for state in states]),
+            "exp_avg": moments("exp_avg"),
+            "exp_avg_sq": moments("exp_avg_sq"),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores AdamW's state."""
-        self._adamw.load_state_dict(state)
+        """Restores what `state_dict` gave; every name must fit."""
+        if list(state["exp_avg"]) != self._names or list(state["exp_avg_sq"]) != self._names:
+            raise ValueError("the optimizer's state is of other parameters than the network's")
+        for p, name, step in zip(self._held, self._names, state["steps"], strict=True):
+            own = self._adamw.state[p]
+            own["step"].copy_(step)
+            for key in ("exp_avg", "exp_avg_sq"):
+                own[key].copy_(sharding.local(state[key][name]))
 
 
 class Average:
@@ -129,9 +195,8 @@ class Average:
         if self._decay:
             decay = min(self._decay, (1 + self._num_updates) / (10 + self._num_updates))
             live = dict(self._live.named_parameters())
-            torch._foreach_lerp_(
-                [self._mean[name] for name in self._names], [live[name] for name in self._names], 1 - decay
-            )
+            mean = [sharding.local(self._mean[name]) for name in self._names]
+            torch._foreach_lerp_(mean, [sharding.local(live[name]) for name in self._names], 1 - decay)
             self._num_updates += 1
 
     def weights(self) -> dict[str, Tensor]:
@@ -143,7 +208,9 @@ class Average:
         return {"mean": self._mean, "num_updates": self._num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` gave; every name must fit."""
+        if state["mean"].keys() != self._mean.keys():
+            raise ValueError("the average in the state is of other tensors than the network's")
         for name, value in state["mean"].items():
-            self._mean[name].copy_(value)
+            sharding.local(self._mean[name]).copy_(sharding.local(value))
         self._num_updates = state["num_updates"]

@@ -1,4 +1,4 @@
-"""The training log: interval means as JSON lines and for TensorBoard."""
+"""The training log: interval means over all ranks, as JSON lines and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dmd2 import distributed
 from dmd2.records import write_text
 
 
@@ -48,11 +49,16 @@ class TrainLog:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def flush(self, step: int, clock: dict[str, float]) -> dict[str, float]:
-        """Ends the interval after iteration `step`: writes its row and returns it. Synchronises with the device."""
+        """Ends the interval after iteration `step`: writes its row and returns it. Synchronises with the device.
+
+        With several ranks, which must have added the same names, a collective call; all get the same row.
+        """
         names = list(self._sums)
         if not names:
             return {}
-        means = torch.stack([self._sums[name] / self._counts[name] for name in names]).tolist()
+        stacked = torch.stack([self._sums[name] / self._counts[name] for name in names])
+        distributed.average([stacked])
+        means = stacked.tolist()
         self._sums, self._counts = {}, {}
         finite = {name: mean for name, mean in zip(names, means, strict=True) if math.isfinite(mean)}
         row = {"step": step, **clock, **finite}

@@ -29,13 +29,14 @@ def join(rank: int, world: int, port: int) -> None:
 
 
 def collectives(rank: int, world: int, port: int, out: Path) -> None:
-    """Averages, flags and an update whose loss is this rank's half of a batch."""
+    """Averages, notices and an update whose loss is this rank's half of a batch."""
     join(rank, world, port)
     with distributed.process_group(CPU):
         tensors = [torch.full((2, 3), float(rank)), torch.tensor(10.0 * rank)]
         distributed.average(tensors)
-        flags = [distributed.any_rank(flag) for flag in (False, rank == 1, True)]
-        torch.save({"average": tensors, "flags": flags, "update": update(rank, world)}, out / f"{rank}.pt")
+        notices = distributed.Notices()
+        told = [notices(0, rank), notices(5 * rank, 10 + rank), notices(0, 0), notices(12 - rank, 9 + rank, now=True)]
+        torch.save({"average": tensors, "told": told, "update": update(rank, world)}, out / f"{rank}.pt")
 
 
 def update(rank: int, world: int) -> Tensor:

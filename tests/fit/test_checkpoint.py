@@ -17,6 +17,7 @@ from trainees import DIGEST, assert_same_state
 
 import dmd2.checkpoint
 from dmd2.checkpoint import CheckpointStore, save_weights
+from dmd2.checkpoint_format import seal
 from dmd2.errors import UserError
 from dmd2.records import read_json, sha256, write_json
 
@@ -57,7 +58,12 @@ def test_only_the_newest_are_kept(tmp_path: Path):
         for step in (1, 2, 3, 4, 10):
             found.save(step, state(step))
     names = sorted(path.name for path in (tmp_path / "state").glob("step-*"))
-    assert names == ["step-00000004.json", "step-00000004.pt", "step-00000010.json", "step-00000010.pt"]
+    assert names == [
+        "step-00000004-0.safetensors",
+        "step-00000004.json",
+        "step-00000010-0.safetensors",
+        "step-00000010.json",
+    ]
 
 
 def truncate(path: Path) -> None:
@@ -70,13 +76,27 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def edit(**changes: Any) -> Callable[[Path], object]:
+    """A manifest that says something else, and is whole."""
+    return lambda path: write_json(path, seal({**read_json(path), **changes}))
+
+
+PART, MANIFEST = "-0.safetensors", ".json"
 DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "truncated": ("pt", truncate),
-    "flipped bit": ("pt", flip_a_bit),
-    "emptied": ("pt", lambda path: path.write_bytes(b"")),
-    "deleted": ("pt", Path.unlink),
-    "truncated JSON": ("json", truncate),
-    "JSON without a checksum": ("json", lambda path: write_json(path, {"step": 9, "digest": DIGEST})),
+    "truncated": (PART, truncate),
+    "flipped bit": (PART, flip_a_bit),
+    "emptied": (PART, lambda path: path.write_bytes(b"")),
+    "deleted": (PART, Path.unlink),
+    "truncated JSON": (MANIFEST, truncate),
+    "JSON without files": (MANIFEST, lambda path: write_json(path, {"step": 9, "digest": DIGEST})),
+    "JSON without a checksum": (MANIFEST, edit(files=[{"file": "step-00000009-0.safetensors"}])),
+    "JSON with another step": (
+        MANIFEST,
+        lambda path: path.write_text(path.read_text().replace('"step": 9', '"step": 8')),
+    ),
+    "JSON that names a tensor too many": (MANIFEST, edit(state={"map": [["x", {"tensor": "/x"}]]})),
+    "JSON that names a file elsewhere": (MANIFEST, edit(files=[{"file": "../step-00000009-0.safetensors"}])),
+    "JSON that is a list": (MANIFEST, lambda path: path.write_text("[1]")),
 }
 
 
@@ -85,7 +105,7 @@ def test_damaged_newest_falls_back_to_the_one_before_with_a_warning(
     name: str, saved: CheckpointStore, caplog: pytest.LogCaptureFixture
 ):
     suffix, damage = DAMAGES[name]
-    damage(saved.folder / f"step-00000009.{suffix}")
+    damage(saved.folder / f"step-00000009{suffix}")
     found = saved.load()
     assert found is not None
     assert found[1]["step"] == 6
@@ -96,8 +116,8 @@ def test_damaged_newest_falls_back_to_the_one_before_with_a_warning(
 
 
 def test_two_damaged_checkpoints_fall_back_twice(saved: CheckpointStore, caplog: pytest.LogCaptureFixture):
-    truncate(saved.folder / "step-00000009.pt")
-    flip_a_bit(saved.folder / "step-00000006.pt")
+    truncate(saved.folder / "step-00000009-0.safetensors")
+    flip_a_bit(saved.folder / "step-00000006-0.safetensors")
     found = saved.load()
     assert found is not None
     assert found[1]["step"] == 3
@@ -105,7 +125,7 @@ def test_two_damaged_checkpoints_fall_back_twice(saved: CheckpointStore, caplog:
 
 
 def test_all_damaged_is_an_error_and_no_restart(saved: CheckpointStore):
-    for path in saved.folder.glob("step-*.pt"):
+    for path in saved.folder.glob("step-*.safetensors"):
         truncate(path)
     with pytest.raises(UserError, match=r"missing or damaged; restore one, or delete the folder"):
         saved.load()
@@ -125,8 +145,7 @@ def test_checkpoint_of_another_configuration_is_refused(saved: CheckpointStore):
 
 
 def test_foreign_newest_is_refused_though_an_own_one_is_there(saved: CheckpointStore):
-    facts = read_json(saved.folder / "step-00000009.json")
-    write_json(saved.folder / "step-00000009.json", {**facts, "digest": "e" * 16})
+    edit(digest="e" * 16)(saved.folder / "step-00000009.json")
     with pytest.raises(UserError, match="written under configuration " + "e" * 16):
         saved.load()
 
@@ -141,11 +160,11 @@ def test_checkpoint_that_carries_code_does_not_run_it(
     saved: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    path = saved.folder / "step-00000009.pt"
+    path, manifest = saved.folder / "step-00000009-0.safetensors", saved.folder / "step-00000009.json"
     for write in (lambda: torch.save({"x": Trap()}, path), lambda: path.write_bytes(pickle.dumps(Trap()))):
         write()
-        facts = read_json(path.with_suffix(".json"))
-        write_json(path.with_suffix(".json"), {**facts, "sha256": sha256(path)})
+        entry = {"file": path.name, "sha256": sha256(path), "bytes": path.stat().st_size, "rows": {}}
+        edit(files=[entry])(manifest)
         found = saved.load()
         assert found is not None
         assert found[1]["step"] == 6

@@ -33,7 +33,7 @@ def on_two_ranks(start: Start, function: Callable[..., Any], out: Path, *argumen
 def test_collectives_and_updates_of_two_ranks_equal_one_process(start: Start, tmp_path: Path):
     for found in on_two_ranks(start, collectives, tmp_path):
         assert_same_state(found["average"], [torch.full((2, 3), 0.5), torch.tensor(5.0)])
-        assert found["flags"] == [False, True, True]
+        assert found["told"] == [[0, 0], [0, 1], [5, 11], [12, 10]], "known one call later, or at once where asked"
         torch.testing.assert_close(found["update"], update(0, 1), rtol=1e-6, atol=1e-7)
 
 
@@ -54,7 +54,7 @@ def test_distillation_on_two_ranks_equals_one_process_with_the_whole_batch(start
 
 def test_one_rank_asked_to_stop_stops_all_and_they_resume_exactly(start: Start, latents: Path, tmp_path: Path):
     one, other = on_two_ranks(start, stopped_fit, tmp_path, latents)
-    assert one["stopped"] == other["stopped"] == "SIGTERM: saved after iteration 6; run the same command to go on"
+    assert one["stopped"] == other["stopped"] == "SIGTERM: saved after iteration 7; run the same command to go on"
     assert_same_state(one["weights"], other["weights"])
     resumed, straight = (torch.load(tmp_path / f"{name}-0.pt", weights_only=True) for name in ("resumed", "straight"))
     assert_same_state(resumed, straight)
@@ -65,7 +65,8 @@ def test_one_process_averages_and_waits_for_nothing():
     distributed.average([tensor])
     distributed.barrier()
     assert torch.equal(tensor, torch.ones(3))
-    assert [distributed.any_rank(flag) for flag in (True, False)] == [True, False]
+    notices = distributed.Notices()
+    assert [notices(3, 0), notices(0, 1, now=True)] == [[3, 0], [0, 1]]
     with distributed.process_group(torch.device("cpu")):
         assert not torch.distributed.is_initialized()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from trainees import DIGEST, RUNTIME, Source, assert_same_state, distillation
 
-import dmd2.checkpoint
+import dmd2.checkpoint_format
 from dmd2.checkpoint import CheckpointStore, save_weights
 from dmd2.errors import UserError
 from dmd2.fitting import fit
@@ -43,7 +43,9 @@ def fill(folder: Path, spare_kib: int) -> Path:
 def test_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk: Path):
     with CheckpointStore(small_disk / "state", DIGEST) as store:
         store.save(1, {"x": torch.ones(1000)})
-        with pytest.raises(UserError, match=r"step-00000002\.pt: could not be written, \d+ MiB are free") as error:
+        with pytest.raises(
+            UserError, match=r"step-00000002-0\.safetensors: could not be written, \d+ MiB are free"
+        ) as error:
             store.save(2, {"x": torch.ones(1000 * SIZE_KIB)})
         assert "\n" not in str(error.value)
         assert list(store.folder.glob(".*.tmp")) == []
@@ -96,8 +98,11 @@ def test_every_way_in_which_a_write_fails_is_one_line(
 
     with CheckpointStore(tmp_path, DIGEST) as store:
         store.save(1, {"x": torch.ones(3)})
-        monkeypatch.setattr(dmd2.checkpoint.torch, "save", fail)
+        monkeypatch.setattr(dmd2.checkpoint_format, "save_file", fail)
         with pytest.raises(UserError, match=r"could not be written.*free space and run the same command") as caught:
             store.save(2, {"x": torch.ones(3)})
         assert "\n" not in str(caught.value)
-        assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001.json", "step-00000001.pt"]
+        assert sorted(path.name for path in tmp_path.glob("step-*")) == [
+            "step-00000001-0.safetensors",
+            "step-00000001.json",
+        ]

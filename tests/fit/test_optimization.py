@@ -26,7 +26,7 @@ def gradients(index: int, size: float) -> list[Tensor]:
 
 def descent(params: list[nn.Parameter], **keys: Any) -> Descent:
     usual = {"learning_rate": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1, "grad_clip": 2.0, "rate": warmup(4)}
-    return Descent(params, **{**usual, **keys})
+    return Descent(nn.ParameterList(params), **{**usual, **keys})
 
 
 def update(moved: Descent, index: int, grads: list[Tensor], guard: FiniteGuard, **terms: Tensor) -> Tensor:
@@ -87,14 +87,14 @@ def test_update_with_a_bad_term_or_gradient_is_not_made(bad: float, where: str):
     update(moved, 0, gradients(0, 1.0), guard, loss=torch.tensor(0.5))
     guard.raise_if_tripped()
     before = [p.detach().clone() for p in params]
-    state = {key: value.clone() for group in moved.state_dict()["state"].values() for key, value in group.items()}
+    state = copy.deepcopy(moved.state_dict())
     grads = gradients(1, 1.0)
     if where == "gradient":
         grads[1][2] = bad
     update(moved, 1, grads, guard, loss=torch.tensor(bad if where == "term" else 0.5), other=torch.tensor(1.0))
     update(moved, 2, gradients(2, 1.0), guard, loss=torch.tensor(0.5), other=torch.tensor(float("nan")))
     assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
-    now = {key: value for group in moved.state_dict()["state"].values() for key, value in group.items()}
+    now = moved.state_dict()
     assert_same_state(now, state)
     name = "loss" if where == "term" else "grad_norm"
     with pytest.raises(UserError, match=rf"^step 2: {name} not finite; .*last checkpoint") as error:

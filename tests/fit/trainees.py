@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmd2 import checkpoint_format
 from dmd2.checkpoint import CheckpointStore
 from dmd2.config import Data, Runtime, Train
 from dmd2.datasets import write_shards
@@ -100,30 +101,33 @@ def train(folder: str, manifest: str, pause_s: float = 0.0, ends: str = "") -> N
     if ends:
         end_within_a_write(getattr(signal, ends), after=3)
     try:
-        with CheckpointStore(folder, DIGEST, warn=logging.getLogger()) as store:
+        with CheckpointStore(folder, DIGEST, warn=logging.getLogger(), in_background=True) as store:
             fit(run, 30, store, RUNTIME, title="test", snapshots=SNAPSHOTS)
     except Interrupted as stop:
         sys.exit(stop.status)
 
 
 def end_within_a_write(signum: int, after: int) -> None:
-    """Sends `signum` to this process from within its `after`-th `torch.save`, of which SIGKILL leaves half a file."""
-    save, count = torch.save, 0
+    """Sends `signum` to this process from within its `after`-th write, of which SIGKILL leaves half a file."""
+    write, count = checkpoint_format.write_part, 0
 
-    def cut(state: Any, path: Path) -> None:
+    def cut(path: Path, part: Any) -> None:
         nonlocal count
-        save(state, path)
+        write(path, part)
         count += 1
         if count == after:
             if signum == signal.SIGKILL:
-                os.truncate(path, Path(path).stat().st_size // 2)
+                os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signum)
 
-    torch.save = cut
+    checkpoint_format.write_part = cut
 
 
-def final_state(folder: Path, step: int = 30) -> dict[str, Any]:
-    return torch.load(folder / f"step-{step:08d}.pt", weights_only=True)
+def final_state(folder: Path) -> dict[str, Any]:
+    """The state in a folder's newest checkpoint."""
+    found = CheckpointStore(folder, DIGEST).load()
+    assert found is not None
+    return found[0]
 
 
 def flatten(state: Any, name: str = "") -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""Networks in parts over the ranks (FSDP2), and tensors of which a rank holds some rows.
+
+A sharded tensor is a `DTensor` in one dimension: each rank holds a run of its rows (the first dimension), as
+`torch.chunk` deals them. What is here is the same for tensors that every rank holds whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from dmd2 import distributed
+
+Layout = Literal["replicate", "shard"]
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The parts that a network is cut into: the composite entries of its module lists and dictionaries."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        if isinstance(child, nn.ModuleDict | nn.ModuleList):
+            found += [entry for entry in child.children() if any(True for _ in entry.children())]
+        else:
+            found += blocks(child)
+    return found
+
+
+def place(network: nn.Module, layout: Layout, *, entry_points: tuple[str, ...] = ()) -> None:
+    """Deals a network's weights to the ranks in layout "shard": a part for each block and one for the rest.
+
+    A rank gathers a block's weights when it runs, and drops them after it. In layout "replicate", or with one process,
+    nothing changes. Methods other than `forward` that are called from outside must be named as `entry_points`.
+    """
+    if layout == "replicate" or distributed.world_size() == 1:
+        return
+    mesh = init_device_mesh(next(network.parameters()).device.type, (distributed.world_size(),))
+    for block in blocks(network):
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    for name in entry_points:
+        register_fsdp_forward_method(network, name)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds some rows of the tensor only."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory: the tensor itself where it is whole."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_part_of(part: Tensor, whole: Tensor) -> Tensor:
+    """This rank's `part` of a tensor that is dealt like `whole`; `part` itself where `whole` is no sharded one."""
+    if not isinstance(whole, DTensor):
+        return part
+    return DTensor.from_local(
+        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def rows(tensor: Tensor) -> tuple[int, int]:
+    """The rows [start, stop) of a sharded tensor that this rank holds."""
+    size = -(-tensor.shape[0] // distributed.world_size())
+    start = min(tensor.shape[0], distributed.rank() * size)
+    return start, min(tensor.shape[0], start + size)
+
+
+def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors of a state dict on rank 0, one at a time in its host's memory; nothing on the others.
+
+    Every rank must call it. Tensors that are whole already stay as they are.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, DTensor):
+            with torch.no_grad(), distributed.exchange(f"gathering {name}"):
+                value = value.detach().full_tensor()
+            value = value.cpu() if distributed.rank() == 0 else value
+        if distributed.rank() == 0:
+            found[name] = value
+    return found
+
+
+def synchronise(network: nn.Module, on: bool) -> None:
+    """Whether the next backward passes of a sharded network exchange gradients; without it they add up on each rank."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(on)
