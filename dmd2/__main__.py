@@ -55,11 +55,43 @@ def settings(
 
 
 @app.command()
-def shards(spec: SpecOption, manifest: PathOption) -> None:
+def download(
+    name: str,
+    entry: Annotated[str, typer.Option(help="the file's entry in workflow/downloads.yaml, as JSON or YAML")],
+    record: PathOption,
+    mirror: Annotated[
+        str | None, typer.Option(envvar="DMD2_MIRROR", help="address asked for MIRROR/NAME first")
+    ] = None,
+) -> None:
+    """Check a file from outside, or fetch it."""
+    from dmd2.stages import download as stage
+
+    stage.download(name, entry, record, mirror)
+
+
+@app.command()
+def downloads(
+    preset: Annotated[str | None, typer.Argument(help="name of a preset; none: every known file")] = None,
+    workflow: Annotated[Path, typer.Option(help="the folder with presets, runs and downloads.yaml")] = Path("workflow"),
+) -> None:
+    """List what a preset needs from outside, and whether it is there."""
+    from dmd2.stages import download as stage
+
+    typer.echo(stage.listing(workflow, preset))
+
+
+@app.command()
+def shards(
+    spec: SpecOption,
+    manifest: PathOption,
+    source: Annotated[str, typer.Option(help="folder, archive or pattern, for sources that read one")] = "",
+    max_unreadable: Annotated[int, typer.Option(min=0, help="images that may be left out")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
+) -> None:
     """Write the source's images as shards."""
     from dmd2.stages import data
 
-    data.shards(_spec(spec, "shards"), manifest)
+    data.shards(_spec(spec, "shards"), manifest, source or None, max_unreadable, workers)
 
 
 @app.command()

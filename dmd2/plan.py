@@ -51,8 +51,8 @@ class Plan:
 
     @cached_property
     def _data(self) -> Data:
-        """The data section for what reads shards: where the source lies is told to the stage that opens it alone."""
-        return self.preset.data.model_copy(update={"path": None})
+        """The data section of every stage: where the source lies, and the limit, are told to the one that opens it."""
+        return self.preset.data.model_copy(update={"path": None, "max_unreadable": 0})
 
     def _evaluation(self, *keys: str) -> Evaluation:
         """The evaluation keys that a stage reads, the others at their defaults: they are not to decide its digest."""
@@ -61,7 +61,7 @@ class Plan:
     @cached_property
     def shards(self) -> Spec:
         """Image shards."""
-        return Spec.of("shards", "shards", data=self.preset.data)
+        return Spec.of("shards", "shards", data=self._data)
 
     @cached_property
     def latents(self) -> Spec:

@@ -13,8 +13,18 @@ log = logging.getLogger(__name__)
 class Progress:
     """Writes a line at most every `interval_s` seconds and one at the end."""
 
-    def __init__(self, title: str, total: int | None, done: int = 0, *, interval_s: float = 5.0):
+    def __init__(
+        self,
+        title: str,
+        total: int | None,
+        done: int = 0,
+        *,
+        interval_s: float = 5.0,
+        unit: str = "it",
+        scale: bool = False,
+    ):
         self._title, self._total, self._initial, self._interval = title, total, done, interval_s
+        self._unit, self._scale = unit, scale
         self._started = self._written = time.monotonic()
 
     def update(self, done: int, loss: float | None = None) -> None:
@@ -30,9 +40,17 @@ class Progress:
             ncols=0,
             prefix=self._title,
             initial=self._initial,
+            unit=self._unit,
+            unit_scale=self._scale,
             postfix=None if loss is None else f"loss {loss:.4g}",
         )
         log.info("%s", line)
+
+    def update_total(self, done: int, total: int | None) -> None:
+        """`update` for a total that is learnt on the way."""
+        if self._total is None and total is not None:
+            self._total, self._initial = total, done
+        self.update(done)
 
 
 class Counter:

@@ -1,7 +1,8 @@
 """Labelled images, teacher latents and noise-image pairs: from a source, through tar shards, to batches."""
 
+from dmd2.datasets.images import write_images
 from dmd2.datasets.reader import ShardReader
 from dmd2.datasets.shards import read_manifest, write_shards
-from dmd2.datasets.sources import SOURCES, write_images
+from dmd2.datasets.sources import SOURCES
 
 __all__ = ["SOURCES", "ShardReader", "read_manifest", "write_images", "write_shards"]

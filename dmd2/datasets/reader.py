@@ -49,6 +49,7 @@ class ShardReader:
         self.manifest = read_manifest(self.path, digest)
         self.fields = {members.name_of(field): field for field in self.manifest["fields"]}
         self._order = sorted(self.manifest["fields"])
+        self._starts = np.array([shard["start"] for shard in self.manifest["shards"]])
         self._open_shard = open_shard
         self._files: dict[int, BufferedReader] = {}  # the first opened first
         self._indexes: dict[int, np.ndarray] = {}
@@ -76,10 +77,11 @@ class ShardReader:
         data: dict[str, list[bytes]] = {name: [b""] * len(wanted) for name in chosen}
         columns = {name: self._order.index(field) for name, field in chosen.items()}
         with self._lock:
+            shards = np.searchsorted(self._starts, wanted, side="right") - 1  # of equal starts the last is not empty
+            positions = wanted - self._starts[shards]
             for row in np.argsort(wanted, kind="stable"):  # each shard is opened once, and read forwards
-                shard, position = divmod(int(wanted[row]), self.manifest["shard_size"])
                 for name, column in columns.items():
-                    data[name][row] = self._member(shard, position, column)
+                    data[name][row] = self._member(int(shards[row]), int(positions[row]), column)
         layouts = self.manifest["fields"]
         return {name: members.stack(field, data[name], layouts[field]) for name, field in chosen.items()}
 

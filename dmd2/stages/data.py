@@ -17,9 +17,10 @@ from dmd2.stages.weights import checked_record, open_teacher
 from dmd2.teachers import load_space
 
 
-def shards(spec: Spec, manifest: Path) -> None:
-    """The source's images and classes as shards."""
-    write_images(manifest, spec.need("data"), spec, progress=Counter("shards"))
+def shards(spec: Spec, manifest: Path, source: str | None, max_unreadable: int, workers: int) -> None:
+    """The images and classes of a source, which lies at `source` if it lies anywhere, as shards."""
+    data = spec.need("data").model_copy(update={"path": source, "max_unreadable": max_unreadable})
+    write_images(manifest, data, spec, workers=workers, progress=lambda total: Counter("shards", total))
 
 
 def latents(spec: Spec, images: Path, manifest: Path, runtime: Runtime) -> None:

@@ -9,11 +9,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from dmd2.config import Data, Pairs
+from dmd2.datasets.images import write_images
 from dmd2.datasets.latents import write_latents, write_pairs
 from dmd2.datasets.loader import Loader, PairBatch, to_batch, to_pairs
 from dmd2.datasets.reader import ShardReader
 from dmd2.datasets.shards import read_manifest
-from dmd2.datasets.sources import write_images
 from dmd2.errors import UserError
 from dmd2.noise import SampleNoise
 from dmd2.spec import Spec

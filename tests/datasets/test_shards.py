@@ -27,7 +27,8 @@ Write = Callable[..., Path]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"}
+    """Every file but the one that says when the set was made."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "provenance.json"}
 
 
 def identities(folder: Path) -> dict[str, tuple[int, int]]:
@@ -37,7 +38,7 @@ def identities(folder: Path) -> dict[str, tuple[int, int]]:
 def test_the_same_input_gives_the_same_bytes(write: Write) -> None:
     first, second = write(folder="one"), write(folder="two")
     assert contents(first.parent) == contents(second.parent)
-    assert len(contents(first.parent)) == 6
+    assert len(contents(first.parent)) == 7  # three tars with their sidecars, and the manifest
 
 
 def test_batches_within_a_shard_do_not_change_the_bytes(write: Write) -> None:
@@ -56,7 +57,7 @@ def test_webdataset_itself_reads_the_shards(write: Write) -> None:
     np.testing.assert_array_equal([s["latent.npy"] for s in samples], numbered(range(23))["latent.npy"])
 
 
-def test_manifest_tells_counts_sizes_checksums_and_origin(write: Write, spec: Spec) -> None:
+def test_manifest_tells_counts_sizes_checksums_and_origin(write: Write, spec: Spec, tmp_path: Path) -> None:
     manifest = read_manifest(write(facts={"codec": "none"}), spec.digest)
     assert [(s["start"], s["count"]) for s in manifest["shards"]] == [(0, 10), (10, 10), (20, 3)]
     assert manifest["num_samples"] == 23
@@ -65,7 +66,10 @@ def test_manifest_tells_counts_sizes_checksums_and_origin(write: Write, spec: Sp
         "latent.npy": {"dtype": "float16", "shape": [3]},
     }
     assert manifest["facts"] == {"codec": "none"}
-    assert manifest["provenance"]["spec"] == json.loads(spec.to_json())
+    assert manifest["provenance"] == {"stage": "shards", "name": "numbered", "digest": spec.digest}
+    made = records.read_json(tmp_path / "set" / "provenance.json")
+    assert made["spec"] == json.loads(spec.to_json())
+    assert made["created"].startswith("20")
 
 
 KILLED_WRITER = """

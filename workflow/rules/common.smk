@@ -6,6 +6,8 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from dmd2.downloads import FOLDER as DOWNLOADS
+from dmd2.downloads import load_catalogue, requirement
 from dmd2.errors import UserError
 from dmd2.plan import Plan
 from dmd2.tables import load_table, needed
@@ -24,7 +26,9 @@ def or_stop(function, *arguments):
         raise WorkflowError(str(error)) from None
 
 
-OVERRIDES = {key: value for key, value in config.items() if key != "preset"}
+OVERRIDES = {
+    key: value for key, value in config.items() if key not in ("preset", "mirror")
+}
 PLAN = or_stop(Plan, FOLDER, config.get("preset", "digits"), OVERRIDES)
 PRESET = PLAN.preset
 RUNS = sorted(path.stem for path in (FOLDER / "runs").glob("*.yaml"))
@@ -51,6 +55,9 @@ RESULTS = f"results/{PRESET.name}"
 LOGS = f"logs/{PRESET.name}"
 # Settings of execution change no result. They go by the environment: as a parameter they would start jobs again.
 os.environ.update(DMD2_RUNTIME=PRESET.runtime.model_dump_json())
+CATALOGUE = or_stop(load_catalogue, FOLDER / "downloads.yaml")
+if "mirror" in config:
+    os.environ.update(DMD2_MIRROR=str(config["mirror"]))
 
 
 wildcard_constraints:
@@ -63,6 +70,18 @@ wildcard_constraints:
 def spec(name):
     """The spec of a stage without wildcards, as the canonical string that triggers it."""
     return lambda wildcards: or_stop(lambda: getattr(PLAN, name).to_json())
+
+
+def supplied(path, key, output):
+    """What a job waits for that reads `path` from outside and makes `output`: the record of a listed file, or nothing.
+
+    `key` names the setting. A path where nothing lies stops the planning, unless `output` is there already. Records are
+    for `ancient`: one that is written again starts nothing.
+    """
+    if path is None or (Path(path).parent != DOWNLOADS and Path(output).exists()):
+        return []
+    record = or_stop(requirement, path, key, CATALOGUE)
+    return [] if record is None else str(record)
 
 
 def entry_of(wildcards):

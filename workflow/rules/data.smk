@@ -1,17 +1,47 @@
-# From the source to shards of images, and from those to shards in the teacher's space.
+# From outside to shards of images, and from those to shards in the teacher's space.
+import re
+
+
+rule download:
+    output:
+        # Not the file itself: Snakemake deletes outputs before a job, and it may be one that the user has put there.
+        record=f"{DOWNLOADS}/{{name}}.json",
+    log:
+        "logs/downloads/{name}.log",
+    wildcard_constraints:
+        name="|".join(map(re.escape, CATALOGUE)),
+    priority: 30
+    conda:
+        "../../environment.yml"
+    params:
+        entry=lambda wildcards: CATALOGUE[wildcards.name].model_dump_json(
+            exclude_none=True
+        ),
+    shell:
+        "launch.sh 0 --log {log} download {wildcards.name} --entry {params.entry:q} --record {output.record}"
 
 
 rule shards:
+    input:
+        source=ancient(
+            supplied(PRESET.data.path, "data.path", f"{DATA}/shards/manifest.json")
+        ),
     output:
         manifest=f"{DATA}/shards/manifest.json",
     log:
         f"{LOGS}/shards.log",
     conda:
         "../../environment.yml"
+    threads: 16 if PRESET.data.path else 1
+    # Where the data lies and how many images may be unreadable starts nothing again, so they are no parameters.
+    resources:
+        source=PRESET.data.path or "",
+        max_unreadable=PRESET.data.max_unreadable,
     params:
         spec=spec("shards"),
     shell:
-        "launch.sh 0 --log {log} --threads {threads} shards --spec {params.spec:q} --manifest {output.manifest}"
+        "launch.sh 0 --log {log} shards --spec {params.spec:q} --source {resources.source:q}"
+        " --max-unreadable {resources.max_unreadable} --workers {threads} --manifest {output.manifest}"
 
 
 rule latents:

@@ -1,0 +1,126 @@
+"""What a source of labelled images is, and what sources of encoded images share: decoding, cropping, resizing.
+
+Shapes: H, W, C height, width and channels of an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from dmd2.config import Data
+from dmd2.errors import UserError
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # by content; none that runs an interpreter
+MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})  # 8 bits a channel
+
+
+class Unreadable(Exception):
+    """An image that cannot be decoded; the message is the reason."""
+
+
+class Source(Protocol):
+    """Labelled images by number. One can be pickled, so that processes read it side by side."""
+
+    fingerprint: str
+    """Changes when the data behind the configuration does, as far as can be seen without reading the images."""
+    classes: Sequence[str]
+    """The names of the classes by number."""
+    labels: np.ndarray
+    """The class of every image: (number of images,) int64."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """Image `number`, uint8 (H, W, C). Raises Unreadable for one that cannot be decoded."""
+
+    def name(self, number: int) -> str:
+        """What the user knows image `number` by."""
+
+
+class EncodedImages(ABC):
+    """Images that lie somewhere as encoded files, of which a subclass gives the bytes.
+
+    Each is cropped about its centre to its short side and resized with Lanczos' filter, as EDM's dataset tool does
+    with `--transform=center-crop`; one of the right size stays as it is. Grey, palette and CMYK become RGB,
+    transparency is dropped, of an animation the first picture counts, EXIF rotation is ignored: as that tool does. Not
+    read are more than 8 bits a channel, more pixels than Pillow's limit, and whatever is damaged.
+    """
+
+    def __init__(self, data: Data, names: Sequence[str], labels: Sequence[int] | np.ndarray, classes: Sequence[str]):
+        if len(classes) != data.num_classes:
+            raise UserError(f"{data.path}: {len(classes)} classes, but data.num_classes is {data.num_classes}")
+        if not len(names):
+            raise UserError(f"{data.path}: no image ({', '.join(sorted(SUFFIXES))}) in it; correct data.path")
+        self._data, self._names, self.classes = data, names, classes
+        self.labels = np.asarray(labels, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, number: int) -> str:
+        return self._names[number]
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return decode(self.read(number), self._data.resolution, self._data.channels)
+
+    @abstractmethod
+    def read(self, number: int) -> bytes:
+        """The encoded image `number`."""
+
+
+def decode(content: bytes, resolution: int, channels: int) -> np.ndarray:
+    """An encoded image cropped and resized: uint8 (resolution, resolution, channels). Raises Unreadable."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.mode not in MODES:
+                raise Unreadable(f"mode {image.mode} is not 8 bits a channel")
+            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    except Unreadable:
+        raise
+    except Exception as error:  # what decoders raise on damaged files is not one family
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Unreadable(f"not a readable image ({reason[:200]})") from error
+    side = min(pixels.shape[:2])
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    square = Image.fromarray(pixels[top : top + side, left : left + side])
+    resized = np.asarray(square.resize((resolution, resolution), Image.Resampling.LANCZOS))
+    return resized.reshape(resolution, resolution, channels)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file counts, by its name: an image's suffix, not hidden."""
+    stem = name.rpartition("/")[2]
+    return not stem.startswith(".") and f".{stem.rpartition('.')[2].lower()}" in SUFFIXES
+
+
+def existing(data: Data, what: str) -> Path:
+    """The configured path of a source. Raises UserError where nothing is."""
+    if data.path is None:
+        raise UserError(f"data.path is not set, but source {data.source} reads one; set it to {what}")
+    path = Path(data.path)
+    if not path.exists():
+        raise UserError(f"data.path: {path} does not exist; put {what} there or correct it")
+    return path
+
+
+def fingerprint_of(names: Iterable[str], sizes: Iterable[int]) -> str:
+    """A checksum of a listing."""
+    listing = "\n".join(f"{name} {size}" for name, size in zip(names, sizes, strict=True))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def insist(data: Data, **wanted: int) -> None:
+    """Raises UserError where a key of the configuration is not what the source has."""
+    for key, value in wanted.items():
+        if getattr(data, key) != value:
+            found = getattr(data, key)
+            raise UserError(f"data.{key} is {found}, but source {data.source} has {value}; set it to that")

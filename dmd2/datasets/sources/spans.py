@@ -1,0 +1,104 @@
+"""Pieces of large files, read in place."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Sequence
+from io import RawIOBase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dmd2.errors import UserError
+
+MAX_OPEN_FILES = 64
+
+
+class Spans:
+    """Offsets and sizes in files, read by number. A pickled copy opens the files anew."""
+
+    def __init__(self, files: Sequence[str], file_of: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]):
+        self._files = list(files)
+        self._file_of, self._offsets = np.asarray(file_of, np.int32), np.asarray(offsets, np.int64)
+        self.sizes = np.asarray(sizes, np.int64)
+        self._open: dict[int, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def __getitem__(self, number: int) -> bytes:
+        return self.read(int(self._file_of[number]), self.offset(number), int(self.sizes[number]))
+
+    def offset(self, number: int) -> int:
+        """Where piece `number` begins in its file."""
+        return int(self._offsets[number])
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, file: int, offset: int, size: int) -> bytes:
+        """`size` bytes of file `file` from `offset` on. Raises UserError where the file ends before."""
+        content = os.pread(self._descriptor(file), size, offset)
+        if len(content) != size:
+            raise UserError(f"{self._files[file]}: ends within a member; it is truncated: fetch or copy it again")
+        return content
+
+    def _descriptor(self, file: int) -> int:
+        if file not in self._open:
+            while len(self._open) >= MAX_OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[file] = os.open(self._files[file], os.O_RDONLY)
+        return self._open[file]
+
+
+class Member(NamedTuple):
+    """A regular file in a tar: its name, and where its content lies in the outermost file."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def tar_members(path: Path | str, offset: int = 0, size: int | None = None) -> list[Member]:
+    """The regular files of the uncompressed tar in `path`, or of a tar in it. Raises UserError for a damaged one."""
+    with open(path, "rb", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size
+        window = _Window(file.fileno(), offset, end - offset if size is None else size)
+        try:
+            with tarfile.open(fileobj=window, mode="r:") as tar:
+                members = [Member(m.name, offset + m.offset_data, m.size) for m in tar if m.isfile()]
+        except tarfile.TarError as error:
+            raise UserError(f"{path}: not a whole uncompressed tar ({error}); fetch or unpack it again") from None
+    if members and members[-1].offset + members[-1].size > end:
+        raise UserError(f"{path}: ends within {members[-1].name}; it is truncated: fetch or copy it again")
+    return members
+
+
+class _Window(RawIOBase):
+    """A piece of a file as a file of its own."""
+
+    def __init__(self, descriptor: int, offset: int, size: int):
+        self._descriptor, self._offset, self._size, self._position = descriptor, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._size - self._position, 0)
+        content = os.pread(self._descriptor, left if size < 0 else min(size, left), self._offset + self._position)
+        self._position += len(content)
+        return content

@@ -1,0 +1,118 @@
+"""Images in tar files, read where they lie."""
+
+from __future__ import annotations
+
+import glob
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from dmd2.config import Data
+from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of, is_image
+from dmd2.datasets.sources.folder import LISTERS
+from dmd2.datasets.sources.spans import Member, Spans, tar_members
+from dmd2.errors import UserError
+
+
+class ImageNetTar(EncodedImages):
+    """The official `ILSVRC2012_img_train.tar`: a tar of one tar per class, neither of them unpacked.
+
+    Classes are numbered in the sorted order of the inner tars' names (n01440764.tar is class 0), images within a class
+    by name.
+    """
+
+    def __init__(self, data: Data):
+        path = existing(data, "ILSVRC2012_img_train.tar, a tar of one tar per class")
+        inner = sorted(member for member in tar_members(path) if member.name.endswith(".tar"))
+        if not inner:
+            raise UserError(f"{path}: no tar of a class in it; is it ILSVRC2012_img_train.tar?")
+        with ThreadPoolExecutor(LISTERS) as pool:
+            contents = list(pool.map(lambda member: tar_members(path, member.offset, member.size), inner))
+        found = [(label, m) for label, members in enumerate(contents) for m in sorted(members) if is_image(m.name)]
+        classes = [Path(member.name).stem for member in inner]
+        names = [f"{classes[label]}.tar/{member.name}" for label, member in found]
+        super().__init__(data, names, [label for label, _ in found], classes)
+        offsets, sizes = [m.offset for _, m in found], [m.size for _, m in found]
+        self._spans = Spans([str(path)], [0] * len(found), offsets, sizes)
+        self.fingerprint = fingerprint_of(names, sizes)
+
+    def read(self, number: int) -> bytes:
+        return self._spans[number]
+
+
+class _Sample(NamedTuple):
+    """One sample of a WebDataset: its image, and its class."""
+
+    image: Member
+    label: int
+
+
+class WebDatasetTars(EncodedImages):
+    """WebDataset tars from elsewhere: samples of an image and its class (`KEY.jpg`, `KEY.cls`), in the tars' order.
+
+    The path is one tar or a pattern: `shards/train-{0000..1023}.tar`, `shards/*.tar`. The tars must be uncompressed,
+    for compressed ones have no random access. Classes have no names there but their numbers.
+    """
+
+    def __init__(self, data: Data):
+        tars = _expand(data)
+        with ThreadPoolExecutor(LISTERS) as pool:
+            contents = list(pool.map(_samples, tars, [data.num_classes] * len(tars)))
+        found = [(file, sample) for file, samples in enumerate(contents) for sample in samples]
+        images = [sample.image for _, sample in found]
+        names = [f"{Path(tars[file]).name}/{sample.image.name}" for file, sample in found]
+        classes = [str(label) for label in range(data.num_classes)]
+        super().__init__(data, names, [sample.label for _, sample in found], classes)
+        sizes = [image.size for image in images]
+        self._spans = Spans(tars, [file for file, _ in found], [image.offset for image in images], sizes)
+        self.fingerprint = fingerprint_of((f"{n} {label}" for n, label in zip(names, self.labels, strict=True)), sizes)
+
+    def read(self, number: int) -> bytes:
+        return self._spans[number]
+
+
+def _expand(data: Data) -> list[str]:
+    """The tars of a path or pattern, in its order; those of a `*` sorted."""
+    from webdataset.shardlists import expand_urls
+
+    if data.path is None:
+        raise UserError("data.path is not set, but source webdataset reads one; set it to the tars, {0000..0099} or *")
+    tars = [tar for part in expand_urls(data.path) for tar in (sorted(glob.glob(part)) if "*" in part else [part])]
+    missing = [tar for tar in tars if not Path(tar).is_file()]
+    if missing or not tars:
+        raise UserError(f"data.path: {(missing or [data.path])[0]} does not exist; correct the pattern {data.path}")
+    return tars
+
+
+def _samples(path: str, num_classes: int) -> list[_Sample]:
+    """The samples of one tar in its order. Raises UserError naming the sample that lacks an image or a valid class."""
+    members = tar_members(path)
+    spans = Spans([path], [0] * len(members), [m.offset for m in members], [m.size for m in members])
+    images: dict[str, Member] = {}
+    labels: dict[str, int] = {}
+    for number, member in enumerate(members):
+        key, kind = _split(member.name)
+        if is_image(member.name):
+            if key in images:
+                raise UserError(f"{path}: sample {key} has two images, {images[key].name} and {member.name}")
+            images[key] = member
+        elif kind == "cls":
+            labels[key] = _label(spans[number], num_classes, f"{path}: {member.name}")
+    if odd := sorted(images.keys() ^ labels.keys()):
+        lacks = "class (.cls)" if odd[0] in images else "image"
+        raise UserError(f"{path}: sample {odd[0]} has no {lacks}; complete or remove it")
+    return [_Sample(image, labels[key]) for key, image in images.items()]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and field of a member, as WebDataset has it: what lies before and behind the first dot of the file's name."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, kind = file.partition(".")
+    return f"{folder}{slash}{stem}", kind
+
+
+def _label(content: bytes, num_classes: int, where: str) -> int:
+    text = content.decode("ascii", "replace").strip()
+    if not text.isdigit() or int(text) >= num_classes:
+        raise UserError(f"{where}: {text[:40]!r} is not a class of 0 to {num_classes - 1}; check data.num_classes")
+    return int(text)

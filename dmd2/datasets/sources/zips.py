@@ -1,0 +1,112 @@
+"""Images in a zip archive, read where they lie."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmd2.config import Data
+from dmd2.datasets.sources.base import EncodedImages, Unreadable, existing, fingerprint_of, is_image
+from dmd2.datasets.sources.spans import Spans
+from dmd2.errors import UserError
+
+LABELS = "dataset.json"
+HEADER = struct.Struct("<4s22xHH")  # of a member: signature, ..., lengths of its name and of its extra field
+
+
+class ImageZip(EncodedImages):
+    """A zip of class folders, or one that EDM's dataset tool wrote, with the classes in `dataset.json`.
+
+    Class folders are those in the innermost folder that holds all images, or in the folder `train` if there is one (as
+    in Kaggle's archive of ImageNet); they are numbered in the sorted order of their names. Images are in the order of
+    their paths.
+    """
+
+    def __init__(self, data: Data):
+        path = existing(data, "a zip of images")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = sorted(archive.infolist(), key=lambda m: m.filename.split("/"))
+                stored = _stored_labels(archive, path)
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise UserError(f"{path}: not a whole zip archive ({error}); fetch it again") from None
+        chosen = {m.filename: m for m in members if not m.is_dir() and is_image(m.filename)}
+        labels, classes = _by_folder(list(chosen)) if stored is None else _by_list(list(chosen), stored, path)
+        images = [chosen[name] for name in labels]
+        super().__init__(data, list(labels), list(labels.values()), classes)
+        self._check(path, images)
+        self._methods = np.array([m.compress_type for m in images], np.uint8)
+        self._crcs = np.array([m.CRC for m in images], np.uint32)
+        sizes = [m.compress_size for m in images]
+        self._spans = Spans([str(path)], [0] * len(images), [m.header_offset for m in images], sizes)
+        listing = (f"{name} {label}" for name, label in labels.items())
+        self.fingerprint = fingerprint_of(listing, [m.file_size for m in images])
+
+    def read(self, number: int) -> bytes:
+        """The member's content, after its checksum was compared. Parsed here: `zipfile` would list 1.28 million members
+        anew in every process."""
+        content = self._content(number)
+        if self._methods[number] == zipfile.ZIP_DEFLATED:
+            try:
+                content = zlib.decompress(content, -zlib.MAX_WBITS)
+            except zlib.error as error:
+                raise Unreadable(f"damaged in the archive ({error})") from None
+        if zlib.crc32(content) != self._crcs[number]:
+            raise Unreadable("damaged in the archive (its checksum differs)")
+        return content
+
+    def _content(self, number: int) -> bytes:
+        start = self._spans.offset(number)
+        signature, name, extra = HEADER.unpack(self._spans.read(0, start, HEADER.size))
+        if signature != b"PK\x03\x04":
+            raise Unreadable("damaged in the archive (no header)")
+        return self._spans.read(0, start + HEADER.size + name + extra, int(self._spans.sizes[number]))
+
+    @staticmethod
+    def _check(path: Path, images: list[zipfile.ZipInfo]) -> None:
+        for member in images:
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
+                raise UserError(
+                    f"{path}: {member.filename} is encrypted or compressed by another method than deflate; unpack it "
+                    f"and use source image_folder"
+                )
+
+
+def _stored_labels(archive: zipfile.ZipFile, path: Path) -> dict[str, int] | None:
+    """The classes that EDM's tool stored, by the images' paths; None if there is no list."""
+    if LABELS not in archive.namelist():
+        return None
+    try:
+        content: Any = json.loads(archive.read(LABELS))["labels"]
+        return {str(name): int(label) for name, label in content}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: its {LABELS} holds no classes; make the archive from class folders") from None
+
+
+def _by_list(names: list[str], stored: dict[str, int], path: Path) -> tuple[dict[str, int], list[str]]:
+    """Image to class, and the classes' names, from a stored list."""
+    if missing := [name for name in names if name not in stored]:
+        raise UserError(f"{path}: {LABELS} has no class for {missing[0]}, nor for {len(missing) - 1} more; complete it")
+    labels = {name: stored[name] for name in names}
+    if labels and min(labels.values()) < 0:
+        raise UserError(f"{path}: {LABELS} has the class {min(labels.values())}; classes count from 0")
+    return labels, [str(label) for label in range(max(labels.values(), default=-1) + 1)]
+
+
+def _by_folder(names: list[str]) -> tuple[dict[str, int], list[str]]:
+    """Image to class, and the classes' names, from the folders the images lie in."""
+    parts = {name: name.split("/") for name in names}
+    if below := {name: p for name, p in parts.items() if "train" in p[:-1]}:
+        parts = {name: p[p.index("train") + 1 :] for name, p in below.items()}
+    while parts and len({p[0] for p in parts.values()}) == 1 and all(len(p) > 2 for p in parts.values()):
+        parts = {name: p[1:] for name, p in parts.items()}
+    folders = {name: p[0] if len(p) > 1 else "" for name, p in parts.items()}
+    classes = sorted(set(folders.values()))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return {name: numbers[folder] for name, folder in folders.items()}, classes

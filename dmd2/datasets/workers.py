@@ -1,0 +1,67 @@
+"""Work on many pieces in processes of its own: threads would wait for one another in Python's lock."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from dmd2.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_task: Callable[[Any], Any]
+
+
+def each(task: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """`task` of each item, in the order in which they are done; with one worker here, in the items' order.
+
+    With more the task and what it returns are pickled: the task once per process. The first error ends the others.
+    Raises UserError when a process is killed from outside.
+    """
+    items = list(items)
+    if workers == 1 or len(items) < 2:
+        yield from map(task, items)
+        return
+    before = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")  # a forked process would inherit the locks of torch's threads
+    pool = ProcessPoolExecutor(min(workers, len(items)), context, _begin, (task,))
+    try:
+        for future in as_completed([pool.submit(_run, item) for item in items]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory; run again with fewer threads: what is finished "
+            "is kept"
+        ) from None
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(task: Callable[[Any], Any]) -> None:
+    """Prepares a worker: it keeps the task, leaves Ctrl-C to its parent, and ends when that is gone."""
+    global _task
+    _task = task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run(item: Any) -> Any:
+    return _task(item)
