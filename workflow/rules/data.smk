@@ -40,7 +40,7 @@ rule shards:
     params:
         spec=spec("shards"),
     shell:
-        "launch.sh 0 --log {log} shards --spec {params.spec:q} --source {resources.source:q}"
+        "launch.sh 0 --log {log} shards --spec {params.spec:q} --source={resources.source:q}"
         " --max-unreadable {resources.max_unreadable} --workers {threads} --manifest {output.manifest}"
 
 
