@@ -187,16 +187,15 @@ class Average:
         self._decay = decay
         self._num_updates = 0
         self._mean = {k: v.detach().clone() for k, v in network.state_dict().items()} if decay else {}
-        self._names = [name for name, _ in network.named_parameters()] if decay else []
+        self._params = dict(network.named_parameters()) if decay else {}
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the network's current weights."""
         if self._decay:
             decay = min(self._decay, (1 + self._num_updates) / (10 + self._num_updates))
-            live = dict(self._live.named_parameters())
-            mean = [sharding.local(self._mean[name]) for name in self._names]
-            torch._foreach_lerp_(mean, [sharding.local(live[name]) for name in self._names], 1 - decay)
+            mean = [sharding.local(self._mean[name]) for name in self._params]
+            torch._foreach_lerp_(mean, [sharding.local(p) for p in self._params.values()], 1 - decay)
             self._num_updates += 1
 
     def weights(self) -> dict[str, Tensor]:

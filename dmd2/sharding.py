@@ -16,19 +16,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from dmd2 import distributed
+from dmd2.denoiser import Denoiser
 
 Layout = Literal["replicate", "shard"]
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The parts that a network is cut into: the composite entries of its module lists and dictionaries."""
-    found: list[nn.Module] = []
-    for child in network.children():
-        if isinstance(child, nn.ModuleDict | nn.ModuleList):
-            found += [entry for entry in child.children() if any(True for _ in entry.children())]
-        else:
-            found += blocks(child)
-    return found
+    """The parts that a network is cut into: the blocks of the denoisers in it; the rest is a part of its own."""
+    return [block for module in network.modules() if isinstance(module, Denoiser) for block in module.blocks()]
 
 
 def place(network: nn.Module, layout: Layout, *, entry_points: tuple[str, ...] = ()) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmd2 import sharding
 from dmd2.config import TeacherTraining
 from dmd2.denoiser import Teacher
 from dmd2.noise import add_noise, normal
@@ -27,6 +28,7 @@ class TeacherFit:
         data: Batches,
         *,
         micro_batch_size: int | None = None,
+        layout: sharding.Layout = "replicate",
         device: torch.device | str = "cpu",
     ):
         self.training = training
@@ -35,6 +37,7 @@ class TeacherFit:
         self._data = Shares(data, self.parts, self.device)
         self.sigma_data = teacher.sigma_data
         self.network = teacher.copy_network().to(self.device)
+        sharding.place(self.network, layout)
         self.average = Average(self.network, training.ema_decay)
         self.guard = FiniteGuard(self.device)
         self._descent = Descent(

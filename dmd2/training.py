@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dmd2 import objective, sampling
+from dmd2 import objective, sampling, sharding
 from dmd2.config import Train
 from dmd2.critic import Critic
 from dmd2.denoiser import Cond, Denoiser, Teacher, move
@@ -55,6 +55,7 @@ class Distillation:
         regression_distance: Distance = torch.nn.functional.mse_loss,
         start: Mapping[str, Tensor] | None = None,
         micro_batch_size: int | None = None,
+        layout: sharding.Layout = "replicate",
         device: torch.device | str = "cpu",
     ):
         _check(teacher, train, has_data=data is not None, has_pairs=pairs is not None)
@@ -73,10 +74,13 @@ class Distillation:
             self.generator: Denoiser = teacher.copy_network().to(self.device).eval()
             num_taps = train.gan_taps if train.has_gan else 0
             self.critic = Critic(teacher.copy_network(), num_taps=num_taps).to(self.device).eval()
-        for network in (self.teacher.denoiser, self.generator, self.critic.fake):
-            network.precision = train.precision
+        for denoiser in (self.teacher.denoiser, self.generator, self.critic.fake):
+            denoiser.precision = train.precision
         if start is not None:
             self._load_networks(start)
+        for network in (self.generator, self.critic):
+            sharding.place(network, layout)
+        sharding.place(self.teacher.denoiser, layout, entry_points=("denoise_and_tap",))
         self.average = Average(self.generator, train.ema_decay)
         self.guard = FiniteGuard(self.device)
         self._generator_descent = self._descent(self.generator, train.generator_learning_rate)

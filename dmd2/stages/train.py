@@ -6,13 +6,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dmd2 import distributed
+from dmd2 import distributed, sharding
 from dmd2.checkpoint import CheckpointStore, save_weights
 from dmd2.config import Runtime, Train
 from dmd2.datasets.loader import Loader, to_batch, to_pairs
@@ -81,7 +82,18 @@ def _store(root: Path, spec: Spec, runtime: Runtime, read: Mapping[str, str]) ->
     """
     text = json.dumps([spec.digest, dict(read)], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return CheckpointStore(root / f"{spec.name}-{digest}", digest, keep=runtime.keep_checkpoints, warn=log)
+    return CheckpointStore(
+        root / f"{spec.name}-{digest}",
+        digest,
+        keep=runtime.keep_checkpoints,
+        warn=log,
+        in_background=runtime.async_checkpoints,
+        patience_minutes=runtime.collective_timeout_minutes,
+    )
+
+
+def _group(device: torch.device, runtime: Runtime) -> AbstractContextManager[None]:
+    return distributed.process_group(device, runtime.collective_timeout_minutes)
 
 
 def teacher(spec: Spec, latents: Path, state_root: Path, weights: Path, train_log: Path, runtime: Runtime) -> None:
@@ -95,15 +107,23 @@ def teacher(spec: Spec, latents: Path, state_root: Path, weights: Path, train_lo
         return
     training = config.training
     read = {"latents": content_id(read_manifest(latents, spec.upstream["latents"]))}
-    with distributed.process_group(device), _store(state_root, spec, runtime, read) as store:
+    with _group(device, runtime), _store(state_root, spec, runtime, read) as store:
         data = _data(spec, latents, initial, training.batch_size, training.seed, device)
-        trainee = TeacherFit(initial, training, data, micro_batch_size=runtime.micro_batch_size, device=device)
+        trainee = TeacherFit(
+            initial,
+            training,
+            data,
+            micro_batch_size=runtime.micro_batch_size,
+            layout=runtime.layout,
+            device=device,
+        )
         checkpoint = checkpoint_bytes([trainee.network], trainee.network)
         weight = weights_bytes(trainee.network)
         check_room({store.folder: (runtime.keep_checkpoints + 1) * checkpoint, weights.parent: weight})
         took = fit(trainee, training.iterations, store, runtime, title="teacher")
+        trained = sharding.gather(trainee.export())
         if distributed.rank() == 0:
-            save_weights(weights, trainee.export())
+            save_weights(weights, trained)
             _publish_log(store, train_log)
             facts = {
                 "iterations": training.iterations,
@@ -139,7 +159,7 @@ def train(
     config, device = spec.need("train"), distributed.device_of(runtime.device)
     frozen, distance = open_teacher(spec, teacher_weights), _regression_distance(config, device)
     read = _checksums(spec, teacher_weights, latents, pairs, start)
-    with distributed.process_group(device), _store(state_root, spec, runtime, read) as store:
+    with _group(device, runtime), _store(state_root, spec, runtime, read) as store:
         run = Distillation(
             frozen,
             config,
@@ -148,6 +168,7 @@ def train(
             regression_distance=distance,
             start=open_weights(start, spec.upstream["start"]) if start is not None else None,
             micro_batch_size=runtime.micro_batch_size,
+            layout=runtime.layout,
             device=device,
         )
         _check_room(run, store.folder, out.generator.parent, runtime)
@@ -155,6 +176,7 @@ def train(
         log.info("%s: digest %s on %s, losses by the %s kernels", spec.name, spec.digest, device, kernels)
         steps = config.snapshot_steps()
         took = fit(run, config.iterations, store, runtime, title=spec.name, snapshots=steps, alarm=_collapse_alarm)
+        networks, generator = sharding.gather(run.networks()), sharding.gather(run.export())
         if distributed.rank() == 0:
             facts = {
                 "run": spec.name,
@@ -168,9 +190,9 @@ def train(
             }
             _publish_snapshots(store, steps, out.snapshots, spec)
             _publish_log(store, out.train_log)
-            save_weights(out.networks, run.networks())
+            save_weights(out.networks, networks)
             write_record(out.networks, spec, **facts)
-            save_weights(out.generator, run.export())
+            save_weights(out.generator, generator)
             write_record(out.generator, spec, **facts)
             store.clear()
         distributed.barrier()
