@@ -59,7 +59,7 @@ def _read(weights: WeightsFile) -> dict[str, Any]:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a file of tensors ({first}); fetch {SOURCE} again") from None
     if not isinstance(state, dict):
@@ -73,15 +73,17 @@ def _build(trunk: Mapping[str, Any], path: str) -> nn.Module:
 
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # the library passes torchvision an argument that is deprecated
-        network: nn.Module = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+        network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     network.scaling_layer = lpips.ScalingLayer()
-    linear = torch.load(Path(lpips.__file__).with_name("weights") / "v0.1" / "vgg.pth", weights_only=True)
+    bundled = Path(lpips.__file__).with_name("weights") / "v0.1" / "vgg.pth"
+    linear = torch.load(bundled, map_location="cpu", weights_only=True)
     state = {name: linear[_bundled(name)] for name in network.state_dict() if name.startswith("lin")}
-    for name, wanted in network.net.state_dict().items():  # type: ignore[operator, union-attr]
+    for name, wanted in network.net.state_dict().items():
         state[f"net.{name}"] = _checked(trunk, f"features.{name.partition('.')[2]}", wanted.shape, path)
     state |= {f"scaling_layer.{name}": value for name, value in network.scaling_layer.state_dict().items()}
     network.load_state_dict(state, assign=True)
-    return network.eval().requires_grad_(False)
+    frozen: nn.Module = network.eval().requires_grad_(False)
+    return frozen
 
 
 def _bundled(name: str) -> str:
