@@ -79,7 +79,7 @@ class Critic(nn.Module):
         if not self.heads:
             raise ValueError("this critic was built without a realism head")
         if features is not None:
-            x0_fake = self.fake(x[:num_denoise], sigma[:num_denoise], cond) if num_denoise else x[:0]
+            x0_fake = self.fake(x[:num_denoise], sigma[:num_denoise], cond) if num_denoise else x[:0].detach()
             return x0_fake, self._judge(features)
         x0_fake, own = self.fake.denoise_and_tap(x, sigma, cond, num_denoise, len(self.heads))
         return x0_fake, self._judge([feature[logits_from:] for feature in own])

@@ -60,7 +60,7 @@ class EDMDenoiser(Denoiser):
         encoding = self.model.encode(scaled, sigma.log() / 4, cond["label"])
         features = [feature.float() for feature in self.model.levels(encoding)[:num_taps]]
         if num_denoise == 0:
-            return x[:0], features
+            return x[:0].detach(), features
         x, sigma, inverse = x[:num_denoise], sigma[:num_denoise], inverse[:num_denoise]
         c_skip, c_out = (self.sigma_data * inverse).square(), self.sigma_data * sigma * inverse
         out = self.model.decode(encoding.first(num_denoise)).float()

@@ -1,0 +1,93 @@
+"""A tiny EDM network in DMD2 training, with every part that a checkpoint must hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmd2.config import Data, Network, Teacher, Train
+from dmd2.denoiser import Cond
+from dmd2.teachers.edm import load_edm
+from dmd2.training import Distillation
+
+DIGEST = "0123456789abcdef"
+BATCH = 8
+DATA = Data(source="digits", resolution=8, channels=1, num_classes=10)
+NETWORK = Network(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8)
+TRAIN: dict[str, Any] = {
+    "batch_size": BATCH,
+    "iterations": 40,
+    "num_snapshots": 1,
+    "critic_steps_per_generator": 2,
+    "generator_learning_rate": 1e-3,
+    "critic_learning_rate": 1e-3,
+    "gan_generator_weight": 0.1,
+    "gan_critic_weight": 0.1,
+    "ema_decay": 0.9,
+    "warmup_iterations": 3,
+}
+
+
+def batches(rank: int, world: int) -> Any:
+    """This rank's share of random batches."""
+
+    def batch(index: int) -> tuple[Tensor, Cond]:
+        rng = torch.Generator().manual_seed(index)
+        x0 = torch.rand((BATCH, 1, 8, 8), generator=rng) * 2 - 1
+        label = torch.randint(10, (BATCH,), generator=rng)
+        return x0.chunk(world)[rank], {"label": label.chunk(world)[rank]}
+
+    return batch
+
+
+def distillation(rank: int = 0, world: int = 1, **keys: Any) -> Distillation:
+    """A student in training; settings of the run in `train`, others as they are."""
+    train = Train(**{**TRAIN, **keys.pop("train", {})})
+    teacher = load_edm(Teacher(kind="edm", network=NETWORK), DATA, None, seed=1)
+    with torch.no_grad():  # EDM starts the last layers at zero: nothing would reach the others
+        rng = torch.Generator().manual_seed(2)
+        for p in teacher.denoiser.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=rng)
+    return Distillation(teacher, train, data=batches(rank, world), **keys)
+
+
+def flat(state: Any, name: str = "") -> dict[str, Any]:
+    """A nested state as leaves by path."""
+    if not isinstance(state, dict):
+        return {name: state}
+    return {key: leaf for part, value in state.items() for key, leaf in flat(value, f"{name}/{part}").items()}
+
+
+def whole(state: Any) -> dict[str, Any]:
+    """The leaves of a state with sharded tensors gathered; a collective call."""
+    leaves = flat(state)
+    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in leaves.items()}
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Equality to the last bit of two states."""
+    first, second = flat(one), flat(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name], name
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any], *, rtol: float, atol: float) -> None:
+    """Closeness of two states, leaf by leaf."""
+    first, second = flat(one), flat(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(
+                value, second[name], rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+            )
+        else:
+            assert value == second[name], name
+
+
+def results(folder: Path, world: int) -> list[dict[str, Any]]:
+    """What the ranks stored."""
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
