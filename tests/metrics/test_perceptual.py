@@ -47,7 +47,7 @@ def vgg16(seed: int = 0) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> WeightsFile:
     path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
-    torch.save(vgg16(), path)
+    torch.save(vgg16(), path, _use_new_zipfile_serialization=False)  # the format of torchvision's file
     return WeightsFile(path=str(path), sha256=sha256(path))
 
 
@@ -135,6 +135,8 @@ def test_a_wrong_file_is_refused_with_its_name(file: WeightsFile, tmp_path: Path
     assert "holds a list" in refusal([1, 2])
     assert "not a file of tensors" in refusal(b"not a checkpoint")
     assert "not a file of tensors" in refusal(Path(file.path).read_bytes()[:10_000])
+    torch.save(good, tmp_path / "good.pth")
+    assert "not a file of tensors" in refusal((tmp_path / "good.pth").read_bytes()[:10_000])
 
 
 def test_a_file_that_would_execute_code_is_refused_and_does_not(tmp_path: Path):

@@ -1,0 +1,237 @@
+"""Gradients summed over parts of a batch: the same step, whatever passes the networks at a time."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toy import SHAPE, labels, recorded, rng, toy_teacher
+
+from dmd2 import objective
+from dmd2.config import TeacherTraining, Train
+from dmd2.errors import UserError
+from dmd2.noise import step_rng
+from dmd2.optimization import Descent
+from dmd2.parts import Parts, Shares
+from dmd2.teacher_training import TeacherFit
+from dmd2.training import Distillation
+
+BATCH = 6
+KEYS: dict[str, Any] = {"num_snapshots": 1, "warmup_iterations": 0, "regression_weight": 0.25}
+CPU = torch.device("cpu")
+
+
+def data(index: int) -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.randn(BATCH, *SHAPE, generator=rng(100 + index)), labels(BATCH)
+
+
+def pairs(index: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    noise, x0 = (torch.randn(BATCH, *SHAPE, generator=rng(seed + index)) for seed in (200, 300))
+    return noise, x0, labels(BATCH)
+
+
+def part_of(batches: Any, number: int, num: int) -> Any:
+    """The batches of one of `num` ranks."""
+
+    def cut(item: Any) -> Any:
+        return item.chunk(num)[number] if isinstance(item, Tensor) else {k: cut(v) for k, v in item.items()}
+
+    return lambda index: tuple(cut(item) for item in batches(index))
+
+
+def away_from_the_teacher(run: Distillation) -> Distillation:
+    with torch.no_grad():  # so that no term is 0
+        for p in run.critic.fake.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=rng(p.numel())))
+    return run
+
+
+def whole(micro_batch_size: int | None, **keys: Any) -> Distillation:
+    train = Train(batch_size=BATCH, **{**KEYS, **keys})
+    run = Distillation(toy_teacher(), train, data=data, pairs=pairs, micro_batch_size=micro_batch_size)
+    return away_from_the_teacher(run)
+
+
+def one_slot(number: int, num: int, **keys: Any) -> Distillation:
+    """A run of one of `num` slots alone, to be stepped as the rank of that number."""
+    train = Train(batch_size=BATCH // num, **{**KEYS, **keys})
+    given = {"data": part_of(data, number, num), "pairs": part_of(pairs, number, num)}
+    return away_from_the_teacher(Distillation(toy_teacher(), train, **given))
+
+
+def gradients(run: Any, index: int, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What iteration `index` brings to each optimizer, and what it logs. No weight moves."""
+    found: dict[str, Tensor] = {}
+
+    def spy(self: Descent, index: int, guard: Any, terms: Any, name: str) -> Tensor:
+        found[name] = torch.cat([p.grad.flatten() for p in self.params]).double()
+        for p in self.params:
+            p.grad = None
+        return found[name].norm().float()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Descent, "step", spy)
+        metrics = run.step(index)
+    return found, metrics
+
+
+SWITCHES: list[dict[str, Any]] = [
+    {},
+    {"num_steps": 4},
+    {"num_steps": 4, "backward_simulation": False},
+    {"share_levels": True, "matching_levels": (0, 999), "share_critic_pass": True},
+    {"gan_features": "teacher", "r1_weight": 1.0},
+]
+
+
+@pytest.mark.parametrize("keys", SWITCHES)
+@pytest.mark.parametrize("num", [2, 3])
+def test_gradients_are_the_means_of_those_of_single_slots(
+    keys: dict[str, Any], num: int, monkeypatch: pytest.MonkeyPatch
+):
+    found, metrics = gradients(whole(BATCH // num, **keys), 0, monkeypatch)
+    alone = []
+    for slot in range(num):
+        monkeypatch.setenv("RANK", str(slot))
+        alone.append(gradients(one_slot(slot, num, **keys), 0, monkeypatch))
+    assert set(found) == {"generator_grad_norm", "critic_grad_norm"}
+    for name, grad in found.items():
+        truth = torch.stack([grads[name] for grads, _ in alone]).mean(0)
+        assert float(truth.norm()) > 1e-4
+        assert float((grad - truth).norm()) < 1e-6 * float(truth.norm()), name
+        assert float((alone[0][0][name] - truth).norm()) > 1e-2 * float(truth.norm()), "slots draw alike"
+    for name in set(metrics) - set(found):
+        mean = sum(float(logged[name]) for _, logged in alone) / num
+        assert float(metrics[name]) == pytest.approx(mean, rel=1e-5), name
+
+
+def test_one_part_of_the_whole_share_is_the_run_without_a_limit():
+    limited, free = whole(BATCH), whole(None)
+    for index in range(3):
+        one, other = limited.step(index), free.step(index)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(map(torch.equal, limited.networks().values(), free.networks().values()))
+
+
+def test_all_parts_are_made_before_the_one_update_and_each_network_moves_once(monkeypatch: pytest.MonkeyPatch):
+    run = whole(2)
+    order: list[str] = []
+    seen: list[Tensor] = []
+    judge, step = objective.critic_losses, Descent.step
+
+    def critic_losses(x0: Tensor, *rest: Any) -> Any:
+        order.append("critic")
+        seen.append(x0)
+        return judge(x0, *rest)
+
+    def moved(self: Descent, index: int, guard: Any, terms: Any, name: str) -> Tensor:
+        order.append(name)
+        return step(self, index, guard, terms, name)
+
+    monkeypatch.setattr(objective, "critic_losses", critic_losses)
+    monkeypatch.setattr(Descent, "step", moved)
+    with recorded(run.generator) as calls:
+        run.step(0)
+    made = [call.output.detach() for call in calls if call.output.requires_grad][::2]  # every other is of pairs
+    assert order == ["generator_grad_norm", "critic", "critic", "critic", "critic_grad_norm"]
+    assert len(seen) == 3
+    assert all(map(torch.equal, seen, made))
+
+
+@pytest.mark.parametrize(("regression", "flags"), [(0.0, [False, False, True]), (0.25, [*[False] * 5, True])])
+def test_ranks_exchange_gradients_in_the_last_backward_pass_alone(
+    regression: float, flags: list[bool], monkeypatch: pytest.MonkeyPatch
+):
+    run = whole(2, regression_weight=regression)
+    asked: dict[str, list[bool]] = {"generator": [], "critic": []}
+    for name, descent in (("generator", run._generator_descent), ("critic", run._critic_descent)):
+        block = descent.accumulating
+
+        def spy(*, last: bool, name: str = name, block: Any = block) -> Any:
+            asked[name].append(last)
+            return block(last=last)
+
+        monkeypatch.setattr(descent, "accumulating", spy)
+    run.step(0)
+    assert asked == {"generator": flags, "critic": [False, False, True]}
+
+
+@pytest.mark.parametrize("turns", ["both", "disjoint"])
+def test_average_counts_updates_of_the_generator_and_not_parts_or_critic_steps(turns: str):
+    run = whole(2, turns=turns, critic_steps_per_generator=3, ema_decay=0.9)
+    for index in range(7):
+        run.step(index)
+    assert run.average.state_dict()["num_updates"] == 3
+
+
+def test_slots_have_the_same_samples_and_random_numbers_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch):
+    def slots(world: int, num_parts: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        found = []
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        for rank in range(world):
+            monkeypatch.setenv("RANK", str(rank))
+            parts = Parts.of(24, 24 // (world * num_parts))
+            assert parts == Parts(num_parts, 24 // (world * num_parts))
+            ids = torch.arange(24).chunk(world)[rank]
+            share = Shares(lambda step, ids=ids: (ids + 1000 * step, {"label": ids}), parts, CPU)
+            for part in range(parts.num):
+                x0, cond = share(5, part)
+                found.append((x0, cond["label"], torch.randn(3, generator=parts.rng(1, 5, part, CPU))))
+        return found
+
+    truth = slots(4, 1)
+    assert torch.equal(torch.cat([x0 for x0, _, _ in truth]), torch.arange(24) + 5000)
+    for number, (_, _, drawn) in enumerate(truth):
+        assert torch.equal(drawn, torch.randn(3, generator=step_rng(1, 5, number)))
+    for world, num_parts in ((2, 2), (1, 4)):
+        for one, other in zip(slots(world, num_parts), truth, strict=True):
+            assert all(map(torch.equal, one, other))
+
+
+def test_batches_are_read_once_a_step_and_must_be_a_ranks_share():
+    asked: list[int] = []
+
+    def batches(index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        asked.append(index)
+        return data(index)
+
+    share = Shares(batches, Parts(3, 2), CPU)
+    for step in (4, 5):
+        for part in range(3):
+            share(step, part)
+    assert asked == [4, 5]
+    with pytest.raises(ValueError, match="batch 0 has 6 samples"):
+        Shares(batches, Parts(2, 2), CPU)(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("world", "batch_size", "micro", "message"),
+    [
+        (1, 280, 48, "batch_size 280 on 1 rank.* 280 samples each.* micro_batch_size 48; use micro_batch_size 40"),
+        (7, 280, 16, "batch_size 280 on 7 rank.* 40 samples each.* micro_batch_size 16; use micro_batch_size 10"),
+        (8, 286, 16, "batch_size 286 is not divisible by 8 ranks; use 280 or 288"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_with_a_remedy(
+    world: int, batch_size: int, micro: int, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(UserError, match=message):
+        Parts.of(batch_size, micro)
+
+
+def test_teachers_gradient_too_is_the_mean_of_those_of_single_slots(monkeypatch: pytest.MonkeyPatch):
+    def fit(num: int, batches: Any, micro: int | None = None) -> TeacherFit:
+        training = TeacherTraining(iterations=10, batch_size=BATCH // num)
+        return TeacherFit(toy_teacher(dropout=0.5), training, batches, micro_batch_size=micro)
+
+    found, metrics = gradients(fit(1, data, micro=2), 3, monkeypatch)
+    alone = []
+    for slot in range(3):
+        monkeypatch.setenv("RANK", str(slot))
+        alone.append(gradients(fit(3, part_of(data, slot, 3)), 3, monkeypatch))
+    truth = torch.stack([grads["grad_norm"] for grads, _ in alone]).mean(0)
+    assert float((found["grad_norm"] - truth).norm()) < 1e-6 * float(truth.norm())
+    mean = sum(float(logged["denoising_loss"]) for _, logged in alone) / 3
+    assert float(metrics["denoising_loss"]) == pytest.approx(mean, rel=1e-5)
