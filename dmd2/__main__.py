@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from dmd2 import planning_commands
 from dmd2.config import Runtime
 from dmd2.errors import Interrupted, UserError
 from dmd2.presets import parse, read_mapping
@@ -32,7 +33,7 @@ def _runtime(text: str) -> Runtime:
 
 
 def _spec(text: str, stage: str) -> Spec:
-    spec = read_spec(text)
+    spec = read_spec(text).located(read_mapping(os.environ.get("DMD2_FILES", "{}"), "DMD2_FILES"))
     if spec.stage != stage:
         raise UserError(f"--spec is for the stage {spec.stage}, not {stage}")
     return spec
@@ -113,13 +114,13 @@ def pairs(spec: SpecOption, teacher: PathOption, manifest: PathOption, runtime: 
 @app.command()
 def teacher(
     spec: SpecOption,
-    latents: PathOption,
     state: PathOption,
     weights: PathOption,
     train_log: PathOption,
+    latents: OptionalPath = None,
     runtime: RuntimeOption = "{}",
 ) -> None:
-    """Train the teacher, or import its weights."""
+    """Train the teacher on latents, or import its weights from the file that the spec names."""
     from dmd2.stages import train as stage
 
     stage.teacher(_spec(spec, "teacher"), latents, state, weights, train_log, _runtime(runtime))
@@ -147,7 +148,15 @@ def train(
 
 
 @app.command()
-def features(spec: SpecOption, images: PathOption, weights: PathOption) -> None:
+def import_student(spec: SpecOption, generator: OptionalPath = None, networks: OptionalPath = None) -> None:
+    """Import a released student from the file or folder that the spec names."""
+    from dmd2.stages import imports
+
+    imports.student(_spec(spec, "import"), generator, networks)
+
+
+@app.command()
+def features(spec: SpecOption, weights: PathOption, images: OptionalPath = None) -> None:
     """Make the feature extractor of the Frechet distance."""
     from dmd2.stages import measure
 
@@ -177,14 +186,17 @@ def metrics(
     spec: SpecOption,
     reference: PathOption,
     extractor: PathOption,
+    state: PathOption,
     out: PathOption,
     samples: OptionalPath = None,
+    weights: OptionalPath = None,
     runtime: RuntimeOption = "{}",
 ) -> None:
-    """Measure a set of samples, or the floor where none is given."""
+    """Measure a set of samples, or those of a model's weights, or the floor where neither is given."""
     from dmd2.stages import measure
 
-    measure.metrics(_spec(spec, "metrics"), samples, reference, extractor, out, _runtime(runtime))
+    measured = measure.Measured(samples, weights)
+    measure.metrics(_spec(spec, "metrics"), measured, reference, extractor, state, out, _runtime(runtime))
 
 
 @app.command()
@@ -193,13 +205,24 @@ def curve(
     snapshots: PathOption,
     reference: PathOption,
     extractor: PathOption,
+    state: PathOption,
     out: PathOption,
     runtime: RuntimeOption = "{}",
 ) -> None:
     """Measure a run's snapshots."""
-    from dmd2.stages import measure
+    from dmd2.stages import curves
 
-    measure.curve(_spec(spec, "curve"), snapshots, reference, extractor, out, _runtime(runtime))
+    curves.curve(_spec(spec, "curve"), snapshots, reference, extractor, state, out, _runtime(runtime))
+
+
+@app.command()
+def select(
+    spec: SpecOption, curve: PathOption, snapshots: PathOption, generator: PathOption, weights: PathOption
+) -> None:
+    """Take a run's best snapshot by its curve."""
+    from dmd2.stages import curves
+
+    curves.select(_spec(spec, "select"), curve, snapshots, generator, weights)
 
 
 def _named(items: list[str]) -> dict[str, Path]:
@@ -256,6 +279,10 @@ def table(
     from dmd2.stages import tables
 
     tables.table(_spec(spec, "table"), source, _named(metrics or []), csv, markdown)
+
+
+app.command()(planning_commands.cost)
+app.command()(planning_commands.plan)
 
 
 def main() -> None:

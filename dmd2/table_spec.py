@@ -7,12 +7,14 @@ from typing import Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dmd2.config import Model
+from dmd2.protocols import PROTOCOLS
 
 Metric = Literal["resolution", "latency_s", "fid", "patch_fid", "clip", "diversity"]  # in the order of columns
 
 FLOOR = "floor"  # `measure: floor` asks for what the real images themselves would score
-WITH_SD = ("fid", "pixel_fd")
-PLAIN = ("accuracy", "nearest_distance", "diversity")
+FURTHER_FIDS = tuple(f"fid_{name}" for name in PROTOCOLS)  # those of protocols that stand beside the first
+WITH_SD = ("fid", *FURTHER_FIDS, "inception_score", "pixel_fd")
+PLAIN = ("precision", "recall", "accuracy", "nearest_distance", "diversity")
 TRAINING = ("train_cpu_s", "train_wall_s", "gpu_s")
 
 
@@ -78,9 +80,14 @@ class Table(Model):
         return [
             *("row_id", "group", "method", *self.ticks, "paper_nfe", "nfe"),
             *(*paper, *measured, *PLAIN, "source", "preset", "dataset"),
-            *("run", "iterations", "generator_updates", "checkpoint_step", "num_samples", "num_blocks", "seeds"),
-            *(*TRAINING, "protocol", "features", "config_digest", "commit", "note"),
+            *("run", "iterations", "generator_updates", "checkpoint_step", "selection"),
+            *("num_samples", "num_blocks", "seeds", *TRAINING, "protocol", "features", "reference"),
+            *("config_digest", "commit", "note"),
         ]
+
+    def rows_of(self, preset: str) -> tuple[Row, ...]:
+        """The rows that the table has on `preset`."""
+        return tuple(row for row in self.rows if not row.only or preset in row.only)
 
 
 class _Read(BaseModel):
@@ -100,17 +107,23 @@ class Measured(_Read):
     """The measures of a set of samples; only the Frechet distance is always there."""
 
     fid: Measure
+    fid_edm: Measure | None = None
+    fid_dmd2: Measure | None = None
+    inception_score: Measure | None = None
     pixel_fd: Measure | None = None
+    precision: Measure | None = None
+    recall: Measure | None = None
     accuracy: Measure | None = None
     nearest_distance: Measure | None = None
     diversity: Measure | None = None
 
 
 class FeaturesUsed(_Read):
-    """The extractor and the SHA-256 of its weights."""
+    """The extractor, the SHA-256 of its weights, and where the real images' moments are from."""
 
     name: str
     sha256: str
+    reference: str
 
 
 class ModelUsed(_Read):
@@ -120,6 +133,7 @@ class ModelUsed(_Read):
     iterations: int | None = None
     generator_updates: int | None = None
     checkpoint_step: int | None = None
+    selection: Literal["last", "best"] | None = None
     seed: int | None = None
     train_cpu_s: float | None = None
     train_wall_s: float | None = None
@@ -141,7 +155,7 @@ class MetricsRecord(_Read):
     num_samples: int
     num_blocks: int
     seed: int
-    protocol: dict[str, str] = Field(description="named choices, such as rounding: round")
+    protocols: dict[str, dict[str, str]] = Field(min_length=1, description="choices by name, that of `fid` first")
     features: FeaturesUsed
     model: ModelUsed | None = None
     provenance: MadeBy

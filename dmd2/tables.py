@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.config import Data
+from dmd2.errors import UserError
 from dmd2.presets import parse, read_yaml
 from dmd2.records import read_json, write_text
 from dmd2.table_spec import FLOOR, PLAIN, WITH_SD, Measure, MetricsRecord, Table
@@ -23,6 +24,11 @@ Cells = dict[str, Any]
 
 TITLES = {
     "fid": "FID",
+    "fid_edm": "FID, protocol edm",
+    "fid_dmd2": "FID, protocol dmd2",
+    "inception_score": "inception score",
+    "precision": "precision",
+    "recall": "recall",
     "patch_fid": "patch FID",
     "clip": "CLIP",
     "resolution": "resolution",
@@ -42,9 +48,18 @@ def load_table(path: Path | str) -> Table:
     return parse(Table, read_yaml(path), str(path))
 
 
-def needed(table: Table) -> list[str]:
+def needed(table: Table, preset: str) -> list[str]:
     """The entries `MODEL/SAMPLER`, and perhaps `floor`, whose metric records the table reads; each once, in order."""
-    return list(dict.fromkeys(row.measure for row in table.rows if row.measure))
+    return list(dict.fromkeys(row.measure for row in table.rows_of(preset) if row.measure))
+
+
+def check_presets(table: Table, presets: Sequence[str], where: str) -> None:
+    """Raises UserError, beginning with `where`, for a row that is `only` of a preset that does not exist."""
+    for row in table.rows:
+        if unknown := [name for name in row.only if name not in presets]:
+            raise UserError(
+                f"{where}: row {row.id}: `only`: no preset {unknown[0]!r}; known: {', '.join(sorted(presets))}"
+            )
 
 
 def read_records(files: Mapping[str, Path]) -> dict[str, dict[str, Any] | None]:
@@ -77,7 +92,7 @@ def rows(
 
 
 def _cells(table: Table, records: Mapping[str, MetricsRecord], where: Cells) -> Iterable[Cells]:
-    for row in table.rows:
+    for row in table.rows_of(where["preset"]):
         cells: Cells = {"row_id": row.id, "group": row.group, "method": row.method, "paper_nfe": row.nfe}
         cells |= {f"paper_{metric}": value for metric, value in row.paper.items()}
         cells |= {tick: "yes" if tick in row.ticks else "no" for tick in table.ticks if row.measure != FLOOR}
@@ -110,11 +125,16 @@ def _measured(record: MetricsRecord) -> Cells:
         "num_samples": record.num_samples,
         "num_blocks": record.num_blocks,
         "seeds": seeds,
-        "protocol": ", ".join(f"{key}: {value}" for key, value in record.protocol.items()).replace("_", " "),
+        "protocol": "; ".join(f"{name} ({_choices(choices)})" for name, choices in record.protocols.items()),
         "features": f"{record.features.name} {record.features.sha256[:12]}",
+        "reference": record.features.reference,
         "config_digest": made.digest,
         "commit": made.commit,
     }
+
+
+def _choices(choices: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in choices.items()).replace("_", " ")
 
 
 def write_csv(table_rows: Sequence[Cells], path: Path | str) -> None:
@@ -128,8 +148,8 @@ def write_csv(table_rows: Sequence[Cells], path: Path | str) -> None:
 
 def write_markdown(table: Table, table_rows: Sequence[Cells], path: Path | str) -> None:
     """Writes the table for reading, atomically: rounded, with a caption that says what was measured on which data."""
-    has_measured = any(row.measure for row in table.rows)
-    columns = _markdown_columns(table, has_measured)
+    has_measured = any(row["preset"] for row in table_rows)
+    columns = _markdown_columns(table, table_rows, has_measured)
     lines = [
         f"# Table {table.number}: {table.title}\n",
         _caption(table, table_rows, has_measured) + "\n",
@@ -145,8 +165,8 @@ def write_markdown(table: Table, table_rows: Sequence[Cells], path: Path | str) 
     write_text(path, "\n".join([*lines, "", _sources(table_rows)]) + "\n")
 
 
-def _markdown_columns(table: Table, has_measured: bool) -> list[tuple[str, str]]:
-    """Title and CSV column of what the Markdown shows."""
+def _markdown_columns(table: Table, table_rows: Sequence[Cells], has_measured: bool) -> list[tuple[str, str]]:
+    """Title and CSV column of what the Markdown shows: of the measures those that some row has, and always the FID."""
     columns = [
         ("", "group"),
         ("Method", "method"),
@@ -156,7 +176,9 @@ def _markdown_columns(table: Table, has_measured: bool) -> list[tuple[str, str]]
         columns.append(("passes (paper)", "paper_nfe"))
     columns += [(f"{TITLES[metric]} (paper)", f"paper_{metric}") for metric in table.paper_metrics()]
     if has_measured:
-        columns += [("passes", "nfe"), *((TITLES[name], name) for name in (*WITH_SD, *PLAIN))]
+        measures = (*WITH_SD, *PLAIN)
+        shown = [name for name in measures if name == "fid" or any(row[name] is not None for row in table_rows)]
+        columns += [("passes", "nfe"), *((TITLES[name], name) for name in shown)]
         columns += [("iterations", "iterations"), ("generator updates", "generator_updates")] if table.compute else []
         columns += [("training CPU-s", "train_cpu_s")] if table.compute else []
     return [*columns, ("source", "source")]
@@ -174,7 +196,8 @@ def _caption(table: Table, table_rows: Sequence[Cells], has_measured: bool) -> s
         remark = "They are figures of other data, not the paper's, and comparable only with one another."
     text = f"{paper} The other columns are measured on **{place['dataset']}** (preset `{place['preset']}`). {remark}"
     counts = {
-        f"{row['num_blocks']} x {row['num_samples']:,} samples, features {row['features']}, {row['protocol']}"
+        f"{row['num_blocks']} x {row['num_samples']:,} samples, features {row['features']}, "
+        f"moments of {row['reference']}, protocol {row['protocol']}"
         for row in table_rows
         if row["source"] == "measured"
     }

@@ -10,7 +10,7 @@ import yaml
 from dmd2.errors import UserError
 from dmd2.presets import load_preset
 from dmd2.records import write_json
-from dmd2.tables import load_table, needed, read_records, rounded, rows, write_csv, write_markdown
+from dmd2.tables import check_presets, load_table, needed, read_records, rounded, rows, write_csv, write_markdown
 
 ROOT = Path(__file__).parent.parent
 PRESET = load_preset(ROOT / "workflow", "digits")
@@ -47,8 +47,8 @@ def record(fid: float, **model: Any) -> dict[str, Any]:
         "num_samples": 5391,
         "num_blocks": 3,
         "seed": 0,
-        "protocol": {"rounding": "round", "covariance_start": "zeros"},
-        "features": {"name": "classifier", "sha256": "ab" * 32},
+        "protocols": {"edm": {"rounding": "round", "covariance_start": "zeros"}},
+        "features": {"name": "classifier", "sha256": "ab" * 32, "reference": "data"},
         "model": {"run": "dmd2", "iterations": 2500, "generator_updates": 500, "checkpoint_step": 2500, **model},
         "provenance": {"digest": "0123456789abcdef", "commit": "feedbeef", "stage": "metrics"},
     }
@@ -66,7 +66,7 @@ def test_every_row_of_the_paper_is_there_in_its_order_with_its_figures(number):
 
 def test_every_run_a_table_names_has_a_file_and_every_sampler_a_preset_entry():
     for number in NUMBERS:
-        for entry in needed(load(number)):
+        for entry in needed(load(number), "digits"):
             if entry == "floor":
                 continue
             model, sampler = entry.split("/")
@@ -75,10 +75,10 @@ def test_every_run_a_table_names_has_a_file_and_every_sampler_a_preset_entry():
 
 
 def test_needed_lists_each_entry_once_in_order():
-    assert needed(load(1)) == [
+    assert needed(load(1), "digits") == [
         "dmd/student", "dmd2/student", "dmd2_long/student", "teacher/ode", "teacher/sde", "floor"
     ]  # fmt: skip
-    assert needed(load(2)) == []
+    assert needed(load(2), "digits") == []
 
 
 def test_ablation_ticks_are_the_papers():
@@ -105,7 +105,7 @@ def test_without_records_rows_are_pending_or_quoted_and_nothing_is_measured():
     for number in NUMBERS:
         table = load(number)
         for row, spec in zip(
-            rows(table, dict.fromkeys(needed(table)), PRESET.name, PRESET.data), table.rows, strict=True
+            rows(table, dict.fromkeys(needed(table, PRESET.name)), PRESET.name, PRESET.data), table.rows, strict=True
         ):
             assert row["source"] == ("pending" if spec.measure or spec.pending else "quoted")
             assert row["fid"] is None
@@ -123,7 +123,8 @@ def test_a_record_fills_its_row_and_no_other():
     assert (row["run"], row["iterations"], row["generator_updates"]) == ("dmd2", 2500, 500)
     assert (row["seeds"], row["num_samples"], row["num_blocks"]) == ("training 10; samples 0", 5391, 3)
     assert (row["config_digest"], row["commit"]) == ("0123456789abcdef", "feedbeef")
-    assert row["protocol"] == "rounding: round, covariance start: zeros"
+    assert row["protocol"] == "edm (rounding: round, covariance start: zeros)"
+    assert row["reference"] == "data"
     assert row["features"] == "classifier abababababab"
     assert {other["source"] for other in found.values()} == {"quoted", "pending"}
     assert all(other["fid"] is None for other in found.values())
@@ -131,7 +132,7 @@ def test_a_record_fills_its_row_and_no_other():
 
 def test_quoted_rows_stay_quoted_whatever_records_there_are():
     table = load(1)
-    records = {entry: record(0.01) for entry in [*needed(table), "t1.adm", "ADM/student"]}
+    records = {entry: record(0.01) for entry in [*needed(table, PRESET.name), "t1.adm", "ADM/student"]}
     found = {row["row_id"]: row for row in rows(table, records, PRESET.name, PRESET.data)}
     assert found["t1.adm"]["source"] == "quoted"
     assert found["t1.adm"]["fid"] is None
@@ -223,6 +224,75 @@ def test_markdown_of_the_ablation_states_ticks_and_compute(tmp_path: Path):
     row = dict(zip(head, cells_of(next(line for line in lines if "no regression, TTUR |" in line)), strict=True))
     assert [row[name] for name in ("distribution matching", "no regression", "TTUR", "GAN")] == ["✓", "✓", "✓", ""]
     assert (row["iterations"], row["generator updates"], row["training CPU-s"]) == ("2,500", "500", "1,234")
+
+
+def table_with(tmp_path: Path, *lines: str):
+    """Table 1 with rows added at its end."""
+    path = tmp_path / "table1.yaml"
+    path.write_text((ROOT / "workflow/tables/table1.yaml").read_text() + "".join(f"  - {line}\n" for line in lines))
+    return load_table(path)
+
+
+OF_OTHERS = "{id: t1.big, group: New, method: Big, nfe: 1, measure: big/student, only: [imagenet64, cifar10]}"
+
+
+def test_row_of_other_presets_is_neither_needed_nor_shown(tmp_path: Path):
+    table = table_with(tmp_path, OF_OTHERS)
+    assert "big/student" not in needed(table, "digits")
+    assert needed(table, "imagenet64") == [*needed(table, "digits"), "big/student"]
+    shown = {
+        preset: [row["row_id"] for row in rows(table, {}, preset, PRESET.data)] for preset in ("digits", "cifar10")
+    }
+    assert shown["cifar10"] == [*shown["digits"], "t1.big"] == [row.id for row in table.rows]
+    write_markdown(table, rows(table, {}, "digits", PRESET.data), tmp_path / "table1.md")
+    assert "Big |" not in (tmp_path / "table1.md").read_text()
+
+
+def test_row_of_a_preset_that_does_not_exist_is_named(tmp_path: Path):
+    table = table_with(tmp_path, OF_OTHERS)
+    check_presets(table, ["digits", "imagenet64", "cifar10"], "table1.yaml")
+    with pytest.raises(UserError, match=r"table1\.yaml: row t1\.big: `only`: no preset 'cifar10'; known: digits"):
+        check_presets(table, ["digits", "imagenet64"], "table1.yaml")
+
+
+def of_two_protocols() -> dict[str, Any]:
+    found = record(1.6, selection="best", checkpoint_step=2250)
+    found["metrics"] |= {
+        "fid_dmd2": {"mean": 1.51, "sd": 0.02, "blocks": [1.51]},
+        "inception_score": {"mean": 48.25, "sd": 0.5, "blocks": [48.25]},
+        "precision": {"mean": 0.74, "sd": 0.01, "blocks": [0.74]},
+        "recall": {"mean": 0.63, "sd": 0.01, "blocks": [0.63]},
+    }
+    found["protocols"]["dmd2"] = {"rounding": "truncate", "covariance_start": "ones"}
+    found["features"]["reference"] = "imagenet-64x64.npz 0123456789ab"
+    return found
+
+
+def test_protocols_stand_side_by_side_and_the_row_says_which_checkpoint_and_reference(tmp_path: Path):
+    table = load(1)
+    found = rows(table, {"dmd2/student": of_two_protocols()}, PRESET.name, PRESET.data)
+    row = next(row for row in found if row["row_id"] == "t1.dmd2")
+    assert (row["fid"], row["fid_dmd2"], row["fid_dmd2_sd"], row["fid_edm"]) == (1.6, 1.51, 0.02, None)
+    assert (row["checkpoint_step"], row["selection"]) == (2250, "best")
+    assert (row["inception_score"], row["precision"], row["recall"]) == (48.25, 0.74, 0.63)
+    assert row["reference"] == "imagenet-64x64.npz 0123456789ab"
+    assert row["protocol"].endswith("; dmd2 (rounding: truncate, covariance start: ones)")
+    write_markdown(table, found, tmp_path / "table1.md")
+    lines = (tmp_path / "table1.md").read_text().splitlines()
+    head = cells_of(next(line for line in lines if "Method" in line))
+    shown = dict(zip(head, cells_of(next(line for line in lines if "| DMD2 |" in line)), strict=True))
+    assert shown["FID, protocol dmd2"] == "1.510 ± 0.020"
+    assert (shown["precision"], shown["recall"], shown["inception score"]) == ("0.740", "0.630", "48.25 ± 0.50")
+    assert "FID, protocol edm" not in head
+
+
+def test_measures_that_no_row_has_get_no_column_for_reading(tmp_path: Path):
+    table = load(1)
+    write_markdown(table, rows(table, {"dmd2/student": record(0.05)}, "digits", PRESET.data), tmp_path / "t.md")
+    text = (tmp_path / "t.md").read_text()
+    assert "| FID |" in text
+    for title in ("protocol dmd2", "precision", "recall", "inception score"):
+        assert f"{title} |" not in text
 
 
 def test_markdown_of_a_table_nothing_is_measured_for_has_the_papers_columns_alone(tmp_path: Path):

@@ -15,22 +15,29 @@ from dmd2 import config
 from dmd2.errors import UserError
 from dmd2.metrics.classifier import load_classifier, train_classifier
 from dmd2.metrics.extractor import Extractor
-from dmd2.metrics.frechet import FeatureStats, frechet_distance
+from dmd2.metrics.frechet import FeatureStats, frechet_distance, read_published
 from dmd2.metrics.images import pixel_features
 from dmd2.metrics.inception import load_inception
 from dmd2.metrics.reference import Reference
-from dmd2.metrics.report import measure, resample_floor
+from dmd2.metrics.report import Make, measure, resample_floor, summary, tally_range
+from dmd2.metrics.tally import Meter, Tally
 
 __all__ = [
     "EXTRACTORS",
     "Extractor",
     "FeatureStats",
+    "Make",
+    "Meter",
     "Reference",
+    "Tally",
     "frechet_distance",
     "load_extractor",
     "measure",
     "pixel_features",
+    "read_published",
     "resample_floor",
+    "summary",
+    "tally_range",
     "train_classifier",
 ]
 
@@ -41,15 +48,19 @@ EXTRACTORS: dict[str, Callable[..., Extractor]] = {
 
 
 def load_extractor(
-    features: config.Features, data: config.Data, weights: Path | None, device: torch.device | str = "cpu"
+    features: config.Features,
+    data: config.Data,
+    weights: Path | None,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
 ) -> Extractor:
     """The extractor that `features` names, with the weights in `weights`.
 
     `weights` is the file of the rule that trains the classifier; None means the user's file in `features.weights`.
-    Raises UserError for an unknown kind and for a missing or foreign file.
+    It takes `batch_size` images at a time. Raises UserError for an unknown kind and for a missing or foreign file.
     """
     if features.kind not in EXTRACTORS:
         close = get_close_matches(features.kind, EXTRACTORS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(EXTRACTORS))}"
         raise UserError(f"features.kind: no extractor {features.kind!r}; {hint}")
-    return EXTRACTORS[features.kind](features, data, weights, device)
+    return EXTRACTORS[features.kind](features, data, weights, device, batch_size)

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from dmd2 import config
 from dmd2.errors import UserError
-from dmd2.metrics.images import Images, Labels, Matrix, batches, check_images
+from dmd2.metrics.extractor import Observed
+from dmd2.metrics.images import Images, Labels, batches, check_images
 
 DIM = 64
 FORWARD_BATCH = 256
@@ -47,35 +48,43 @@ class Classifier(nn.Module):
         x = F.max_pool2d(F.silu(self.conv4(F.silu(self.conv3(x)))), 2)  # (B, 64, R/4, R/4)
         return self.fc1(x.flatten(1))
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The class logits, (B, K), of what `hidden` gave."""
+        return self.fc2(F.silu(hidden))
+
     def forward(self, x: Tensor) -> Tensor:
         """The class logits, (B, K)."""
-        return self.fc2(F.silu(self.hidden(x)))
+        return self.logits(self.hidden(x))
 
 
 class ClassifierExtractor:
-    """Features and classes by a trained `Classifier`."""
+    """Features, classes and class probabilities by a trained `Classifier`."""
 
     name = "classifier"
     dim = DIM
 
-    def __init__(self, network: Classifier, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, network: Classifier, device: torch.device | str = "cpu", batch_size: int = FORWARD_BATCH
+    ) -> None:
         self.network = network.to(device).eval()
-        self.device = device
+        self.device, self.batch_size = device, batch_size
 
     @torch.no_grad()
-    def features(self, images: Images) -> Matrix:
-        """The hidden layer over its scale, float64 (N, 64)."""
-        parts = [self.network.hidden(x) / self.network.scale for x in self._inputs(images)]
-        return torch.cat(parts).double().cpu().numpy()
-
-    @torch.no_grad()
-    def classify(self, images: Images) -> Labels:
-        """The most probable class, int64 (N,)."""
-        return torch.cat([self.network(x).argmax(1) for x in self._inputs(images)]).cpu().numpy()
-
-    def _inputs(self, images: Images) -> list[Tensor]:
+    def observe(self, images: Images, *, detailed: bool = True) -> Observed:
+        """The hidden layer over its scale, (N, 64), the most probable class, and the softmax."""
         check_images(images)
-        return [as_input(images[part]).to(self.device) for part in batches(len(images), FORWARD_BATCH)]
+        parts = [self._forward(images[part]) for part in batches(len(images), self.batch_size)]
+        features, classes, probabilities = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Observed(
+            features.double().cpu().numpy(),
+            classes.cpu().numpy(),
+            probabilities.cpu().numpy() if detailed else None,
+        )
+
+    def _forward(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self.network.hidden(as_input(images).to(self.device))
+        logits = self.network.logits(hidden)
+        return hidden / self.network.scale, logits.argmax(1), logits.double().softmax(1)
 
 
 def as_input(images: Images) -> Tensor:
@@ -84,7 +93,11 @@ def as_input(images: Images) -> Tensor:
 
 
 def load_classifier(
-    features: config.Features, data: config.Data, weights: Path | None, device: torch.device | str = "cpu"
+    features: config.Features,
+    data: config.Data,
+    weights: Path | None,
+    device: torch.device | str = "cpu",
+    batch_size: int = FORWARD_BATCH,
 ) -> ClassifierExtractor:
     """The extractor with weights that `train_classifier` gave, read from a safetensors file.
 
@@ -108,7 +121,7 @@ def load_classifier(
             f"delete it and run the workflow again"
         )
     network.load_state_dict(state)
-    return ClassifierExtractor(network, device)
+    return ClassifierExtractor(network, device, batch_size)
 
 
 def train_classifier(
@@ -132,9 +145,9 @@ def train_classifier(
     network = _initialised(data, rng).to(device)
     _fit(network, as_input(images)[train].to(device), torch.from_numpy(labels)[train].to(device), features, rng)
     extractor = ClassifierExtractor(network, device)
-    variance = extractor.features(images).var(axis=0, ddof=1).mean()
+    variance = extractor.observe(images).features.var(axis=0, ddof=1).mean()
     network.scale.fill_(math.sqrt(variance))
-    guessed = extractor.classify(images[held_out.numpy()])
+    guessed = extractor.observe(images[held_out.numpy()]).classes
     facts = {
         "kind": extractor.name,
         "dim": DIM,

@@ -1,57 +1,53 @@
-"""How far samples are from the data and from one another: copies and collapse, which a Frechet distance can hide.
+"""How far images of one class are from one another: collapse, which a Frechet distance and a classifier can hide.
 
-Shapes: N samples, M real images, D dimensions, K classes.
+Shapes: N samples, D dimensions, K classes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Self
+
 import numpy as np
-from numpy.typing import NDArray
 
-from dmd2.metrics.images import Labels, Matrix, batches
-
-MAX_QUERIES = 10_000  # samples per block whose neighbour is searched; a mean over more says nothing new
+from dmd2.metrics.images import Labels, Matrix
 
 
-def nearest_distance(samples: NDArray, data: NDArray) -> float:
-    """The mean Euclidean distance from each sample (N, D) to the nearest row of `data` (M, D)."""
-    return float(_to_nearest(samples[:MAX_QUERIES], data).mean())
+@dataclass(frozen=True)
+class ClassMoments:
+    """Count, mean and summed squared deviation of each class; batches are merged."""
 
+    counts: Matrix  # (K,)
+    means: Matrix  # (K, D)
+    squares: Matrix  # (K,), sum over the class of |f - mean|^2
 
-def leave_one_out_distance(data: NDArray) -> float:
-    """The mean Euclidean distance from each row of `data` (M, D), M at least 2, to the nearest other row."""
-    return float(_to_nearest(data[:MAX_QUERIES], data, own=False).mean())
+    @classmethod
+    def of(cls, features: Matrix, labels: Labels, num_classes: int) -> Self:
+        """The moments of one batch, (N, D) and (N,). Raises ValueError for a label outside 0 .. K-1."""
+        if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise ValueError(f"labels span {labels.min()}..{labels.max()}; there are {num_classes} classes")
+        counts = np.bincount(labels, minlength=num_classes).astype(np.float64)
+        sums = np.zeros((num_classes, features.shape[1]))
+        np.add.at(sums, labels, features)
+        means = sums / np.maximum(counts, 1)[:, None]
+        squares = np.bincount(labels, ((features - means[labels]) ** 2).sum(axis=1), minlength=num_classes)
+        return cls(counts, means, squares)
 
+    def merge(self, other: ClassMoments) -> ClassMoments:
+        """The moments of both sets together (pairwise update of Chan, Golub and LeVeque 1983)."""
+        counts = self.counts + other.counts
+        share = other.counts / np.maximum(counts, 1)
+        delta = other.means - self.means
+        means = self.means + delta * share[:, None]
+        squares = self.squares + other.squares + (delta**2).sum(axis=1) * self.counts * share
+        return ClassMoments(counts, means, squares)
 
-def _to_nearest(queries: NDArray, data: NDArray, *, own: bool = True) -> NDArray[np.float64]:
-    """The distance of each query to the nearest row of `data`, (N,); `own=False` leaves out the row of its number.
+    def variance(self) -> Matrix:
+        """The trace of each class's covariance, (K,); NaN for a class with fewer than 2 members.
 
-    |a - b|^2 = |a|^2 + |b|^2 - 2 ab by blocks, in float64, where a copy is within 1e-6 of 0. Not by scikit-learn: to
-    import it takes longer than to search the digits.
-    """
-    squares = np.full(len(queries), np.inf)
-    for rows in batches(len(queries)):
-        a = queries[rows].astype(np.float64)
-        for columns in batches(len(data)):
-            b = data[columns].astype(np.float64)
-            block = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
-            if not own and rows.start == columns.start:
-                np.fill_diagonal(block, np.inf)
-            squares[rows] = np.minimum(squares[rows], block.min(axis=1))
-    return np.sqrt(np.maximum(squares, 0))
-
-
-def class_variance(features: Matrix, labels: Labels, num_classes: int) -> Matrix:
-    """The trace of each class's covariance, (K,); NaN for a class with fewer than 2 members.
-
-    Twice this is the mean squared distance between two different members of the class.
-    """
-    counts = np.bincount(labels, minlength=num_classes).astype(np.float64)
-    sums = np.zeros((num_classes, features.shape[1]))
-    np.add.at(sums, labels, features)
-    means = sums / np.maximum(counts, 1)[:, None]
-    squares = np.bincount(labels, ((features - means[labels]) ** 2).sum(axis=1), minlength=num_classes)
-    return np.where(counts >= 2, squares / np.maximum(counts - 1, 1), np.nan)
+        Twice this is the mean squared distance between two different members of the class.
+        """
+        return np.where(self.counts >= 2, self.squares / np.maximum(self.counts - 1, 1), np.nan)
 
 
 def relative_diversity(variance: Matrix, data_variance: Matrix) -> float:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dmd2.metrics.images import Images, Labels, Matrix
+
+
+class Observed(NamedTuple):
+    """What an extractor says of N images."""
+
+    features: Matrix  # (N, D) float64
+    classes: Labels | None = None  # (N,), the most probable of the data's classes
+    probabilities: Matrix | None = None  # (N, K) float64, of whatever classes the extractor knows; rows sum to 1
 
 
 class Extractor(Protocol):
@@ -22,8 +30,8 @@ class Extractor(Protocol):
     def dim(self) -> int:
         """The number of features."""
 
-    def features(self, images: Images) -> Matrix:
-        """The features of the images, float64 (N, dim)."""
+    def observe(self, images: Images, *, detailed: bool = True) -> Observed:
+        """The features of the images, and their classes if it knows the data's.
 
-    def classify(self, images: Images) -> Labels | None:
-        """The most probable class of each image, int64 (N,); None if the extractor knows no classes of the data."""
+        `detailed` asks for the class probabilities of the inception score too, where it has some.
+        """

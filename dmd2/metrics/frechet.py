@@ -10,16 +10,22 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from dmd2.errors import UserError
 from dmd2.metrics.images import Matrix
-from dmd2.records import atomic
+from dmd2.protocols import CovarianceStart
 
-CovarianceStart = Literal["zeros", "ones"]
 _UNREADABLE = (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)  # what np.load may raise
+
+
+class Gaussian(NamedTuple):
+    """What the distance sees of a set: its mean and covariance."""
+
+    mean: Matrix  # (D,)
+    covariance: Matrix  # (D, D)
 
 
 @dataclass(frozen=True)
@@ -65,28 +71,31 @@ class FeatureStats:
         first = {"zeros": 0, "ones": num_processes}[start]
         return (self.scatter + first) / (self.count - 1)
 
-    def arrays(self, prefix: str = "") -> dict[str, Matrix]:
-        """The three parts by name, ready for an .npz file."""
-        return {
-            f"{prefix}count": np.array(self.count),
-            f"{prefix}mean": self.mean,
-            f"{prefix}scatter": self.scatter,
-        }
+    def gaussian(self, start: CovarianceStart = "zeros", num_processes: int = 1) -> Gaussian:
+        """The Gaussian with these moments; arguments as for `covariance`."""
+        return Gaussian(self.mean, self.covariance(start, num_processes))
 
-    def save(self, path: Path | str) -> None:
-        """Writes an .npz file of plain arrays, atomically."""
-        with atomic(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **self.arrays())
 
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Reads what `save` wrote; nothing is unpickled. Raises UserError naming a missing or foreign file."""
-        return cls.from_arrays(read_npz(path, ("count", "mean", "scatter")))
+def read_published(path: Path | str, dim: int) -> Gaussian:
+    """Published reference statistics: an .npz with `mu` (D,) and `sigma` (D, D), as EDM publishes them.
 
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray], prefix: str = "") -> Self:
-        """The inverse of `arrays`."""
-        return cls(int(arrays[f"{prefix}count"]), arrays[f"{prefix}mean"], arrays[f"{prefix}scatter"])
+    Raises UserError naming the file and array where they are not the moments of `dim` features.
+    """
+    arrays = read_npz(path, ("mu", "sigma"))
+    for name, shape in (("mu", (dim,)), ("sigma", (dim, dim))):
+        found = arrays[name]
+        if found.shape != shape or found.dtype.kind != "f":
+            raise UserError(
+                f"{path}: `{name}` is {found.dtype} {found.shape}, the extractor has {dim} features; "
+                f"correct features.reference"
+            )
+        if not np.isfinite(found).all():
+            raise UserError(f"{path}: `{name}` holds NaN or infinity; fetch the file again")
+    mean, covariance = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
+    slack = 1e-6 * np.abs(covariance).max()
+    if np.abs(covariance - covariance.T).max() > slack or covariance.diagonal().min() < -slack:
+        raise UserError(f"{path}: `sigma` is no covariance (not symmetric, or a negative variance); fetch it again")
+    return Gaussian(mean, covariance)
 
 
 def read_npz(path: Path | str, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -107,23 +116,20 @@ def read_npz(path: Path | str, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     return found
 
 
-def frechet_distance(
-    a: FeatureStats, b: FeatureStats, *, start: CovarianceStart = "zeros", num_processes: int = 1
-) -> float:
-    """The squared Frechet distance between Gaussians with the moments of `a` and `b`, by clean-fid's function.
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """The squared Frechet distance between two Gaussians, by clean-fid's function.
 
-    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, equation 6). `start` concerns the
-    covariance of `a`, the generated side; that of the reference `b` always starts at zeros.
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, equation 6).
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions; compare sets of one extractor")
-    from cleanfid.fid import frechet_distance as distance  # takes seconds: it imports torchvision
+    from cleanfid.fid import frechet_distance as distance  # takes seconds: the module imports torchvision
 
     with warnings.catch_warnings():
         # Pixels that never change make the product singular, which clean-fid handles; SciPy warns of that and of
         # an argument that clean-fid passes.
         warnings.simplefilter("ignore")
-        value = float(distance(a.mean, a.covariance(start, num_processes), b.mean, b.covariance()))
+        value = float(distance(a.mean, a.covariance, b.mean, b.covariance))
     if not np.isfinite(value):
         raise ValueError(f"the Frechet distance is {value}: the features of one side are not finite")
     return max(value, 0.0)  # rounding can leave -1e-13 for equal sets

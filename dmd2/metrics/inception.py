@@ -2,7 +2,9 @@
 
 The file is NVIDIA's `inception-2015-12-05.pt`, which clean-fid uses and which holds the same network as the pickle of
 EDM's evaluation. Called with `return_features=True` it resizes to 299 x 299 inside, in TensorFlow's old bilinear way,
-as EDM and clean-fid's mode `legacy_tensorflow` do. Shapes: N images, C channels, D = 2048 features.
+as EDM and clean-fid's mode `legacy_tensorflow` do. Called with `no_output_bias=True` it returns the softmax of its 1008
+classes without the last layer's bias, which is what published inception scores are made of (Salimans et al. 2016 and
+NVIDIA's metrics). Shapes: N images, C channels, D = 2048 features, K = 1008 classes.
 
 `torch.jit.load` compiles and runs TorchScript, not Python, and unpickles nothing into Python; but TorchScript is a
 program, whose operators can reach files. The file is therefore loaded only if its SHA-256 is the one in the preset.
@@ -18,7 +20,8 @@ import torch
 
 from dmd2 import config
 from dmd2.errors import UserError
-from dmd2.metrics.images import Images, Matrix, batches, check_images
+from dmd2.metrics.extractor import Observed
+from dmd2.metrics.images import Images, batches, check_images
 from dmd2.records import sha256
 
 SOURCE = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -26,33 +29,51 @@ FORWARD_BATCH = 64
 
 
 class InceptionExtractor:
-    """The pooled features of a TorchScript network called as `network(images, return_features=True)`."""
+    """The pooled features of a TorchScript network called as `network(images, return_features=True)`.
+
+    If it takes `no_output_bias` as well, it gives class probabilities.
+    """
 
     name = "inception"
 
-    def __init__(self, network: torch.jit.ScriptModule, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, network: torch.jit.ScriptModule, device: torch.device | str = "cpu", batch_size: int = FORWARD_BATCH
+    ) -> None:
         self.network = network.to(device).eval()
-        self.device = device
-        self.dim = self.features(np.zeros((1, 64, 64, 3), np.uint8)).shape[1]
+        self.device, self.batch_size = device, batch_size
+        self._scores = "no_output_bias" in {argument.name for argument in network.forward.schema.arguments}
+        probe = self.observe(np.zeros((1, 64, 64, 3), np.uint8))
+        self.dim = probe.features.shape[1]
+        if probe.probabilities is not None and not np.allclose(probe.probabilities.sum(axis=1), 1, atol=1e-3):
+            raise TypeError("what it returns with no_output_bias=True are no probabilities")
 
     @torch.no_grad()
-    def features(self, images: Images) -> Matrix:
-        """The features of images of any size, float64 (N, D); grey images are repeated over three channels."""
+    def observe(self, images: Images, *, detailed: bool = True) -> Observed:
+        """The features of images of any size, and class probabilities; grey images are repeated over three channels.
+
+        There are no classes of the data: the network's are in another order.
+        """
         check_images(images)
-        parts = [self._forward(images[part]) for part in batches(len(images), FORWARD_BATCH)]
-        return torch.cat(parts).double().cpu().numpy()
+        features, probabilities = [], []
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as NVIDIA's metrics, for accuracy
+            for part in batches(len(images), self.batch_size):
+                x = self._input(images[part])
+                features.append(self.network(x, return_features=True).flatten(1).double().cpu().numpy())
+                if detailed and self._scores:
+                    probabilities.append(self.network(x, no_output_bias=True).flatten(1).double().cpu().numpy())
+        return Observed(np.concatenate(features), None, np.concatenate(probabilities) if probabilities else None)
 
-    def classify(self, images: Images) -> None:
-        """None: the network's classes are in another order than the data's."""
-
-    def _forward(self, images: Images) -> torch.Tensor:
+    def _input(self, images: Images) -> torch.Tensor:
         x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # (N, C, H, W)
-        x = x.expand(-1, 3, -1, -1).to(self.device, torch.float32)  # 0..255
-        return self.network(x, return_features=True).flatten(1)
+        return x.expand(-1, 3, -1, -1).to(self.device, torch.float32)  # 0..255
 
 
 def load_inception(
-    features: config.Features, data: config.Data, weights: Path | None, device: torch.device | str = "cpu"
+    features: config.Features,
+    data: config.Data,
+    weights: Path | None,
+    device: torch.device | str = "cpu",
+    batch_size: int = FORWARD_BATCH,
 ) -> InceptionExtractor:
     """The extractor from `weights`, or else from the file that `features.weights` names.
 
@@ -81,7 +102,7 @@ def load_inception(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated, the published file is one
             network = torch.jit.load(str(path), map_location="cpu")
-        return InceptionExtractor(network, device)
+        return InceptionExtractor(network, device, batch_size)
     except (RuntimeError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(

@@ -5,7 +5,7 @@ Shapes: N real images, M of them kept, D features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,14 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmd2.errors import UserError
-from dmd2.metrics.diversity import class_variance, leave_one_out_distance
-from dmd2.metrics.extractor import Extractor
-from dmd2.metrics.frechet import FeatureStats, read_npz
+from dmd2.metrics.distances import NEIGHBOURS, Device, to_nearest
+from dmd2.metrics.diversity import ClassMoments
+from dmd2.metrics.extractor import Extractor, Observed
+from dmd2.metrics.frechet import FeatureStats, Gaussian, read_npz
 from dmd2.metrics.images import Images, Labels, Matrix, as_vectors, batches, check_images, pixel_features
 from dmd2.records import atomic
 
-MAX_KEPT = 10_000  # real images kept for nearest neighbours and resampling
-ARRAYS = ("images", "labels", "kept_features", "correct", "class_variance", "leave_one_out")
+MAX_KEPT = 10_000  # real images kept for neighbours, precision and recall, and resampling
+OF_DATA = "data"
+Read = Callable[[Sequence[int] | range | np.ndarray], tuple[Images, Labels]]
+"""The images and labels of the samples with the given ids, in their order."""
+_GAUSSIANS = ("features", "pixels")
+_ARRAYS = ("images", "labels", "kept_features", "kept_probabilities", "radii", "correct", "class_variance")
 
 
 @dataclass(frozen=True)
@@ -29,56 +34,84 @@ class Reference:
     """Moments of all real images, and a random choice of at most `MAX_KEPT` of them kept as they are."""
 
     extractor: str  # its name
-    features: FeatureStats
-    pixels: FeatureStats
+    origin: str  # OF_DATA, or which published file the moments of the features are from
+    features: Gaussian
+    pixels: Gaussian
     images: Images  # (M, H, W, C)
     labels: Labels  # (M,)
     kept_features: NDArray[np.float32]  # (M, D)
+    kept_probabilities: NDArray[np.float32]  # (M, classes of the extractor); (0, 0) if it gives none
+    radii: Matrix  # (M,), from a kept image's features to those of the third nearest other one
     correct: NDArray[np.bool_]  # (M,), whether the classifier names the label; (0,) without classes
     class_variance: Matrix  # (K,), of the kept images' pixels
     leave_one_out: float  # mean distance of a kept image to the nearest other one
 
     @classmethod
     def build(
-        cls, images: Images, labels: Labels, extractor: Extractor, *, max_kept: int = MAX_KEPT, seed: int = 0
+        cls,
+        read: Read,
+        num_images: int,
+        extractor: Extractor,
+        num_classes: int,
+        *,
+        published: tuple[Gaussian, str] | None = None,
+        max_kept: int = MAX_KEPT,
+        seed: int = 0,
+        device: Device = "cpu",
+        progress: Callable[[int], object] | None = None,
     ) -> Self:
-        """The reference of a data set; the moments are of all images, whatever is kept."""
+        """The reference of a data set, which is read a batch at a time; the moments are of all images.
+
+        `published` takes the place of the features' moments, with its origin in words. `progress` is called with the
+        number of images of each batch.
+        """
+        if num_images < 2 or max_kept < 2:
+            raise ValueError(f"a reference needs at least 2 images, got {num_images} with max_kept {max_kept}")
+        kept = np.sort(np.random.default_rng(seed).permutation(num_images)[:max_kept])
+        images, labels = read(kept)
         check_images(images, labels)
-        if len(images) < 2 or max_kept < 2:
-            raise ValueError(f"a reference needs at least 2 images, got {len(images)} with max_kept {max_kept}")
-        kept = np.sort(np.random.default_rng(seed).permutation(len(images))[:max_kept])
-        images_kept, labels_kept = images[kept], labels[kept].astype(np.int64)
-        classes = extractor.classify(images_kept)
-        features, pixels = accumulate(images, extractor)
+        labels = labels.astype(np.int64)
+        seen = extractor.observe(images)
+        vectors = as_vectors(images)
+        features, pixels = _moments(read, num_images, None if published else extractor, progress)
+        features, origin = published or (features, OF_DATA)
+        assert features is not None  # without published ones they were measured
         return cls(
             extractor=extractor.name,
+            origin=origin,
             features=features,
             pixels=pixels,
-            images=images_kept,
-            labels=labels_kept,
-            kept_features=extractor.features(images_kept).astype(np.float32),
-            correct=np.zeros(0, bool) if classes is None else classes == labels_kept,
-            class_variance=class_variance(pixel_features(images_kept), labels_kept, int(labels.max()) + 1),
-            leave_one_out=leave_one_out_distance(as_vectors(images_kept)),
+            images=images,
+            labels=labels,
+            kept_features=seen.features.astype(np.float32),
+            kept_probabilities=_or_empty(seen),
+            radii=to_nearest(seen.features, seen.features, k=NEIGHBOURS, own=False, device=device),
+            correct=np.zeros(0, bool) if seen.classes is None else seen.classes == labels,
+            class_variance=ClassMoments.of(pixel_features(images), labels, num_classes).variance(),
+            leave_one_out=float(to_nearest(vectors, vectors, own=False, device=device).mean()),
         )
 
     def save(self, path: Path | str) -> None:
         """Writes an .npz file of plain arrays, atomically."""
-        arrays = {name: np.asarray(getattr(self, name)) for name in ARRAYS}
-        parts = self.features.arrays("features_") | self.pixels.arrays("pixels_")
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        for name in _GAUSSIANS:
+            mean, covariance = getattr(self, name)
+            arrays |= {f"{name}_mean": mean, f"{name}_covariance": covariance}
+        names = {"extractor": np.array(self.extractor), "origin": np.array(self.origin)}
         with atomic(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, extractor=np.array(self.extractor), **arrays, **parts)
+            np.savez_compressed(file, allow_pickle=False, **arrays, **names, leave_one_out=np.array(self.leave_one_out))
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
         """Reads what `save` wrote; nothing is unpickled. Raises UserError naming a missing or foreign file."""
-        moments = [f"{kind}_{part}" for kind in ("features", "pixels") for part in ("count", "mean", "scatter")]
-        a = read_npz(path, ("extractor", *ARRAYS, *moments))
+        moments = [f"{name}_{part}" for name in _GAUSSIANS for part in ("mean", "covariance")]
+        a = read_npz(path, ("extractor", "origin", "leave_one_out", *_ARRAYS, *moments))
         return cls(
             extractor=str(a["extractor"]),
-            features=FeatureStats.from_arrays(a, "features_"),
-            pixels=FeatureStats.from_arrays(a, "pixels_"),
-            **{name: a[name] for name in ARRAYS[:-1]},
+            origin=str(a["origin"]),
+            features=Gaussian(a["features_mean"], a["features_covariance"]),
+            pixels=Gaussian(a["pixels_mean"], a["pixels_covariance"]),
+            **{name: a[name] for name in _ARRAYS},
             leave_one_out=float(a["leave_one_out"]),
         )
 
@@ -93,16 +126,24 @@ class Reference:
             raise UserError(f"samples are {images.shape[1:]}, the reference's images {self.images.shape[1:]}")
 
 
-def accumulate(images: Images, extractor: Extractor) -> tuple[FeatureStats, FeatureStats]:
-    """The moments of the images' features and of their pixels, one batch in memory at a time."""
-    features, pixels = FeatureStats.empty(extractor.dim), None
-    for batch in _chunks(images):
-        features = features.merge(FeatureStats.of(extractor.features(batch)))
-        of_pixels = FeatureStats.of(pixel_features(batch))
+def _or_empty(seen: Observed) -> NDArray[np.float32]:
+    """The class probabilities, (M, K), or (0, 0) where there are none."""
+    return np.zeros((0, 0), np.float32) if seen.probabilities is None else seen.probabilities.astype(np.float32)
+
+
+def _moments(
+    read: Read, num_images: int, extractor: Extractor | None, progress: Callable[[int], object] | None
+) -> tuple[Gaussian | None, Gaussian]:
+    """The Gaussians of all images' features, with an extractor, and pixels, one batch in memory at a time."""
+    features, pixels = None, None
+    for part in batches(num_images):
+        images, _ = read(range(part.start, part.stop))
+        of_pixels = FeatureStats.of(pixel_features(images))
         pixels = of_pixels if pixels is None else pixels.merge(of_pixels)
-    assert pixels is not None  # check_images refuses an empty set
-    return features, pixels
-
-
-def _chunks(images: Images) -> Iterator[Images]:
-    return (images[part] for part in batches(len(images)))
+        if extractor is not None:
+            of_features = FeatureStats.of(extractor.observe(images, detailed=False).features)
+            features = of_features if features is None else features.merge(of_features)
+        if progress is not None:
+            progress(len(images))
+    assert pixels is not None  # there are at least 2 images
+    return features and features.gaussian(), pixels.gaussian()

@@ -1,30 +1,45 @@
-"""Stages that measure: the feature extractor, the real images' statistics, metrics of samples and of snapshots."""
+"""Stages that measure: the feature extractor, the real images' statistics, metrics of samples."""
 
 from __future__ import annotations
 
-import csv
 import shutil
-from itertools import pairwise
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from dmd2 import distributed
 from dmd2.checkpoint import save_weights
-from dmd2.config import Runtime, Sampler
+from dmd2.config import Evaluation, Runtime
 from dmd2.datasets import ShardReader, read_manifest
-from dmd2.metrics import Extractor, Reference, load_extractor, measure, resample_floor, train_classifier
+from dmd2.metrics import (
+    Extractor,
+    Meter,
+    Reference,
+    Tally,
+    load_extractor,
+    measure,
+    read_published,
+    resample_floor,
+    summary,
+    tally_range,
+    train_classifier,
+)
+from dmd2.metrics.images import Images, Labels
 from dmd2.progress import Counter
-from dmd2.protocols import PROTOCOLS, describe
-from dmd2.records import atomic, provenance, read_json, sha256, write_json, write_record
+from dmd2.protocols import describe
+from dmd2.records import atomic, provenance, read_record, sha256, write_json, write_record
 from dmd2.spec import Spec
-from dmd2.stages.sample import labels_of, sample_images
-from dmd2.stages.weights import checked_record, open_teacher
+from dmd2.stages.sample import fields_of, maker, model_facts, open_model
+from dmd2.stages.shares import Shares
+from dmd2.stages.weights import checked_record
 from dmd2.teachers.weights import check_sha256
 
-STUDENT = Sampler(kind="few_step")
+CHUNK = 2048
+"""Samples of a streamed evaluation whose statistics are kept as one file while the job runs: what a kill can lose."""
 
 
 def read_images(manifest: Path, digest: str) -> tuple[np.ndarray, np.ndarray]:
@@ -33,7 +48,7 @@ def read_images(manifest: Path, digest: str) -> tuple[np.ndarray, np.ndarray]:
     return content["image"], content["cls"]
 
 
-def features(spec: Spec, images: Path, weights: Path) -> None:
+def features(spec: Spec, images: Path | None, weights: Path) -> None:
     """The feature extractor of the Frechet distance: trained on the data, or a copy of the user's file."""
     config, data = spec.need("features"), spec.need("data")
     facts: dict[str, Any] = {"origin": "file"}
@@ -43,6 +58,7 @@ def features(spec: Spec, images: Path, weights: Path) -> None:
             shutil.copyfile(config.weights.path, temporary)
         load_extractor(config, data, weights)
     else:
+        assert images is not None  # the rule of an extractor that is trained gives them
         pixels, labels = read_images(images, spec.upstream["shards"])
         state, facts = train_classifier(pixels, labels, config, data)
         save_weights(weights, state)
@@ -50,71 +66,126 @@ def features(spec: Spec, images: Path, weights: Path) -> None:
 
 
 def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runtime: Runtime) -> None:
-    """Statistics of the real images."""
-    pixels, labels = read_images(images, spec.upstream["shards"])
-    extractor = _extractor(spec, extractor_weights, distributed.device_of(runtime.device))
-    Reference.build(pixels, labels, extractor).save(out)
-    write_record(out, spec, num_samples=len(pixels))
+    """Statistics of the real images; the moments of their features from a published file if one is configured."""
+    reader, device = ShardReader(images, spec.upstream["shards"]), distributed.device_of(runtime.device)
+    extractor = open_extractor(spec, extractor_weights, runtime, device)
+    file, published = spec.need("features").reference, None
+    if file is not None:
+        check_sha256(file.path, file.sha256)
+        origin = f"{Path(file.path).name} {sha256(file.path)[:12]}"
+        published = read_published(file.path, extractor.dim), origin
+
+    def read(ids: Sequence[int] | range | np.ndarray) -> tuple[Images, Labels]:
+        content = reader.read(ids, ["image", "cls"])
+        return content["image"], content["cls"]
+
+    num, classes = len(reader), spec.need("data").num_classes
+    progress = Counter("reference", num)
+    found = Reference.build(read, num, extractor, classes, published=published, device=device, progress=progress)
+    found.save(out)
+    write_record(out, spec, num_samples=num, moments=found.origin)
 
 
-def _extractor(spec: Spec, weights: Path, device: torch.device | str = "cpu") -> Extractor:
+def open_extractor(spec: Spec, weights: Path, runtime: Runtime, device: torch.device) -> Extractor:
+    """The extractor that the features stage has stored, after its record was checked."""
     checked_record(weights, spec.upstream["features"])
-    return load_extractor(spec.need("features"), spec.need("data"), weights, device)
+    return load_extractor(spec.need("features"), spec.need("data"), weights, device, runtime.sample_batch_size)
+
+
+class Measured(NamedTuple):
+    """What is measured: stored samples, a model's weights whose samples are streamed, or neither: the floor."""
+
+    samples: Path | None
+    weights: Path | None
 
 
 def metrics(
-    spec: Spec, samples: Path | None, reference: Path, extractor_weights: Path, out: Path, runtime: Runtime
+    spec: Spec,
+    measured: Measured,
+    reference: Path,
+    extractor_weights: Path,
+    state: Path,
+    out: Path,
+    runtime: Runtime,
 ) -> None:
-    """The metrics record of a set of samples; without samples, of resamples of the data (the floor)."""
+    """The metrics record of an entry. Of several ranks each measures its share of a stream; the first writes."""
     evaluation = spec.need("evaluation")
     checked_record(reference, spec.upstream["reference"])
-    extractor = _extractor(spec, extractor_weights, distributed.device_of(runtime.device))
-    real = Reference.load(reference)
-    if samples is None:
-        found = resample_floor(real, evaluation.num_samples, evaluation.num_blocks, evaluation.seed)
-        facts: dict[str, Any] = {"nfe": None, "model": {"run": "data"}}
+    device, real, shares = distributed.device_of(runtime.device), Reference.load(reference), None
+    if measured.samples is not None:
+        meter = _meter(spec, real, extractor_weights, runtime, device)
+        found, facts = _of_stored(spec, measured.samples, meter)
+    elif measured.weights is not None:
+        meter = _meter(spec, real, extractor_weights, runtime, device)
+        contents = [read_record(path)["sha256"] for path in (measured.weights, reference, extractor_weights)]
+        shares = Shares(state, spec, contents, [_chunk_name(ids) for ids in _chunks(evaluation)])
+        found, facts = _of_stream(spec, measured.weights, meter, shares, runtime)
     else:
-        images, labels = read_images(samples, spec.upstream["samples"])
-        found = measure(
-            images, labels, real, extractor, evaluation.num_blocks, PROTOCOLS[evaluation.protocols[0]].covariance_start
-        )
-        facts = read_manifest(samples, spec.upstream["samples"])["facts"]
+        found = resample_floor(real, evaluation.num_samples, evaluation.num_blocks, evaluation.seed, device)
+        facts = {"nfe": None, "model": {"run": "data"}}
+    if distributed.rank() > 0:
+        return
     content = {
         **found,
         **facts,
         "entry": spec.name,
         "seed": evaluation.seed,
-        "protocol": describe(evaluation.protocols)[evaluation.protocols[0]],
-        "features": {"name": extractor.name, "sha256": sha256(extractor_weights)},
+        "protocols": describe(evaluation.protocols),
+        "features": {"name": spec.need("features").kind, "sha256": sha256(extractor_weights), "reference": real.origin},
         "provenance": provenance(spec),
     }
     write_json(out, content)
+    if shares is not None:
+        shares.clear()
 
 
-def curve(spec: Spec, snapshots: Path, reference: Path, extractor_weights: Path, out: Path, runtime: Runtime) -> None:
-    """Metrics of a run's snapshots against training, as CSV: paper, figure 9."""
-    evaluation, train = spec.need("evaluation"), spec.need("train")
-    checked_record(reference, spec.upstream["reference"])
-    device = distributed.device_of(runtime.device)
-    extractor, real = _extractor(spec, extractor_weights, device), Reference.load(reference)
-    listed = read_json(snapshots)["snapshots"]
-    bounds = [*range(0, evaluation.curve_samples, runtime.sample_batch_size), evaluation.curve_samples]
-    count = Counter(f"curve {spec.name}", len(listed))
-    rows = []
-    for item in listed:
-        model = open_teacher(spec, snapshots.parent / item["file"], upstream="model").to(device)
-        parts = [range(start, stop) for start, stop in pairwise(bounds)]
-        images = np.concatenate([sample_images(spec, model, ids, STUDENT, evaluation.seed) for ids in parts])
-        labels = labels_of(spec, range(evaluation.curve_samples))
-        found = measure(images, labels, real, extractor, 1, PROTOCOLS[evaluation.protocols[0]].covariance_start)[
-            "metrics"
-        ]
-        updates = -(-item["step"] // train.critic_steps_per_generator)
-        means = {name: value["mean"] for name, value in found.items()}
-        rows.append({"step": item["step"], "generator_updates": updates, **means})
-        count(1)
-    with atomic(out) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    write_record(out, spec, num_samples=evaluation.curve_samples)
+def _meter(spec: Spec, real: Reference, extractor: Path, runtime: Runtime, device: torch.device) -> Meter:
+    evaluation = spec.need("evaluation")
+    network = open_extractor(spec, extractor, runtime, device)
+    return Meter(real, network, evaluation.num_samples, evaluation.protocols, device=device)
+
+
+def _of_stored(spec: Spec, manifest: Path, meter: Meter) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measures and facts of stored samples, which are read a batch at a time."""
+    reader = ShardReader(manifest, spec.upstream["samples"])
+    names = [field.removesuffix(".png") for field in fields_of(meter.protocols)]
+
+    def make(ids: range) -> tuple[list[Images], Labels]:
+        content = reader.read(ids, [*names, "cls"])
+        return [content[name] for name in names], content["cls"]
+
+    found = measure(meter, make, spec.need("evaluation").num_blocks)
+    return found, read_manifest(manifest, spec.upstream["samples"])["facts"]
+
+
+def _of_stream(
+    spec: Spec, weights: Path, meter: Meter, shares: Shares, runtime: Runtime
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measures and facts of a model's samples, which are made, measured and forgotten; of the first rank alone."""
+    evaluation, sampler = spec.need("evaluation"), spec.need("sampler")
+    model = open_model(spec, weights, sampler, torch.device(meter.device))
+    make = maker(spec, model, sampler, runtime.sample_batch_size, shares.beat)
+    chunks = _chunks(evaluation)
+    progress = Counter(f"metrics {spec.name}", sum(map(len, chunks[distributed.rank() :: distributed.world_size()])))
+    for number, path in shares.mine(Tally.load):
+        tally_range(meter, make, chunks[number]).save(path)
+        progress(len(chunks[number]))
+    if distributed.rank() > 0:
+        return {}, {}
+    shares.wait(runtime.collective_timeout_minutes)
+    size, blocks = evaluation.num_samples, []
+    for block in range(evaluation.num_blocks):
+        paths = [path for ids, path in zip(chunks, shares.paths, strict=True) if ids.start // size == block]
+        blocks.append(meter.measures(reduce(Tally.merge, map(Tally.load, paths))))
+    return summary(blocks, size), model_facts(spec, sampler, read_record(weights))
+
+
+def _chunks(evaluation: Evaluation) -> list[range]:
+    """The ids of all blocks in parts of at most CHUNK, none of which is of two blocks."""
+    size = evaluation.num_samples
+    starts = range(0, size * evaluation.num_blocks, size)
+    return [range(start + part, start + min(part + CHUNK, size)) for start in starts for part in range(0, size, CHUNK)]
+
+
+def _chunk_name(ids: range) -> str:
+    return f"samples-{ids.start:07d}-{ids.stop:07d}.npz"

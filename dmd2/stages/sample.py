@@ -1,17 +1,21 @@
-"""The stage that samples, from a teacher or a student."""
+"""The stage that samples, from a teacher or a student, and how every stage makes samples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor, device
 
 from dmd2 import distributed, sampling
 from dmd2.config import Runtime, Sampler
 from dmd2.datasets import write_shards
 from dmd2.denoiser import Teacher, move
+from dmd2.errors import UserError
+from dmd2.metrics.images import Images, Labels
 from dmd2.noise import SampleNoise
 from dmd2.progress import Counter
 from dmd2.protocols import PROTOCOLS
@@ -22,29 +26,70 @@ SHARD = 4096
 """Samples in one shard of generated images."""
 
 
-def sample_images(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler: Sampler, seed: int) -> np.ndarray:
-    """The images of the samples `ids`: each a function of the model, `seed` and its id, in whatever batch it is made.
+def open_model(spec: Spec, weights: Path, sampler: Sampler, device: device) -> Teacher:
+    """The model behind an entry, which computes in the sampler's precision. Raises UserError if it cannot."""
+    model = open_teacher(spec, weights, upstream="model").to(device)
+    denoiser: Any = model.denoiser
+    if hasattr(denoiser, "precision"):
+        denoiser.precision = sampler.precision
+    elif sampler.precision != "fp32":
+        kind = spec.need("teacher").kind
+        raise UserError(f"samplers: precision {sampler.precision}: teacher.kind {kind} computes in fp32 alone; use it")
+    return model
 
-    Sample i has class i modulo the number of classes. Returns uint8 (len(ids), H, W, C).
+
+def sample_x0(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler: Sampler, seed: int) -> Tensor:
+    """The samples `ids`: each a function of the model, `seed` and its id, in whatever batch it is made.
+
+    Sample i has class i modulo the number of classes. Returns float32 (len(ids), ...) on the CPU.
     """
     device = teacher.grid.sigmas.device
     noise = SampleNoise(seed, list(ids), teacher.sample_shape, device)
     cond = move(teacher.conditioner.encode(labels_of(spec, ids).tolist()), device)
     if sampler.kind == "few_step":
         sigmas = teacher.grid.student_steps(spec.need("train").num_steps)
-        x0 = sampling.few_step(teacher.denoiser, cond, sigmas, teacher.grid.init_scale, noise)
-    else:
-        high = float("inf") if sampler.s_max is None else sampler.s_max
-        churn = sampling.Churn(sampler.s_churn, sampler.s_min, high, sampler.s_noise)
-        assert sampler.num_steps is not None
-        rho = spec.need("teacher").rho
-        x0 = sampling.heun(teacher.denoiser, cond, teacher.grid, sampler.num_steps, noise, rho=rho, churn=churn)
-    return teacher.codec.decode(x0.cpu(), rounding=PROTOCOLS[spec.need("evaluation").protocols[0]].rounding)
+        return sampling.few_step(teacher.denoiser, cond, sigmas, teacher.grid.init_scale, noise).cpu()
+    high = float("inf") if sampler.s_max is None else sampler.s_max
+    churn = sampling.Churn(sampler.s_churn, sampler.s_min, high, sampler.s_noise)
+    assert sampler.num_steps is not None
+    rho = spec.need("teacher").rho
+    return sampling.heun(teacher.denoiser, cond, teacher.grid, sampler.num_steps, noise, rho=rho, churn=churn).cpu()
 
 
-def labels_of(spec: Spec, ids: Sequence[int] | range) -> np.ndarray:
+def sample_images(
+    spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler: Sampler, seed: int
+) -> list[Images]:
+    """The images of `sample_x0` under each protocol of the spec: uint8 (len(ids), H, W, C) each, of the same x0."""
+    x0 = sample_x0(spec, teacher, ids, sampler, seed)
+    names = spec.need("evaluation").protocols
+    return [teacher.codec.decode(x0, rounding=PROTOCOLS[name].rounding) for name in names]
+
+
+def maker(
+    spec: Spec, teacher: Teacher, sampler: Sampler, batch_size: int, beat: Callable[[], object] = lambda: None
+) -> Callable[[range], tuple[list[Images], Labels]]:
+    """The function that makes any samples with their labels, `batch_size` at a time; `beat` is called after each."""
+    seed = spec.need("evaluation").seed
+
+    def make(ids: range) -> tuple[list[Images], Labels]:
+        bounds = [*range(ids.start, ids.stop, batch_size), ids.stop]
+        parts = []
+        for start, stop in pairwise(bounds):
+            parts.append(sample_images(spec, teacher, range(start, stop), sampler, seed))
+            beat()
+        return [np.concatenate(images) for images in zip(*parts, strict=True)], labels_of(spec, ids)
+
+    return make
+
+
+def labels_of(spec: Spec, ids: Sequence[int] | range) -> Labels:
     """The classes of the samples `ids`: equal shares, in turn."""
     return np.asarray(ids, dtype=np.int64) % spec.need("data").num_classes
+
+
+def fields_of(protocols: Sequence[str]) -> list[str]:
+    """The fields that hold the images of each protocol: `image.png` those of the first, `image_dmd2.png` and such."""
+    return ["image.png", *(f"image_{name}.png" for name in protocols[1:])]
 
 
 def num_passes(spec: Spec, sampler: Sampler) -> int:
@@ -56,12 +101,15 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
     """Images of a teacher or student as shards; each rank makes its share."""
     evaluation, sampler = spec.need("evaluation"), spec.need("sampler")
     device = distributed.device_of(runtime.device)
-    model = open_teacher(spec, weights, upstream="model").to(device)
-    total = evaluation.num_samples * evaluation.num_blocks
+    model = open_model(spec, weights, sampler, device)
+    total = evaluation.num_shown if evaluation.streamed else evaluation.num_samples * evaluation.num_blocks
+    fields = fields_of(evaluation.protocols)
 
     def make(ids: range) -> dict[str, Any]:
         images = sample_images(spec, model, ids, sampler, evaluation.seed)
-        return {"image.png": list(images), "cls": labels_of(spec, ids)}
+        return {field: list(pixels) for field, pixels in zip(fields, images, strict=True)} | {
+            "cls": labels_of(spec, ids)
+        }
 
     record = checked_record(weights, spec.upstream["model"])
     with distributed.process_group(device):
@@ -77,17 +125,20 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
             world=distributed.world_size(),
             barrier=distributed.barrier,
             progress=Counter(f"sampling {spec.name}", total),
-            facts={"nfe": num_passes(spec, sampler), "model": model_facts(record)},
+            facts=model_facts(spec, sampler, record),
         )
 
 
-def model_facts(record: dict[str, Any]) -> dict[str, Any]:
-    """What a table says of the model behind a set of samples."""
-    counts = ("run", "iterations", "generator_updates", "checkpoint_step", "seed")
+def model_facts(spec: Spec, sampler: Sampler, record: dict[str, Any]) -> dict[str, Any]:
+    """What a table says of the model behind a set of samples, and of the passes that each took."""
+    counts = ("run", "iterations", "generator_updates", "checkpoint_step", "selection", "seed")
     seconds = ("train_wall_s", "train_cpu_s", "gpu_s")
-    return {
+    selection = {"selection": "last"} if "checkpoint_step" in record else {}
+    model = {
         "run": "teacher",
+        **selection,
         **{name: record[name] for name in (*counts, *seconds) if name in record},
         "sha256": record["sha256"],
         "digest": record["provenance"]["digest"],
     }
+    return {"nfe": num_passes(spec, sampler), "model": model}

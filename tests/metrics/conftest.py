@@ -18,6 +18,9 @@ class Digits(NamedTuple):
     images: np.ndarray  # (1797, 8, 8, 1) uint8
     labels: np.ndarray  # (1797,) int64
 
+    def read(self, ids):
+        return self.images[ids], self.labels[ids]
+
 
 @pytest.fixture(scope="session")
 def digits() -> Digits:
@@ -40,4 +43,4 @@ def extractor(trained) -> ClassifierExtractor:
 
 @pytest.fixture(scope="session")
 def reference(digits: Digits, extractor: ClassifierExtractor) -> Reference:
-    return Reference.build(digits.images, digits.labels, extractor)
+    return Reference.build(digits.read, len(digits.images), extractor, DATA.num_classes)

@@ -24,7 +24,7 @@ def test_held_out_digits_are_recognised(trained, digits):
 
 
 def test_mean_variance_of_the_features_on_the_data_is_one(extractor, digits):
-    assert extractor.features(digits.images).var(axis=0, ddof=1).mean() == pytest.approx(1, rel=1e-5)
+    assert extractor.observe(digits.images).features.var(axis=0, ddof=1).mean() == pytest.approx(1, rel=1e-5)
 
 
 def test_same_seed_gives_the_same_weights_whatever_the_global_generator_did(digits):
@@ -47,16 +47,18 @@ def test_features_are_the_hidden_layer_before_its_activation(trained, extractor,
             x = F.silu(F.conv2d(x, w[f"conv{i}.weight"], w[f"conv{i}.bias"], padding=1))
         x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax(dim=(4, 5))
     hidden = x.flatten(1) @ w["fc1.weight"].T + w["fc1.bias"]
-    np.testing.assert_allclose(extractor.features(digits.images[:3]), (hidden / w["scale"]).numpy(), atol=1e-5)
+    np.testing.assert_allclose(extractor.observe(digits.images[:3]).features, (hidden / w["scale"]).numpy(), atol=1e-5)
     logits = F.silu(hidden) @ w["fc2.weight"].T + w["fc2.bias"]
-    np.testing.assert_array_equal(extractor.classify(digits.images[:3]), logits.argmax(1).numpy())
+    np.testing.assert_array_equal(extractor.observe(digits.images[:3]).classes, logits.argmax(1).numpy())
 
 
 def test_weights_read_from_a_file_give_the_same_features(trained, extractor, digits, tmp_path: Path):
     save_file(trained[0], tmp_path / "weights.safetensors")
     loaded = load_extractor(FEATURES, DATA, tmp_path / "weights.safetensors")
     assert (loaded.name, loaded.dim) == ("classifier", 64)
-    np.testing.assert_array_equal(loaded.features(digits.images[:300]), extractor.features(digits.images[:300]))
+    np.testing.assert_array_equal(
+        loaded.observe(digits.images[:300]).features, extractor.observe(digits.images[:300]).features
+    )
 
 
 @pytest.mark.parametrize(("resolution", "channels"), [(9, 1), (16, 3), (30, 3)])

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from dmd2.errors import UserError
-from dmd2.metrics import FeatureStats, Reference, frechet_distance, measure, pixel_features, resample_floor
-from dmd2.metrics.diversity import class_variance, leave_one_out_distance, nearest_distance, relative_diversity
-from dmd2.metrics.reference import accumulate
+from dmd2.metrics import FeatureStats, Meter, Reference, frechet_distance, pixel_features, resample_floor
+from dmd2.metrics import measure as measure_made
+from dmd2.metrics.distances import to_nearest
+from dmd2.metrics.diversity import ClassMoments, relative_diversity
+
+
+def measure(images: np.ndarray, labels: np.ndarray, reference, extractor, num_blocks: int = 1, **options) -> dict:
+    meter = Meter(reference, extractor, len(images) // num_blocks, **options)
+    return measure_made(meter, lambda ids: ([images[ids]], labels[ids]), num_blocks)
 
 
 def means(result: dict) -> dict[str, float]:
@@ -22,6 +28,8 @@ def test_the_data_scores_as_itself(digits, reference, extractor):
     assert found["nearest_distance"] == pytest.approx(0, abs=1e-5)
     assert found["diversity"] == pytest.approx(1, abs=1e-9)
     assert found["accuracy"] == pytest.approx(reference.correct.mean())
+    assert (found["precision"], found["recall"]) == (1, 1)
+    assert 5 < found["inception_score"] <= 10
 
 
 def test_collapse_to_one_image_per_class_keeps_accuracy_and_loses_diversity(digits, reference, extractor):
@@ -31,6 +39,9 @@ def test_collapse_to_one_image_per_class_keeps_accuracy_and_loses_diversity(digi
     assert found["accuracy"] == 1
     assert found["diversity"] == pytest.approx(0, abs=1e-9)
     assert found["pixel_fd"] > 5
+    assert found["precision"] == 1
+    assert found["recall"] < 0.02
+    assert found["inception_score"] > 8  # which a collapse does not lower either
 
 
 def test_wrong_labels_lower_accuracy_alone(digits, reference, extractor):
@@ -47,6 +58,8 @@ def test_more_noise_is_further_away(digits, reference, extractor):
     found = [means(measure(images, digits.labels, reference, extractor)) for images in levels]
     for name in ("fid", "pixel_fd", "nearest_distance"):
         assert found[0][name] < found[1][name] < found[2][name]
+    for name in ("precision", "recall"):
+        assert found[0][name] > found[1][name] > found[2][name]
 
 
 def test_blocks_are_the_measures_of_each_part_and_their_spread(digits, reference, extractor):
@@ -67,33 +80,52 @@ def test_one_block_has_no_standard_deviation(digits, reference, extractor):
 
 def test_ones_protocol_reaches_the_distance(digits, reference, extractor):
     images, labels = digits.images[:50], digits.labels[:50]
-    zeros = measure(images, labels, reference, extractor)["metrics"]["fid"]["mean"]
-    ones = measure(images, labels, reference, extractor, covariance_start="ones")["metrics"]["fid"]["mean"]
-    moments = FeatureStats.of(extractor.features(images))
+    zeros = means(measure(images, labels, reference, extractor))["fid"]
+    ones = means(measure(images, labels, reference, extractor, protocols=["dmd2"]))["fid"]
+    moments = FeatureStats.of(extractor.observe(images).features)
     shifted = FeatureStats(moments.count, moments.mean, moments.scatter + 1)
-    assert ones == pytest.approx(frechet_distance(shifted, reference.features), rel=1e-6)
+    assert ones == pytest.approx(frechet_distance(shifted.gaussian(), reference.features), rel=1e-6)
     assert ones != pytest.approx(zeros, rel=1e-4)
 
 
-def test_moments_of_many_batches_equal_those_of_one(digits, extractor):
-    features, pixels = accumulate(digits.images, extractor)  # 1797 images are two batches
-    np.testing.assert_allclose(features.covariance(), np.cov(extractor.features(digits.images).T), atol=1e-6)
-    np.testing.assert_allclose(pixels.mean, pixel_features(digits.images).mean(axis=0), atol=1e-12)
+def test_further_protocol_adds_its_distance_and_changes_nothing_else(digits, reference, extractor):
+    darker = (digits.images[:200].astype(int) - 3).clip(0).astype(np.uint8)
+    labels = digits.labels[:200]
+    alone = means(measure(digits.images[:200], labels, reference, extractor))
+    as_dmd2 = means(measure(darker, labels, reference, extractor, protocols=["dmd2"]))
+    meter = Meter(reference, extractor, 200, ["edm", "dmd2"])
+    both = means(measure_made(meter, lambda ids: ([digits.images[ids], darker[ids]], labels[ids])))
+    assert both.pop("fid_dmd2") == pytest.approx(as_dmd2["fid"], rel=1e-9)
+    assert both == alone
+    assert as_dmd2["fid"] != pytest.approx(alone["fid"], rel=1e-3)
+
+
+def test_measures_of_a_curve_leave_the_others_as_they_are(digits, reference, extractor):
+    full = means(measure(digits.images[:200], digits.labels[:200], reference, extractor))
+    few = means(measure(digits.images[:200], digits.labels[:200], reference, extractor, detailed=False))
+    assert list(few) == ["fid", "pixel_fd", "nearest_distance", "diversity", "accuracy"]
+    assert few == {name: full[name] for name in few}
+
+
+def test_moments_of_many_batches_equal_those_of_one(digits, extractor, reference):  # 1797 images are two batches
+    covariance = np.cov(extractor.observe(digits.images).features.T)
+    np.testing.assert_allclose(reference.features.covariance, covariance, atol=1e-6)
+    np.testing.assert_allclose(reference.pixels.mean, pixel_features(digits.images).mean(axis=0), atol=1e-12)
 
 
 def test_nearest_distance_equals_brute_force():
     rng = np.random.default_rng(0)
     samples, data = rng.normal(size=(30, 6)), rng.normal(size=(40, 6))
     table = np.sqrt(((samples[:, None] - data[None]) ** 2).sum(-1))
-    assert nearest_distance(samples, data) == pytest.approx(table.min(axis=1).mean(), rel=1e-6)
+    assert to_nearest(samples, data) == pytest.approx(table.min(axis=1), rel=1e-6)
     own = np.sqrt(((data[:, None] - data[None]) ** 2).sum(-1)) + np.diag(np.full(40, np.inf))
-    assert leave_one_out_distance(data) == pytest.approx(own.min(axis=1).mean(), rel=1e-6)
+    assert to_nearest(data, data, own=False) == pytest.approx(own.min(axis=1), rel=1e-6)
 
 
 def test_class_variance_is_half_the_mean_squared_distance_of_pairs():
     rng = np.random.default_rng(1)
     features, labels = rng.normal(size=(9, 3)), np.array([0, 0, 0, 0, 2, 2, 2, 3, 2])
-    found = class_variance(features, labels, 4)
+    found = ClassMoments.of(features, labels, 4).variance()
     for k in (0, 2):
         x = features[labels == k]
         pairs = [((x[i] - x[j]) ** 2).sum() for i in range(len(x)) for j in range(i)]
@@ -105,8 +137,8 @@ def test_diversity_of_images_shrunk_to_their_class_mean_is_the_factor():
     rng = np.random.default_rng(2)
     features, labels = rng.normal(size=(50, 4)), np.arange(50) % 5
     centres = np.stack([features[labels == k].mean(axis=0) for k in range(5)])[labels]
-    data = class_variance(features, labels, 5)
-    shrunk = class_variance(centres + 0.3 * (features - centres), labels, 5)
+    data = ClassMoments.of(features, labels, 5).variance()
+    shrunk = ClassMoments.of(centres + 0.3 * (features - centres), labels, 5).variance()
     assert relative_diversity(shrunk, data) == pytest.approx(0.3)
 
 
@@ -127,7 +159,7 @@ def test_floor_is_below_any_real_difference_and_shrinks_with_the_count(digits, r
 def test_floor_of_pixels_is_what_its_expectation_says(reference):
     # For small differences E FD ~ tr(S)/n from the means alone, and more from the covariances.
     found = means(resample_floor(reference, 5391, draws=4))["pixel_fd"]
-    from_means = np.trace(reference.pixels.covariance()) / 5391
+    from_means = np.trace(reference.pixels.covariance) / 5391
     assert from_means < found < 10 * from_means
 
 
@@ -145,9 +177,8 @@ def test_saved_reference_measures_the_same(digits, reference, extractor, tmp_pat
 
 
 def test_kept_images_are_a_choice_but_the_moments_are_of_all(digits, reference, extractor):
-    few = Reference.build(digits.images, digits.labels, extractor, max_kept=100)
+    few = Reference.build(digits.read, len(digits.images), extractor, 10, max_kept=100)
     assert len(few.images) == len(few.labels) == len(few.kept_features) == 100
-    assert few.features.count == 1797
     np.testing.assert_array_equal(few.features.mean, reference.features.mean)
 
 
@@ -161,6 +192,21 @@ def test_reference_of_another_extractor_or_size_is_refused(digits, reference, ex
         measure(np.zeros((10, 16, 16, 1), np.uint8), digits.labels[:10], reference, extractor)
 
 
-def test_samples_that_do_not_divide_into_blocks_are_refused(digits, reference, extractor):
-    with pytest.raises(ValueError, match="10 samples do not make 3 equal blocks"):
-        measure(digits.images[:10], digits.labels[:10], reference, extractor, num_blocks=3)
+def test_published_moments_take_the_place_of_the_features_and_of_nothing_else(digits, reference, extractor):
+    other = FeatureStats.of(np.random.default_rng(0).normal(size=(90, 64))).gaussian()
+    found = Reference.build(digits.read, 1797, extractor, 10, published=(other, "refs.npz 0123"))
+    assert (reference.origin, found.origin) == ("data", "refs.npz 0123")
+    sample = digits.images[:300], digits.labels[:300]
+    ours, theirs = (means(measure(*sample, used, extractor)) for used in (reference, found))
+    moments = FeatureStats.of(extractor.observe(sample[0]).features).gaussian()
+    assert theirs.pop("fid") == pytest.approx(frechet_distance(moments, other), rel=1e-9)
+    ours.pop("fid")
+    assert theirs == ours
+
+
+def test_part_of_a_block_is_not_measured_as_one(digits, reference, extractor):
+    meter = Meter(reference, extractor, 20)
+    with pytest.raises(ValueError, match="a block has 20 samples, got 10"):
+        meter.measures(meter.tally([digits.images[:10]], digits.labels[:10], 0))
+    with pytest.raises(ValueError, match="1 samples are no block"):
+        measure(digits.images[:1], digits.labels[:1], reference, extractor)

@@ -10,7 +10,9 @@ from dmd2.downloads import FOLDER as DOWNLOADS
 from dmd2.downloads import load_catalogue, requirement
 from dmd2.errors import UserError
 from dmd2.plan import Plan
-from dmd2.tables import load_table, needed
+from dmd2.presets import read_chain
+from dmd2.spec import files_in
+from dmd2.tables import check_presets, load_table, needed
 
 FOLDER = Path(workflow.basedir) / "workflow"
 # Stages are started by launch.sh with this Python, also where the environment is not activated.
@@ -36,7 +38,10 @@ TABLES = {
     path.stem: or_stop(load_table, path)
     for path in sorted((FOLDER / "tables").glob("*.yaml"))
 }
-ENTRIES = {name: needed(table) for name, table in TABLES.items()}
+for name, table in TABLES.items():
+    presets = [path.stem for path in (FOLDER / "presets").glob("*.yaml")]
+    or_stop(check_presets, table, presets, f"{FOLDER}/tables/{name}.yaml")
+ENTRIES = {name: needed(table, PRESET.name) for name, table in TABLES.items()}
 SAMPLED = sorted(
     {entry for entries in ENTRIES.values() for entry in entries} - {"floor"}
 )
@@ -46,15 +51,27 @@ for (
     SAMPLED
 ):  # a mistake in a row or its run is told here, in one line, and not by the job that needs it
     or_stop(PLAN.split, entry)
+# Runs that were trained elsewhere, and those that are trained here and measured in a table.
+IMPORTED = [
+    run for run in RUNS if or_stop(read_chain, FOLDER / "runs", run).get("weights")
+]
 STUDENTS = [
-    run for run in RUNS if any(entry.startswith(f"{run}/") for entry in SAMPLED)
+    run
+    for run in RUNS
+    if run not in IMPORTED and any(entry.startswith(f"{run}/") for entry in SAMPLED)
 ]
 
 DATA = f"data/{PRESET.name}"
 RESULTS = f"results/{PRESET.name}"
 LOGS = f"logs/{PRESET.name}"
 # Settings of execution change no result. They go by the environment: as a parameter they would start jobs again.
-os.environ.update(DMD2_RUNTIME=PRESET.runtime.model_dump_json())
+# So do the places of files that are known by their SHA-256: a file that was moved starts nothing.
+FILES = files_in(PRESET.model_dump())
+for run in RUNS:
+    FILES.update(files_in(read_chain(FOLDER / "runs", run)))
+os.environ.update(
+    DMD2_RUNTIME=PRESET.runtime.model_dump_json(), DMD2_FILES=json.dumps(FILES)
+)
 CATALOGUE = or_stop(load_catalogue, FOLDER / "downloads.yaml")
 if "mirror" in config:
     os.environ.update(DMD2_MIRROR=str(config["mirror"]))
@@ -84,6 +101,18 @@ def supplied(path, key, output):
     return [] if record is None else str(record)
 
 
+def released(wildcards):
+    """What the import of a released student waits for."""
+    path = or_stop(PLAN.run, wildcards.run).weights.path
+    output = f"{RESULTS}/{wildcards.run}/generator.safetensors"
+    return supplied(path, f"run {wildcards.run}: weights", output)
+
+
+def one_of(names):
+    """A wildcard's pattern: one of the names, or nothing at all."""
+    return "|".join(names) or "(?!)"
+
+
 def entry_of(wildcards):
     return f"{wildcards.model}/{wildcards.sampler}"
 
@@ -92,7 +121,8 @@ def weights_of(wildcards):
     """The weights behind an entry."""
     if wildcards.model == "teacher":
         return f"{RESULTS}/teacher/teacher.safetensors"
-    return f"{RESULTS}/{wildcards.model}/generator.safetensors"
+    best = PRESET.samplers[wildcards.sampler].checkpoint == "best"
+    return f"{RESULTS}/{wildcards.model}/{'best' if best else 'generator'}.safetensors"
 
 
 def pairs_of(wildcards):

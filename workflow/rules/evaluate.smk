@@ -1,9 +1,17 @@
 # Samples and their metrics. An entry is a model with a sampler: teacher/ode, dmd2/student.
+STREAMED = PRESET.evaluation.streamed  # then metrics are made from weights, and only the samples of a sheet are stored
 
 
 rule features:
     input:
-        images=rules.shards.output.manifest,
+        images=[] if PRESET.features.weights else rules.shards.output.manifest,
+        source=ancient(
+            supplied(
+                PRESET.features.weights and PRESET.features.weights.path,
+                "features.weights.path",
+                f"{RESULTS}/features/extractor.weights",
+            )
+        ),
     output:
         weights=f"{RESULTS}/features/extractor.weights",
         record=f"{RESULTS}/features/extractor.json",
@@ -13,15 +21,23 @@ rule features:
         "../../environment.yml"
     params:
         spec=spec("features"),
+        images=lambda wildcards, input: f"--images {input.images}" if input.images else "",
     shell:
         "launch.sh 0 --log {log} --threads {threads} features --spec {params.spec:q}"
-        " --images {input.images} --weights {output.weights}"
+        " {params.images} --weights {output.weights}"
 
 
 rule reference:
     input:
         images=rules.shards.output.manifest,
         extractor=rules.features.output.weights,
+        published=ancient(
+            supplied(
+                PRESET.features.reference and PRESET.features.reference.path,
+                "features.reference.path",
+                f"{RESULTS}/features/reference.npz",
+            )
+        ),
     output:
         stats=f"{RESULTS}/features/reference.npz",
         record=f"{RESULTS}/features/reference.json",
@@ -29,10 +45,12 @@ rule reference:
         f"{LOGS}/reference.log",
     conda:
         "../../environment.yml"
+    resources:
+        gpu=min(PRESET.gpus, 1),
     params:
         spec=spec("reference"),
     shell:
-        "launch.sh 0 --log {log} --threads {threads} reference --spec {params.spec:q}"
+        "launch.sh {resources.gpu} --log {log} --threads {threads} reference --spec {params.spec:q}"
         " --images {input.images} --extractor {input.extractor} --out {output.stats}"
 
 
@@ -56,7 +74,8 @@ rule sample:
 
 rule metrics:
     input:
-        samples=rules.sample.output.manifest,
+        samples=[] if STREAMED else rules.sample.output.manifest,
+        weights=weights_of if STREAMED else [],
         reference=rules.reference.output.stats,
         extractor=rules.features.output.weights,
     output:
@@ -65,11 +84,17 @@ rule metrics:
         f"{LOGS}/metrics/{{model}}-{{sampler}}.log",
     conda:
         "../../environment.yml"
+    resources:
+        gpu=PRESET.gpus if STREAMED else min(PRESET.gpus, 1),
+        state="state",
     params:
         spec=lambda wildcards: or_stop(PLAN.metrics, entry_of(wildcards)).to_json(),
+        source=lambda wildcards, input: (
+            f"--weights {input.weights}" if STREAMED else f"--samples {input.samples}"
+        ),
     shell:
-        "launch.sh 0 --log {log} --threads {threads} metrics --spec {params.spec:q} --samples {input.samples}"
-        " --reference {input.reference} --extractor {input.extractor} --out {output}"
+        "launch.sh {resources.gpu} --log {log} --threads {threads} metrics --spec {params.spec:q} {params.source}"
+        " --reference {input.reference} --extractor {input.extractor} --state {resources.state} --out {output}"
 
 
 rule floor:
@@ -86,7 +111,7 @@ rule floor:
         spec=lambda wildcards: or_stop(PLAN.metrics, "floor").to_json(),
     shell:
         "launch.sh 0 --log {log} --threads {threads} metrics --spec {params.spec:q}"
-        " --reference {input.reference} --extractor {input.extractor} --out {output}"
+        " --reference {input.reference} --extractor {input.extractor} --state state --out {output}"
 
 
 rule curve:
@@ -101,9 +126,30 @@ rule curve:
     conda:
         "../../environment.yml"
     resources:
-        gpu=min(PRESET.gpus, 1),
+        gpu=PRESET.gpus,
+        state="state",
     params:
         spec=lambda wildcards: or_stop(PLAN.curve, wildcards.run).to_json(),
     shell:
         "launch.sh {resources.gpu} --log {log} --threads {threads} curve --spec {params.spec:q}"
-        " --snapshots {input.snapshots} --reference {input.reference} --extractor {input.extractor} --out {output}"
+        " --snapshots {input.snapshots} --reference {input.reference} --extractor {input.extractor}"
+        " --state {resources.state} --out {output}"
+
+
+rule select:
+    input:
+        curve=rules.curve.output,
+        snapshots=rules.train.output.snapshots,
+        generator=rules.train.output.generator,
+    output:
+        weights=f"{RESULTS}/{{run}}/best.safetensors",
+        record=f"{RESULTS}/{{run}}/best.json",
+    log:
+        f"{LOGS}/select/{{run}}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        spec=lambda wildcards: or_stop(PLAN.select, wildcards.run).to_json(),
+    shell:
+        "launch.sh 0 --log {log} select --spec {params.spec:q} --curve {input.curve} --snapshots {input.snapshots}"
+        " --generator {input.generator} --weights {output.weights}"

@@ -1,0 +1,86 @@
+"""Stages on the snapshots of a run: their metrics against training, and the choice of the best."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dmd2 import distributed
+from dmd2.config import Runtime, Sampler
+from dmd2.errors import UserError
+from dmd2.figures import read_curve
+from dmd2.metrics import Meter, Reference, tally_range
+from dmd2.progress import Counter
+from dmd2.records import atomic, read_json, read_record, write_json, write_record
+from dmd2.spec import Spec
+from dmd2.stages.measure import open_extractor
+from dmd2.stages.sample import maker, open_model
+from dmd2.stages.shares import Shares
+from dmd2.stages.weights import checked_record
+
+STUDENT = Sampler(kind="few_step")
+
+
+def curve(
+    spec: Spec, snapshots: Path, reference: Path, extractor_weights: Path, state: Path, out: Path, runtime: Runtime
+) -> None:
+    """Metrics of a run's snapshots against training, as CSV: paper, figure 9. Each rank measures its share of them."""
+    evaluation = spec.need("evaluation")
+    checked_record(reference, spec.upstream["reference"])
+    device = distributed.device_of(runtime.device)
+    extractor, real = open_extractor(spec, extractor_weights, runtime, device), Reference.load(reference)
+    meter = Meter(real, extractor, evaluation.curve_samples, evaluation.protocols, detailed=False, device=device)
+    listed = read_json(snapshots)["snapshots"]
+    files = [snapshots.parent / item["file"] for item in listed]
+    contents = [read_record(path)["sha256"] for path in (reference, extractor_weights, *files)]
+    shares = Shares(state, spec, contents, [f"row-{item['step']:08d}.json" for item in listed])
+    count = Counter(f"curve {spec.name}", -(-len(listed) // distributed.world_size()))
+    for number, path in shares.mine(read_json):
+        model = open_model(spec, files[number], STUDENT, device)
+        make = maker(spec, model, STUDENT, runtime.sample_batch_size, shares.beat)
+        found = meter.measures(tally_range(meter, make, range(evaluation.curve_samples)))
+        write_json(path, {**_position(spec, listed[number]["step"]), **found})
+        count(1)
+    if distributed.rank() > 0:
+        return
+    shares.wait(runtime.collective_timeout_minutes)
+    _write_rows(out, [read_json(path) for path in shares.paths])
+    write_record(out, spec, num_samples=evaluation.curve_samples, seed=evaluation.seed)
+    shares.clear()
+
+
+def _position(spec: Spec, step: int) -> dict[str, int]:
+    """Where in its training a snapshot was taken."""
+    return {"step": step, "generator_updates": -(-step // spec.need("train").critic_steps_per_generator)}
+
+
+def _write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
+    with atomic(out) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def select(spec: Spec, curve: Path, snapshots: Path, generator: Path, out: Path) -> None:
+    """A copy of the snapshot with the lowest FID of a run's curve, the earliest of equal ones, and why it was taken.
+
+    `generator` is the last one, whose record says what the training took.
+    """
+    measured = checked_record(curve, spec.upstream["curve"])
+    facts = checked_record(generator, spec.upstream["model"])
+    rows = {int(row["step"]): row["fid"] for row in read_curve(curve)}
+    best = min(rows, key=lambda step: (rows[step], step))
+    files = {item["step"]: snapshots.parent / item["file"] for item in read_json(snapshots)["snapshots"]}
+    if set(files) != set(rows):
+        raise UserError(f"{curve}: has other steps than {snapshots}; delete it and run the workflow again")
+    checked_record(files[best], spec.upstream["model"])
+    with atomic(out) as temporary:
+        shutil.copyfile(files[best], temporary)
+    chosen = f"by the FID of {measured['num_samples']} samples, seed {measured['seed']}, over {len(rows)} snapshots"
+    own = ("artifact", "sha256", "bytes", "provenance")
+    kept = {name: value for name, value in facts.items() if name not in own}
+    write_record(
+        out, spec, **{**kept, "checkpoint_step": best, "selection": "best", "chosen": chosen, "curve_fid": rows[best]}
+    )
