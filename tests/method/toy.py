@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmd2.denoiser import Cond, Denoiser, Teacher
@@ -19,17 +20,21 @@ SIGMA_DATA = 0.5
 
 
 class ToyDenoiser(Denoiser):
-    """EDM's preconditioning around two convolutions; the features are the hidden layer, 4x4."""
+    """EDM's preconditioning around two convolutions; the features are the hidden layer, 4x4.
 
-    def __init__(self, seed: int, channels: int = 8, dropout: float = 0.0):
+    With more `levels` there are further taps, each of twice the size and four channels more than the one before.
+    """
+
+    def __init__(self, seed: int, channels: int = 8, dropout: float = 0.0, levels: int = 1):
         super().__init__()
-        self.feature_shapes = ((channels, 4, 4),)
+        self.feature_shapes = tuple((channels + 4 * i, 4 << i, 4 << i) for i in range(levels))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.encoder = nn.Conv2d(1, channels, 3, padding=1)
             self.label = nn.Embedding(NUM_CLASSES, channels)
             self.level = nn.Linear(1, channels)
             self.decoder = nn.Conv2d(channels, 1, 3, padding=1)
+            self.finer = nn.ModuleList(nn.Conv2d(channels, shape[0], 1) for shape in self.feature_shapes[1:])
         self.dropout = nn.Dropout(dropout)
 
     def denoise_and_tap(
@@ -45,7 +50,8 @@ class ToyDenoiser(Denoiser):
         x, sigma, total = x[:num_denoise], sigma[:num_denoise], total[:num_denoise]
         out = self.decoder(features[:num_denoise])
         x0 = expand(SIGMA_DATA**2 / total, x) * x + expand(sigma * SIGMA_DATA * total.rsqrt(), x) * out
-        return x0, [features][:num_taps]
+        finer = [F.interpolate(conv(features), size=4 << i) for i, conv in enumerate(self.finer, start=1)]
+        return x0, [features, *finer][:num_taps]
 
 
 class NullLabels(ClassConditioner):
@@ -55,10 +61,10 @@ class NullLabels(ClassConditioner):
         return {"label": torch.full((num,), self.num_classes - 1)}
 
 
-def toy_teacher(seed: int = 0, *, guidable: bool = False, dropout: float = 0.0) -> Teacher:
+def toy_teacher(seed: int = 0, *, guidable: bool = False, dropout: float = 0.0, levels: int = 1) -> Teacher:
     """A frozen teacher with random weights."""
     return Teacher(
-        denoiser=ToyDenoiser(seed, dropout=dropout).eval().requires_grad_(False),
+        denoiser=ToyDenoiser(seed, dropout=dropout, levels=levels).eval().requires_grad_(False),
         grid=NoiseGrid.karras(),
         codec=PixelCodec(256, 1),
         conditioner=(NullLabels if guidable else ClassConditioner)(NUM_CLASSES),
