@@ -33,8 +33,11 @@ def load_lpips(weights: WeightsFile, device: torch.device | str = "cpu") -> Call
     Grey images count as three equal channels. `weights` is torchvision's VGG-16. Raises UserError if the file is
     missing, has another SHA-256 than the one set, or holds something else; nothing in it is executed.
     """
-    trunk = _read(weights)
-    network = _build(trunk, weights.path).to(device)
+    return distance_by(_build(_read(weights), weights.path).to(device))
+
+
+def distance_by(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean of what an LPIPS network of the library finds, with the images brought to what it expects."""
 
     def distance(x0: Tensor, target: Tensor) -> Tensor:
         each: Tensor = network(_prepared(x0), _prepared(target.detach()))  # (B, 1, 1, 1)
@@ -68,12 +71,10 @@ def _read(weights: WeightsFile) -> dict[str, Any]:
 
 
 def _build(trunk: Mapping[str, Any], path: str) -> nn.Module:
-    """LPIPS by the library, made without values so that it draws and downloads none, then filled."""
+    """LPIPS by the library, filled from the files."""
     import lpips
 
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # the library passes torchvision an argument that is deprecated
-        network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+    network = without_values()
     network.scaling_layer = lpips.ScalingLayer()
     bundled = Path(lpips.__file__).with_name("weights") / "v0.1" / "vgg.pth"
     linear = torch.load(bundled, map_location="cpu", weights_only=True)
@@ -84,6 +85,15 @@ def _build(trunk: Mapping[str, Any], path: str) -> nn.Module:
     network.load_state_dict(state, assign=True)
     frozen: nn.Module = network.eval().requires_grad_(False)
     return frozen
+
+
+def without_values() -> Any:
+    """LPIPS by the library on the meta device: it draws and downloads no values."""
+    import lpips
+
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # the library passes torchvision an argument that is deprecated
+        return lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
 
 
 def _bundled(name: str) -> str:
