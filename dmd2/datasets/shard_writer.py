@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,36 +73,45 @@ class ShardWriter:
         """Writes one shard and then its sidecar, each atomically: a sidecar vouches for a whole tar."""
         for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
             leftover.unlink()  # of a writer that was killed
-        layouts: dict[str, members.Layout] = {}
-        facts: Mapping[str, Any] = {}
-        left_out: list[LeftOut] = []
         with new_file(path) as temporary:
-            with temporary.open("wb") as stream, _tar_writer(stream) as tar:
-                for start in range(ids.start, ids.stop, self.batch_size):
-                    positions = range(start, min(start + self.batch_size, ids.stop))
-                    made = self.make(positions)
-                    batch = made if isinstance(made, Batch) else Batch(made, [])
-                    if self.check is not None and start == ids.start:
-                        facts = self.check(positions, batch.fields)
-                    left_out += batch.left_out
-                    for sample in _encoded(positions, batch, layouts):
-                        tar.write(sample)
+            with temporary.open("wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
+                content = self._fill(tar, ids)
             index = _member_index(temporary)
             size, checksum = temporary.stat().st_size, records.sha256(temporary)
-        sidecar = {
-            **self.origin,
-            "positions": [ids.start, ids.stop],
-            "count": len(ids) - len(left_out),
-            "bytes": size,
-            "sha256": checksum,
-            "fields": {field: layouts[field] for field in sorted(layouts)},
-            "facts": dict(facts),
-            "left_out": left_out,
-            "index": index,
-        }
+        positions = [ids.start, ids.stop]
+        written = {"positions": positions, "bytes": size, "sha256": checksum, "index": index}
+        sidecar = {**self.origin, **content, **written}
         with new_file(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(sidecar, allow_nan=False), encoding="utf-8")
         return sidecar
+
+    def _fill(self, tar: tarfile.TarFile, ids: range) -> dict[str, Any]:
+        """Makes the samples and adds them to the tar; returns what the sidecar tells of them."""
+        layouts: dict[str, members.Layout] = {}
+        facts: Mapping[str, Any] = {}
+        left_out: list[LeftOut] = []
+        for start in range(ids.start, ids.stop, self.batch_size):
+            positions = range(start, min(start + self.batch_size, ids.stop))
+            made = self.make(positions)
+            batch = made if isinstance(made, Batch) else Batch(made, [])
+            if self.check is not None and start == ids.start:
+                facts = self.check(positions, batch.fields)
+            left_out += batch.left_out
+            for key, sample in _encoded(positions, batch, layouts):
+                _add(tar, key, sample)
+        fields = {field: layouts[field] for field in sorted(layouts)}
+        return {"count": len(ids) - len(left_out), "fields": fields, "facts": dict(facts), "left_out": left_out}
+
+
+def _add(tar: tarfile.TarFile, key: str, sample: Mapping[str, bytes]) -> None:
+    """Adds a sample as WebDataset's writer does, with nothing in the headers that depends on the time or the user.
+
+    Not by that writer: it imports torch, in every process.
+    """
+    for field in sorted(sample):
+        member = tarfile.TarInfo(f"{key}.{field}")
+        member.size, member.mode = len(sample[field]), 0o444
+        tar.addfile(member, io.BytesIO(sample[field]))
 
 
 def _finished(path: Path, ids: range, origin: Mapping[str, str]) -> dict[str, Any] | None:
@@ -132,15 +142,10 @@ def new_file(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def _tar_writer(stream: Any) -> Any:
-    """WebDataset's writer, with nothing in the headers that depends on the time or the user."""
-    from webdataset.writer import TarWriter
-
-    return TarWriter(stream, encoder=False, mtime=0, user="", group="")
-
-
-def _encoded(positions: range, batch: Batch, layouts: dict[str, members.Layout]) -> Iterator[dict[str, Any]]:
-    """The samples of a batch for WebDataset's writer. Fills `layouts` by the first and holds the others to it."""
+def _encoded(
+    positions: range, batch: Batch, layouts: dict[str, members.Layout]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and fields of each sample of a batch. Fills `layouts` by the first and holds the others to it."""
     fields, absent = batch.fields, {item.position for item in batch.left_out}
     ids = [position for position in positions if position not in absent]
     if not ids:
@@ -151,7 +156,7 @@ def _encoded(positions: range, batch: Batch, layouts: dict[str, members.Layout])
     if layouts and set(layouts) != set(fields):
         raise ValueError(f"samples from {ids[0]} on have fields {sorted(fields)}, those before {sorted(layouts)}")
     for row, number in enumerate(ids):
-        sample: dict[str, Any] = {"__key__": f"{number:09d}"}
+        sample: dict[str, bytes] = {}
         for field, values in fields.items():
             value = np.asarray(values[row])
             layout = layouts.setdefault(field, members.layout_of(value))
@@ -161,7 +166,7 @@ def _encoded(positions: range, batch: Batch, layouts: dict[str, members.Layout])
                 sample[field] = members.encode(field, value)
             except ValueError as error:
                 raise UserError(f"sample {number}: `{field}`: {error}; mend what makes it and run again") from None
-        yield sample
+        yield f"{number:09d}", sample
 
 
 def _member_index(path: Path) -> list[list[int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dmd2.config import Data
 from dmd2.errors import UserError
@@ -86,6 +86,8 @@ def decode(content: bytes, resolution: int, channels: int) -> np.ndarray:
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     except Unreadable:
         raise
+    except UnidentifiedImageError:  # its message has an address in memory
+        raise Unreadable(f"not an image of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # what decoders raise on damaged files is not one family
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Unreadable(f"not a readable image ({reason[:200]})") from error
