@@ -130,20 +130,16 @@ def test_readme_names_the_plain_commands():
 
 @pytest.mark.parametrize("gpus", [0, 1, 2, 8])
 def test_launcher_starts_one_process_or_one_for_each_gpu(tmp_path: Path, gpus: int):
-    for name in ("python", "torchrun"):
-        stub = tmp_path / name
-        stub.write_text('#!/bin/sh\nprintf "%s\\n" "$(basename "$0")" "$@" "PYTHONPATH=$PYTHONPATH"\n')
-        stub.chmod(0o755)
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$(basename "$0")" "$@" "PYTHONPATH=$PYTHONPATH"\n')
+    stub.chmod(0o755)
     arguments = ["train", "--spec", '{"a": "b c"}', "--state", "a folder"]
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     command = [str(ROOT / "workflow/launch.sh"), str(gpus), *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     *started, path = done.stdout.splitlines()
-    if gpus <= 1:
-        assert started == ["python", "-m", "dmd2", *arguments]
-    else:
-        torchrun = ["torchrun", "--standalone", "--nnodes=1", f"--nproc-per-node={gpus}", "-m", "dmd2"]
-        assert started == [*torchrun, *arguments]
+    module = ["dmd2"] if gpus <= 1 else ["dmd2.launcher", str(gpus)]
+    assert started == ["python", "-m", *module, *arguments]
     assert path == f"PYTHONPATH={ROOT}:{ROOT}/kernels"  # also where the project is not installed
 
 

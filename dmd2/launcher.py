@@ -1,0 +1,166 @@
+"""Starts a stage as one process for each GPU: `python -m dmd2.launcher NUM_GPUS ARGUMENTS...` (`workflow/launch.sh`).
+
+What torchrun would do, and three things that it does not: the exit status is that of the process that failed first
+(torchrun's is always 1, so a saved interruption, 143, would look like a failure); what a signal asks for reaches every
+process, which may take its time to save; and no process outlives the launcher, however that dies. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import FrameType
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACE_S = 30.0
+"""From the end of the first process that failed to the killing of those that have not followed it."""
+POLL_S = 0.02
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of a job, and where its first process listens."""
+
+    num: int
+    this: int
+    address: str
+    port: int
+
+    @classmethod
+    def of(cls, env: Mapping[str, str]) -> Nodes:
+        """From DMD2_NODES, DMD2_NODE, DMD2_MASTER_ADDR and DMD2_MASTER_PORT, or what Slurm says within `srun`.
+
+        One machine needs none of them. Raises ValueError where several lack one.
+        """
+        num = int(env.get("DMD2_NODES", "1"))
+        if num == 1:
+            return cls(1, 0, "127.0.0.1", int(env.get("DMD2_MASTER_PORT") or _free_port()))
+        port = env.get("DMD2_MASTER_PORT") or _port_of(env.get("SLURM_JOB_ID"))
+        this = env.get("DMD2_NODE") or env.get("SLURM_NODEID")
+        address = env.get("DMD2_MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR")
+        wanted = {"DMD2_NODE": this, "DMD2_MASTER_ADDR": address, "DMD2_MASTER_PORT": port}
+        if missing := [name for name, value in wanted.items() if not value]:
+            raise ValueError(f"DMD2_NODES is {num}, which needs {', '.join(missing)}: set it, or start under srun")
+        return cls(num, int(this or 0), str(address), int(port or 0))
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _port_of(job: str | None) -> str | None:
+    """A port that two jobs on one machine do not share."""
+    return str(20_000 + int(job) % 20_000) if job else None
+
+
+def environment(nodes: Nodes, num_local: int, local: int) -> dict[str, str]:
+    """What a process needs to find the others."""
+    names = {
+        "RANK": nodes.this * num_local + local,
+        "WORLD_SIZE": nodes.num * num_local,
+        "LOCAL_RANK": local,
+        "LOCAL_WORLD_SIZE": num_local,
+        "MASTER_ADDR": nodes.address,
+        "MASTER_PORT": nodes.port,
+    }
+    found = {**os.environ, **{name: str(value) for name, value in names.items()}}
+    if nodes.num == 1 and sys.platform == "linux":
+        found.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks how this machine's name resolves
+    return found
+
+
+class Workers:
+    """The processes of one machine."""
+
+    def __init__(self, command: list[str], nodes: Nodes, num: int, grace_s: float = GRACE_S):
+        self._grace_s = grace_s
+        self._first = nodes.this * num
+        self._signals: list[int] = []
+        for signum in FORWARDED:
+            signal.signal(signum, self._note)
+        self._processes = [_start(command, environment(nodes, num, local)) for local in range(num)]
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._signals.append(signum)
+
+    def wait(self) -> int:
+        """The exit status: 0, or of the first process that failed; by then all have ended."""
+        status, end = 0, float("inf")
+        while running := [process for process in self._processes if process.poll() is None]:
+            while self._signals:
+                self._send(self._signals.pop(0))
+            failed = status or self._failure()
+            if failed and not status:
+                status, end = failed, time.monotonic() + self._grace_s
+                self._send(signal.SIGTERM)
+            if time.monotonic() > end:
+                self._kill(running)
+                end = float("inf")
+            time.sleep(POLL_S)
+        return status or self._failure()
+
+    def _failure(self) -> int:
+        """The status of a process that failed, 128 + signal for a killed one, which is the cause of the others' end."""
+        codes = {self._first + i: process.returncode for i, process in enumerate(self._processes) if process.returncode}
+        for rank, code in sorted(codes.items(), key=lambda item: item[1]):
+            if code < 0:
+                _tell(f"rank {rank} was ended by {signal.Signals(-code).name}; the other ranks are asked to end")
+            return 128 - code if code < 0 else code
+        return 0
+
+    def _kill(self, running: list[subprocess.Popen[bytes]]) -> None:
+        ranks = [str(self._first + i) for i, process in enumerate(self._processes) if process in running]
+        _tell(f"rank {', '.join(ranks)} did not end within {self._grace_s:g} s and is killed")
+        self._send(signal.SIGKILL)
+
+    def _send(self, signum: int) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signum)
+
+
+def _start(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A process that is killed as soon as this one has ended (on Linux), in a session of its own.
+
+    So a Ctrl-C reaches it through `Workers` once, and not a second time by the terminal.
+    """
+    if sys.platform != "linux":
+        return subprocess.Popen(command, env=env, start_new_session=True)
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def prepare() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(128 + signal.SIGKILL)
+
+    return subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=prepare)  # noqa: PLW1509  # no threads
+
+
+def _tell(message: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} error: {message}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Runs `python -m dmd2 ARGUMENTS...` once for each GPU and exits as the first that failed, or with 0."""
+    num, arguments = int(sys.argv[1]), sys.argv[2:]
+    try:
+        nodes = Nodes.of(os.environ)
+    except ValueError as error:
+        _tell(str(error))
+        sys.exit(2)
+    grace_s = float(os.environ.get("DMD2_GRACE_S", GRACE_S))
+    sys.exit(Workers([sys.executable, "-m", "dmd2", *arguments], nodes, num, grace_s).wait())
+
+
+if __name__ == "__main__":
+    main()
