@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from dmd2.noise import NoiseGrid
 
+VARIANTS = 64
+"""Forms of one block that may be compiled: batch sizes, gradients or not. A step has about five."""
+
 Cond = Mapping[str, Tensor]
 """Conditions of a batch by name, each tensor with the batch first. Only adapters look inside."""
 
@@ -49,16 +52,23 @@ class Denoiser(nn.Module, abc.ABC):
         """
         return []
 
-    def prepare(self, *, compile: bool = False, activation_checkpointing: bool = False) -> None:
-        """Chooses how the blocks run, for good; names and values of the state dict stay as they are.
+    def prepare(
+        self, *, compile: bool = False, activation_checkpointing: bool = False, backend: str = "inductor"
+    ) -> None:
+        """Chooses how the blocks run; names and values of the state dict stay as they are.
 
-        Compiled blocks are equal up to rounding, recomputed ones bit for bit. Call it on a network that will not be
-        copied any more: a copy is not compiled.
+        Compiled blocks are equal up to rounding, recomputed ones bit for bit. A copy of a network is not compiled. Each
+        block compiles once for each number of samples it meets, with and without gradients; one that cannot is an
+        error, not a slow block.
         """
         for block in self.blocks():
             block.recompute = activation_checkpointing  # type: ignore[assignment]
             if compile:
-                block.compile()
+                block.compile(
+                    backend=backend, fullgraph=True, dynamic=False, isolate_recompiles=True, recompile_limit=VARIANTS
+                )
+        if compile:
+            torch._dynamo.config.accumulated_recompile_limit = 64 * VARIANTS * len(self.blocks())
 
     def check_taps(self, num_taps: int) -> None:
         """Raises ValueError for more taps than there are."""

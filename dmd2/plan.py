@@ -113,7 +113,7 @@ class Plan:
         """The training of a run, or the import of one that was released."""
         train = self.run(run).train
         if (weights := self.run(run).weights) is not None:
-            return Spec.of("import", run, data=self._data, teacher=self._teacher, train=train, weights=weights)
+            return Spec.of("import", run, data=self._data, teacher=self._teacher, weights=weights)
         upstream = {"teacher": self.teacher, "latents": self.latents}
         if train.regression_weight > 0:
             upstream["pairs"] = self.pairs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -57,8 +58,17 @@ class Spec(Model):
         return cls(stage=stage, name=name, version=VERSIONS[stage], upstream=digests, **sections)
 
     def to_json(self) -> str:
-        """The canonical form: sorted keys, no white space, defaults written out."""
-        return json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True, separators=(",", ":"))
+        """The canonical form: sorted keys, no white space, defaults written out.
+
+        Of a file with a SHA-256 it says the name and not the folder, so that a moved file starts nothing again;
+        `located` finds it.
+        """
+        content = _folderless(self.model_dump(mode="json", exclude_none=True))
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+    def located(self, files: Mapping[str, str]) -> Spec:
+        """The spec with the paths of its files replaced by those that `files` gives for their SHA-256."""
+        return Spec.model_validate(_located(self.model_dump(), files)) if files else self
 
     @property
     def digest(self) -> str:
@@ -84,6 +94,31 @@ def _placeless(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {key: _placeless(item) for key, item in value.items() if key != "path" or "sha256" not in value}
+
+
+def files_in(content: Any) -> dict[str, str]:
+    """The path of every file with a SHA-256 in a configuration (mappings in mappings), by that."""
+    if not isinstance(content, Mapping):
+        return {}
+    found = {str(content["sha256"]): str(content["path"])} if content.get("sha256") and "path" in content else {}
+    for item in content.values():
+        found |= files_in(item)
+    return found
+
+
+def _folderless(value: Any) -> Any:
+    """`value` with the `path` of any mapping that has a `sha256` cut to the file's name."""
+    if not isinstance(value, dict):
+        return value
+    cut = {key: _folderless(item) for key, item in value.items()}
+    return {**cut, "path": Path(cut["path"]).name} if "sha256" in cut and "path" in cut else cut
+
+
+def _located(value: Any, files: Mapping[str, str]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    found = {key: _located(item, files) for key, item in value.items()}
+    return {**found, "path": files[found["sha256"]]} if found.get("sha256") in files else found
 
 
 def read_spec(text_or_path: str) -> Spec:

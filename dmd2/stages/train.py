@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,13 @@ from dmd2.checkpoint import CheckpointStore, save_weights
 from dmd2.config import Runtime, Train
 from dmd2.datasets.loader import Loader, to_batch, to_pairs
 from dmd2.datasets.shards import content_id, read_manifest
-from dmd2.denoiser import Cond, Teacher
+from dmd2.denoiser import Cond, Denoiser, Teacher
+from dmd2.errors import UserError
 from dmd2.fitting import fit, log
 from dmd2.metrics.perceptual import load_lpips
 from dmd2.records import atomic, read_record, sha256, write_json, write_record, write_text
 from dmd2.spec import Spec
+from dmd2.stages import imports
 from dmd2.stages.room import check_room, checkpoint_bytes, weights_bytes
 from dmd2.stages.weights import open_teacher, open_weights
 from dmd2.teacher_training import TeacherFit
@@ -96,16 +98,24 @@ def _group(device: torch.device, runtime: Runtime) -> AbstractContextManager[Non
     return distributed.process_group(device, runtime.collective_timeout_minutes)
 
 
-def teacher(spec: Spec, latents: Path, state_root: Path, weights: Path, train_log: Path, runtime: Runtime) -> None:
-    """The teacher's weights: trained here, or read from the user's file and written out as safetensors."""
+def teacher(
+    spec: Spec, latents: Path | None, state_root: Path, weights: Path, train_log: Path, runtime: Runtime
+) -> None:
+    """The teacher's weights: trained here, in closed form, or read from the user's file."""
     config, device = spec.need("teacher"), distributed.device_of(runtime.device)
+    if config.weights is not None:
+        imports.teacher(spec, weights)
+        write_text(train_log, "")
+        return
     initial = load_teacher(config, spec.need("data"), seed=config.training.seed if config.training else 0)
     if config.training is None:
         save_weights(weights, initial.denoiser.state_dict())
         write_text(train_log, "")
-        write_record(weights, spec, iterations=0, origin="file" if config.weights else "closed form")
+        write_record(weights, spec, iterations=0, origin="closed form")
         return
     training = config.training
+    if latents is None:
+        raise UserError("--latents is missing: this teacher is trained on them")
     read = {"latents": content_id(read_manifest(latents, spec.upstream["latents"]))}
     with _group(device, runtime), _store(state_root, spec, runtime, read) as store:
         data = _data(spec, latents, initial, training.batch_size, training.seed, device)
@@ -117,6 +127,7 @@ def teacher(spec: Spec, latents: Path, state_root: Path, weights: Path, train_lo
             layout=runtime.layout,
             device=device,
         )
+        _prepare(runtime, [trainee.network])
         checkpoint = checkpoint_bytes([trainee.network], trainee.network)
         weight = weights_bytes(trainee.network)
         check_room({store.folder: (runtime.keep_checkpoints + 1) * checkpoint, weights.parent: weight})
@@ -171,6 +182,7 @@ def train(
             layout=runtime.layout,
             device=device,
         )
+        _prepare(runtime, [run.generator, run.critic.fake], run.teacher.denoiser)
         _check_room(run, store.folder, out.generator.parent, runtime)
         kernels = implementation(next(run.generator.parameters()))
         log.info("%s: digest %s on %s, losses by the %s kernels", spec.name, spec.digest, device, kernels)
@@ -196,6 +208,14 @@ def train(
             write_record(out.generator, spec, **facts)
             store.clear()
         distributed.barrier()
+
+
+def _prepare(runtime: Runtime, trained: Sequence[Denoiser], frozen: Denoiser | None = None) -> None:
+    """How the networks' blocks run; one that gets no gradient has nothing to recompute."""
+    for network in trained:
+        network.prepare(compile=runtime.compile, activation_checkpointing=runtime.activation_checkpointing)
+    if frozen is not None:
+        frozen.prepare(compile=runtime.compile)
 
 
 def _checksums(

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from dmd2 import config
 from dmd2.denoiser import Codec, Conditioner, Teacher
 from dmd2.errors import UserError
@@ -57,6 +60,13 @@ def load_teacher(
         path = Path(configured.path)
         check_sha256(path, configured.sha256)
     return TEACHERS[teacher.kind](teacher, data, path, seed=seed)
+
+
+def state_of(teacher: config.Teacher, data: config.Data) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of a teacher's weights, without memory for them (meta tensors)."""
+    with torch.device("meta"):
+        built = load_teacher(teacher.model_copy(update={"weights": None}), data)
+    return built.denoiser.state_dict()
 
 
 def _check_kind(kind: str) -> None:

@@ -3,7 +3,8 @@
 An EDM pickle rebuilds its modules by running Python source that it carries. Here every global that the file names
 becomes an inert record of the arguments it was given; a global outside a short list stops the reading. Afterwards the
 records are walked and tensors are built from what they hold. The stream is read by Python's own unpickler, whose memo
-is a dict: the C one allocates whatever a hostile index asks for. A file can still waste time and memory.
+is a dict: the C one allocates whatever a hostile index asks for. What a file makes of memory and time is bounded by its
+size.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
 from dmd2.errors import UserError
+from dmd2.teachers.torch_file import brief, check_old_file
 
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 STORAGE = "torch.storage._load_from_bytes"
@@ -64,8 +65,47 @@ class _Record:
         self.items[key] = value
 
 
+KEYS = (str, int, float, bytes, type(None))
+"""What may be a key: hashing tuples that lie in one another exhausts the stack."""
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    for key in keys:
+        if not isinstance(key, KEYS):
+            raise pickle.UnpicklingError(f"a key of type {type(key).__name__}")
+
+
+def _refuse(reader: Any) -> NoReturn:
+    raise pickle.UnpicklingError("a buffer without data")
+
+
+def _checked(load: Callable[[Any], None], keys: Callable[[list[Any]], list[Any]]) -> Callable[[Any], None]:
+    """An opcode's action after the keys that it takes from the stack were checked."""
+
+    def checked(reader: Any) -> None:
+        _check_keys(keys(reader.stack))
+        load(reader)
+
+    return checked
+
+
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignore]
     """Python's unpickler with every global replaced by a record class of this reading alone."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        **{code[0]: _refuse for code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)},
+        **{
+            code[0]: _checked(pickle._Unpickler.dispatch[code[0]], keys)
+            for code, keys in (
+                (pickle.SETITEM, lambda stack: stack[-2:-1]),
+                (pickle.SETITEMS, lambda stack: stack[::2]),
+                (pickle.DICT, lambda stack: stack[::2]),
+                (pickle.ADDITEMS, lambda stack: stack),
+                (pickle.FROZENSET, lambda stack: stack),
+            )
+        },
+    }
 
     def __init__(self, file: io.BufferedIOBase):
         super().__init__(file)
@@ -97,41 +137,71 @@ def read_edm_pickle(path: Path | str) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             content = _Unpickler(file).load()
-        return _network(content)
+        return _network(content, path.stat().st_size)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # whatever damaged bytes make of the reader
         raise UserError(
-            f"{path}: not a pickle in EDM's format, or truncated ({_brief(error)}); fetch it again"
+            f"{path}: not a pickle in EDM's format, or truncated ({brief(error)}); fetch it again"
         ) from None
 
 
-def _brief(error: Exception) -> str:
-    """The error on one line of bounded length."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def _network(content: Any) -> dict[str, Tensor]:
-    """The state dict of content["ema"]; modules are walked once each, so a file cannot fold them into each other."""
+def _network(content: Any, size: int) -> dict[str, Tensor]:
+    """The state dict of content["ema"] in a file of `size` bytes."""
     if not isinstance(content, dict) or "ema" not in content:
         raise UserError("holds no `ema` network; EDM's published networks and snapshots do")
-    seen: set[int] = set()
-    return dict(_tensors(content["ema"], "", seen))
+    return dict(_Tree(2 * size).tensors(content["ema"], ""))
 
 
-def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a module and the modules in it, in the order of torch's state dict."""
-    if id(module) in seen:
-        raise ValueError(f"module {prefix!r} appears twice")
-    seen.add(id(module))
-    state = _state(module, prefix)
-    for kind in ("_parameters", "_buffers"):
-        for name, value in _mapping(state.get(kind, {})).items():
+class _Tree:
+    """A walk over the modules of a network, each once, that makes at most `limit` bytes of tensors.
+
+    So a file can neither fold its modules into each other nor multiply a storage by naming it often.
+    """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._seen: set[int] = set()
+        self._storages: dict[int, Tensor] = {}
+
+    def tensors(self, module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of a module and the modules in it, in the order of torch's state dict."""
+        if id(module) in self._seen:
+            raise ValueError(f"module {prefix!r} appears twice")
+        self._seen.add(id(module))
+        state = _state(module, prefix)
+        for kind in ("_parameters", "_buffers"):
+            for name, value in _mapping(state.get(kind, {})).items():
+                if value is not None:
+                    yield prefix + name, self._tensor(value, prefix + name)
+        for name, value in _mapping(state.get("_modules", {})).items():
             if value is not None:
-                yield prefix + name, _tensor(value, prefix + name)
-    for name, value in _mapping(state.get("_modules", {})).items():
-        if value is not None:
-            yield from _tensors(value, f"{prefix}{name}.", seen)
+                yield from self.tensors(value, f"{prefix}{name}.")
+
+    def _tensor(self, value: Any, name: str) -> Tensor:
+        """The tensor that a record of torch's rebuilding calls describes, checked against its storage."""
+        if isinstance(value, _Record) and value.name == PARAMETER:
+            value = value.args[0]
+        if not isinstance(value, _Record) or value.name != TENSOR:
+            raise ValueError(f"{name!r} is not a tensor")
+        storage, offset, size, stride = value.args[:4]
+        used = id(storage) in self._storages
+        if not used:
+            self._storages[id(storage)] = _flat(storage, name)
+            self._take(self._storages[id(storage)].nbytes)
+        flat = self._storages[id(storage)]
+        if math.prod(size) > len(flat):
+            raise ValueError(f"{name!r} of shape {tuple(size)} exceeds its {len(flat)} stored values")
+        view = flat.as_strided(size, stride, offset)
+        if not used and view.is_contiguous() and len(flat) == view.numel():
+            return view
+        self._take(view.nbytes)
+        return view.clone(memory_format=torch.contiguous_format)
+
+    def _take(self, num_bytes: int) -> None:
+        self._limit -= num_bytes
+        if self._limit < 0:
+            raise ValueError("its tensors are larger than the file")
 
 
 def _state(module: Any, prefix: str) -> Mapping[Any, Any]:
@@ -151,29 +221,17 @@ def _mapping(value: Any) -> Mapping[Any, Any]:
     return value
 
 
-def _tensor(value: Any, name: str) -> Tensor:
-    """The tensor that a record of torch's rebuilding calls describes, checked against its storage."""
-    if isinstance(value, _Record) and value.name == PARAMETER:
-        value = value.args[0]
-    if not isinstance(value, _Record) or value.name != TENSOR:
-        raise ValueError(f"{name!r} is not a tensor")
-    storage, offset, size, stride = value.args[:4]
-    flat = _flat(storage, name)
-    if math.prod(size) > len(flat):
-        raise ValueError(f"{name!r} of shape {tuple(size)} exceeds its {len(flat)} stored values")
-    return flat.as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
-
-
 def _flat(storage: Any, name: str) -> Tensor:
     """All values of a stored buffer, read by torch's own restricted loader."""
     if not isinstance(storage, _Record) or storage.name != STORAGE:
         raise ValueError(f"{name!r} has no storage")
+    content = io.BytesIO(storage.args[0])
     try:
-        loaded = torch.load(io.BytesIO(storage.args[0]), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # its message advises to load without the restriction
-        blocked = re.search(r"GLOBAL (\S+)", str(error))
-        cause = f"blocked global {blocked[1]!r}" if blocked else "no plain values"
-        raise UserError(f"{cause} in the storage of {name!r}; get the file from its publisher") from None
+        check_old_file(content)
+    except UserError as error:
+        raise UserError(f"{error} (in the storage of {name!r})") from None
+    content.seek(0)
+    loaded = torch.load(content, map_location="cpu", weights_only=True)
     if not isinstance(loaded, torch.storage.TypedStorage):
         raise ValueError(f"the storage of {name!r} is {type(loaded).__name__}")
     return torch.tensor([], dtype=loaded.dtype).set_(loaded)

@@ -7,21 +7,23 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dmd2 import records
 from dmd2.errors import UserError
 from dmd2.teachers.safe_pickle import read_edm_pickle
+from dmd2.teachers.torch_file import read_torch_file
 
 SHOWN = 3  # names in an error
+READERS = {".pkl": read_edm_pickle, ".bin": read_torch_file, ".pt": read_torch_file, ".pth": read_torch_file}
 
 
 def load_weights(module: nn.Module, path: Path | str) -> None:
     """Copies a weight file into `module`, in the module's dtypes.
 
-    `.safetensors` holds a state dict; `.pkl` is EDM's own format, of which nothing is executed. Raises UserError naming
-    the file if it cannot be read, or if a name or shape differs; the module is then unchanged.
+    See `read_weights`. Raises UserError naming the file if it cannot be read, or if a name or shape differs; the module
+    is then unchanged.
     """
     state = read_weights(path)
     check_state(state, module.state_dict(), str(path))
@@ -29,29 +31,35 @@ def load_weights(module: nn.Module, path: Path | str) -> None:
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """The tensors in a `.safetensors` or EDM `.pkl` file by name."""
+    """The tensors in a file by name: a state dict as `.safetensors` or torch's `.bin`, `.pt`, `.pth`, or EDM's `.pkl`.
+
+    Nothing in the file is executed. Raises UserError naming it if it cannot be read.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weight file; put it there or correct the configured path")
-    if path.suffix == ".pkl":
-        return read_edm_pickle(path)
+    if path.suffix in READERS:
+        return READERS[path.suffix](path)
     if path.suffix != ".safetensors":
-        raise UserError(f"{path}: unknown kind of weight file; use .safetensors, or EDM's .pkl")
+        raise UserError(f"{path}: unknown kind of weight file; use .safetensors, torch's .bin, or EDM's .pkl")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); fetch or export it again") from None
 
 
-def import_edm(pickle_path: Path | str, out: Path | str, expected: Mapping[str, Tensor]) -> None:
-    """Writes the network of an EDM pickle as safetensors, after comparing it with the state dict `expected`.
+def read_network(path: Path | str, expected: Mapping[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a weight file that make up the state dict `expected`, in its order and dtypes.
 
-    `expected` may hold meta tensors. Raises UserError if a name or shape differs; nothing is then written.
+    `expected` may hold meta tensors. With a `prefix` the file holds several networks, and the one whose names begin so
+    is meant. Raises UserError if a name or shape differs, or if a value is not finite.
     """
-    state = read_edm_pickle(pickle_path)
-    check_state(state, expected, str(pickle_path))
-    with records.atomic(out) as temporary:
-        save_file(state, temporary)
+    state = {k.removeprefix(prefix): v for k, v in read_weights(path).items() if k.startswith(prefix)}
+    check_state(state, expected, f"{path}: {prefix}*" if prefix else str(path))
+    bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise UserError(f"{path}: {_few('holding NaN or infinity', bad)}; fetch it again")
+    return {name: state[name].to(want.dtype) for name, want in expected.items()}
 
 
 def check_sha256(path: Path | str, wanted: str | None) -> None:

@@ -231,7 +231,8 @@ def test_many_wrong_names_are_counted_and_the_first_told(tmp_path: Path):
     [
         ("w.safetensors", b"\x10\x00", "not a readable safetensors file"),
         ("w.safetensors", b"", "not a readable safetensors file"),
-        ("w.bin", b"", "unknown kind of weight file"),
+        ("w.npz", b"", "unknown kind of weight file"),
+        ("w.bin", b"", "not a state dict of torch.save, or truncated"),
         ("w.pkl", b"", "not a pickle in EDM's format, or truncated"),
         (None, b"", "no such weight file"),
     ],

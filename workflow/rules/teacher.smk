@@ -3,7 +3,14 @@
 
 rule teacher:
     input:
-        latents=rules.latents.output.manifest,
+        latents=rules.latents.output.manifest if PRESET.teacher.training else [],
+        source=ancient(
+            supplied(
+                PRESET.teacher.weights and PRESET.teacher.weights.path,
+                "teacher.weights.path",
+                f"{RESULTS}/teacher/teacher.safetensors",
+            )
+        ),
     output:
         weights=f"{RESULTS}/teacher/teacher.safetensors",
         record=f"{RESULTS}/teacher/teacher.json",
@@ -13,13 +20,16 @@ rule teacher:
     conda:
         "../../environment.yml"
     resources:
-        gpu=PRESET.gpus,
+        gpu=PRESET.gpus if PRESET.teacher.training else 0,
         state="state",
     params:
         spec=spec("teacher"),
+        latents=lambda wildcards, input: (
+            f"--latents {input.latents}" if input.latents else ""
+        ),
     shell:
         "launch.sh {resources.gpu} --log {log} --threads {threads} teacher --spec {params.spec:q}"
-        " --latents {input.latents} --state {resources.state} --weights {output.weights} --train-log {output.train_log}"
+        " {params.latents} --state {resources.state} --weights {output.weights} --train-log {output.train_log}"
 
 
 rule pairs:

@@ -1,4 +1,4 @@
-# One student per run. Checkpoints are no output: they lie in the state folder, named by the spec's digest, so that
+# One student per run, trained here or imported. Checkpoints are no output: they lie in the state folder, named by the spec's digest, so that
 # neither a failed job nor Snakemake removes them, and a changed configuration never finds them.
 
 
@@ -16,6 +16,8 @@ rule train:
         train_log=f"{RESULTS}/{{run}}/train_log.jsonl",
     log:
         f"{LOGS}/train/{{run}}.log",
+    wildcard_constraints:
+        run=one_of(run for run in RUNS if run not in IMPORTED),
     priority: 10
     conda:
         "../../environment.yml"
@@ -31,3 +33,38 @@ rule train:
         " --teacher {input.teacher} --latents {input.latents} {params.pairs} {params.start}"
         " --state {resources.state} --generator {output.generator} --networks {output.networks}"
         " --snapshots {output.snapshots} --train-log {output.train_log}"
+
+
+rule import_student:
+    input:
+        source=ancient(released),
+    output:
+        generator=f"{RESULTS}/{{run}}/generator.safetensors",
+        record=f"{RESULTS}/{{run}}/generator.json",
+    log:
+        f"{LOGS}/import/{{run}}.log",
+    wildcard_constraints:
+        run=one_of(IMPORTED),
+    conda:
+        "../../environment.yml"
+    params:
+        spec=lambda wildcards: or_stop(PLAN.train, wildcards.run).to_json(),
+    shell:
+        "launch.sh 0 --log {log} import-student --spec {params.spec:q} --generator {output.generator}"
+
+
+rule import_networks:
+    input:
+        source=ancient(released),
+    output:
+        networks=f"{RESULTS}/{{run}}/networks.safetensors",
+    log:
+        f"{LOGS}/import/{{run}}-networks.log",
+    wildcard_constraints:
+        run=one_of(IMPORTED),
+    conda:
+        "../../environment.yml"
+    params:
+        spec=lambda wildcards: or_stop(PLAN.train, wildcards.run).to_json(),
+    shell:
+        "launch.sh 0 --log {log} import-student --spec {params.spec:q} --networks {output.networks}"
