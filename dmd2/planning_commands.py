@@ -1,0 +1,78 @@
+"""Commands that plan before anything is queued: `dmd2 cost` and `dmd2 plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from dmd2.errors import UserError
+from dmd2.plan import Plan
+from dmd2.presets import read_yaml
+
+WORKFLOW = Path(__file__).parent.parent / "workflow"
+
+PresetOption = Annotated[str, typer.Option(help="a file of workflow/presets")]
+WorkflowOption = Annotated[Path, typer.Option(help="folder with presets, runs and tables")]
+OverOption = Annotated[Path | None, typer.Option("--configfile", help="YAML over the preset, as for Snakemake")]
+Layout = Literal["replicate", "shard"]
+JsonOption = Annotated[bool, typer.Option("--json", help="for programs instead of readers")]
+
+
+def _plan(workflow: Path, preset: str, configfile: Path | None) -> Plan:
+    over = read_yaml(configfile) if configfile else {}
+    return Plan(workflow, preset, {key: value for key, value in over.items() if key != "preset"})
+
+
+def _tell(report: dict[str, Any], text: str, as_json: bool) -> None:
+    typer.echo(json.dumps(report, indent=1) if as_json else text)
+
+
+def cost(
+    preset: PresetOption = "imagenet64",
+    run: Annotated[list[str] | None, typer.Option(help="repeatable; dmd2 by default")] = None,
+    workflow: WorkflowOption = WORKFLOW,
+    configfile: OverOption = None,
+    as_json: Layout = Literal["replicate", "shard"]
+JsonOption = False,
+) -> None:
+    """Count what a training step costs an image, by part, on the step itself without its memory."""
+    from dmd2.stages import planning, planning_text
+
+    report = planning.cost(_plan(workflow, preset, configfile), run or ["dmd2"])
+    _tell(report, planning_text.cost(report), as_json)
+
+
+def plan(
+    table: Annotated[list[str], typer.Argument(help="table1, table3, ...")],
+    preset: PresetOption = "imagenet64",
+    gpu: Annotated[str, typer.Option(help="kind of GPU, such as a100-80gb")] = "h100-80gb",
+    gpus: Annotated[int | None, typer.Option(min=1, help="of a training job; the preset's by default")] = None,
+    layout: Annotated[Layout | None, typer.Option(help="of networks on several GPUs; the preset's by default")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s that a GPU sustains in bf16")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="samples passed at a time, not as many as fit")] = None,
+    workflow: WorkflowOption = WORKFLOW,
+    configfile: OverOption = None,
+    as_json: Layout = Literal["replicate", "shard"]
+JsonOption = False,
+) -> None:
+    """Tell what tables take: jobs, GPU-hours of each row, memory of a rank, disk, and what must be supplied."""
+    from dmd2.stages import planning, planning_text
+
+    found = _plan(workflow, preset, configfile)
+    gpus, layout = gpus or found.preset.gpus or 1, layout or found.preset.runtime.layout
+    report = planning.tables(found, table, planning.Machines(gpu, gpus, layout, tflops, micro_batch))
+    _tell(report, planning_text.tables(report), as_json)
+    if cramped := [run for run, memory in report["memory"].items() if not memory["fits"]]:
+        raise UserError(f"{', '.join(cramped)}: more memory than a {gpu} has; {_remedy(report, cramped, layout, gpus)}")
+
+
+def _remedy(report: dict[str, Any], cramped: list[str], layout: str, gpus: int) -> str:
+    largest = min(report["memory"][run]["largest_micro_batch"] for run in cramped)
+    if largest:
+        return f"set runtime.micro_batch_size to at most {largest}"
+    if layout == "replicate":
+        return f"use --layout shard{'' if gpus > 1 else ' with several --gpus'}, or a larger --gpu"
+    return "use more --gpus, or a larger --gpu"
