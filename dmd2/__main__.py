@@ -52,7 +52,8 @@ def settings(
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported, by the stage
+        share = max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of this machine's processes
+        os.environ["OMP_NUM_THREADS"] = str(share)  # read when torch is imported, by the stage
 
 
 @app.command()
@@ -298,6 +299,8 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}disk full ({error.strerror}); free space and run the same command: finished work is kept", 2)
     except Interrupted as stop:
+        if os.environ.get("RANK", "0") != "0":  # the first tells it for all
+            sys.exit(stop.status)
         _fail(str(stop), stop.status)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
