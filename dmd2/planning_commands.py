@@ -35,8 +35,7 @@ def cost(
     run: Annotated[list[str] | None, typer.Option(help="repeatable; dmd2 by default")] = None,
     workflow: WorkflowOption = WORKFLOW,
     configfile: OverOption = None,
-    as_json: Layout = Literal["replicate", "shard"]
-JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Count what a training step costs an image, by part, on the step itself without its memory."""
     from dmd2.stages import planning, planning_text
@@ -55,8 +54,7 @@ def plan(
     micro_batch: Annotated[int | None, typer.Option(min=1, help="samples passed at a time, not as many as fit")] = None,
     workflow: WorkflowOption = WORKFLOW,
     configfile: OverOption = None,
-    as_json: Layout = Literal["replicate", "shard"]
-JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Tell what tables take: jobs, GPU-hours of each row, memory of a rank, disk, and what must be supplied."""
     from dmd2.stages import planning, planning_text
