@@ -21,7 +21,8 @@ from dmd2.errors import UserError
 TIMEOUT_S = (15, 60)
 """To connect, and between two pieces."""
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
-CHUNK = 2**20
+CHUNK = 2**16
+"""Bytes of a piece; when a connection breaks the piece that was on its way is lost."""
 
 
 class Refused(Exception):
@@ -188,6 +189,8 @@ def _version(answer: requests.Response) -> str | None:
     return tag if tag.startswith('"') else answer.headers.get("Last-Modified")
 
 
-def _brief(error: Exception) -> str:
-    """The error on one line of bounded length."""
+def _brief(error: BaseException) -> str:
+    """What is at the bottom of the error, on one line of bounded length."""
+    while error.__context__ is not None:
+        error = error.__context__
     return " ".join(str(error).split())[:200]
