@@ -108,6 +108,15 @@ def released(wildcards):
     return supplied(path, f"run {wildcards.run}: weights", output)
 
 
+def perceptual(wildcards):
+    """What a run with LPIPS waits for: the network behind it."""
+    weights = or_stop(PLAN.run, wildcards.run).train.vgg_weights
+    output = f"{RESULTS}/{wildcards.run}/generator.safetensors"
+    return supplied(
+        weights and weights.path, f"run {wildcards.run}: train.vgg_weights", output
+    )
+
+
 def one_of(names):
     """A wildcard's pattern: one of the names, or nothing at all."""
     return "|".join(names) or "(?!)"

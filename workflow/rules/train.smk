@@ -8,6 +8,7 @@ rule train:
         latents=rules.latents.output.manifest,
         pairs=pairs_of,
         start=start_of,
+        perceptual=ancient(perceptual),
     output:
         generator=f"{RESULTS}/{{run}}/generator.safetensors",
         record=f"{RESULTS}/{{run}}/generator.json",
