@@ -1,0 +1,88 @@
+"""Two ranks under the launcher: what is killed, stopped or interrupted ends in time, and goes on where it was."""
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+from launched import ITERATIONS, Job, ended, ranks_of
+from safetensors.numpy import load
+
+LOST = r"error: rank 0 of 2, in [\w ]+: another rank ended or was silent for longer than runtime\.collective_timeout"
+
+
+def test_killed_rank_ends_the_job_and_the_next_start_ends_like_an_uninterrupted_run(
+    inputs: Path, straight: Job, tmp_path: Path
+):
+    job, chance = Job(inputs, tmp_path), random.Random(7)
+    process = job.start()
+    job.wait_for(chance.randrange(15, 40), process)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    start = time.monotonic()
+    status, told = ended(process)
+    assert status == 128 + signal.SIGKILL, told
+    assert time.monotonic() - start < 40
+    assert "error: rank 1 was ended by SIGKILL" in told
+    assert re.search(LOST, told), told
+    assert "Traceback" not in told
+    saved = job.saved()
+    assert saved >= 7
+    status, told = ended(job.start())
+    assert status == 0, told
+    assert f"{'dmd2'}: resuming after iteration {saved} of {ITERATIONS}" in told
+    for name in ("networks", "generator"):
+        assert job.result(name) == straight.result(name), f"{name} differs"
+
+
+def test_hung_rank_ends_the_job_within_the_time_limit(inputs: Path, tmp_path: Path):
+    job = Job(inputs, tmp_path)
+    process = job.start(collective_timeout_minutes=0.1)
+    job.wait_for(8, process)
+    hung = ranks_of(process)[1]
+    os.kill(hung, signal.SIGSTOP)
+    start = time.monotonic()
+    status, told = ended(process, 100)
+    assert status == 2, told
+    assert time.monotonic() - start < 60, "6 s to notice, 10 s of grace, and a busy machine"
+    assert re.search(LOST, told), told
+    assert "Timed out" in told
+    assert "error: rank 1 did not end within 10 s and is killed" in told
+    assert "Traceback" not in told
+
+
+def test_interrupted_ranks_save_and_one_process_goes_on_with_their_parts(inputs: Path, straight: Job, tmp_path: Path):
+    job = Job(inputs, tmp_path)
+    process = job.start(layout="shard")
+    job.wait_for(20, process)
+    process.send_signal(signal.SIGTERM)
+    status, told = ended(process)
+    assert status == 143, told
+    stopped = re.findall(r"error: SIGTERM: saved after iteration (\d+); run the same command to go on", told)
+    assert stopped == [str(job.saved())], told
+    assert job.saved() == job.rows()[-1]["step"], "nothing that was done is lost"
+
+    status, told = ended(job.start(gpus=1, micro_batch_size=4))
+    assert status == 0, told
+    assert f"resuming after iteration {stopped[0]} of {ITERATIONS}" in told
+    log = [json.loads(line) for line in (job.folder / "out/train_log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(1, ITERATIONS + 1)), "no iteration is lost or made twice"
+    # The same parts of the same batches: one process differs from two by rounding, which 60 updates let grow.
+    ours, theirs = load(job.result("generator")), load(straight.result("generator"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert abs(value - theirs[name]).max() < 5e-3, name
+
+
+def test_two_launchers_as_on_two_machines_train_what_one_trains(inputs: Path, straight: Job, tmp_path: Path):
+    from forked import free_port
+
+    job = Job(inputs, tmp_path)
+    common = {"DMD2_NODES": "2", "DMD2_MASTER_ADDR": "127.0.0.1", "DMD2_MASTER_PORT": str(free_port())}
+    machines = [job.start(1, {**common, "DMD2_NODE": str(node), "GLOO_SOCKET_IFNAME": "lo"}) for node in range(2)]
+    for machine in machines:
+        status, told = ended(machine)
+        assert status == 0, told
+    assert job.result("networks") == straight.result("networks")
