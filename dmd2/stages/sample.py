@@ -14,7 +14,6 @@ from dmd2 import distributed, sampling
 from dmd2.config import Runtime, Sampler
 from dmd2.datasets import write_shards
 from dmd2.denoiser import Teacher, move
-from dmd2.errors import UserError
 from dmd2.metrics.images import Images, Labels
 from dmd2.noise import SampleNoise
 from dmd2.progress import Counter
@@ -27,14 +26,9 @@ SHARD = 4096
 
 
 def open_model(spec: Spec, weights: Path, sampler: Sampler, device: device) -> Teacher:
-    """The model behind an entry, which computes in the sampler's precision. Raises UserError if it cannot."""
+    """The model behind an entry, whose network computes in the sampler's precision."""
     model = open_teacher(spec, weights, upstream="model").to(device)
-    denoiser: Any = model.denoiser
-    if hasattr(denoiser, "precision"):
-        denoiser.precision = sampler.precision
-    elif sampler.precision != "fp32":
-        kind = spec.need("teacher").kind
-        raise UserError(f"samplers: precision {sampler.precision}: teacher.kind {kind} computes in fp32 alone; use it")
+    model.denoiser.precision = sampler.precision
     return model
 
 
