@@ -2,96 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from dmd2 import distributed, sharding
 from dmd2.checkpoint import CheckpointStore, save_weights
 from dmd2.config import Runtime, Train
-from dmd2.datasets.loader import Loader, to_batch, to_pairs
 from dmd2.datasets.shards import content_id, read_manifest
-from dmd2.denoiser import Cond, Denoiser, Teacher
+from dmd2.denoiser import Denoiser
 from dmd2.errors import UserError
 from dmd2.fitting import fit, log
 from dmd2.metrics.perceptual import load_lpips
-from dmd2.records import atomic, read_record, sha256, write_json, write_record, write_text
+from dmd2.records import atomic, write_json, write_record, write_text
 from dmd2.spec import Spec
 from dmd2.stages import imports
-from dmd2.stages.room import check_room, checkpoint_bytes, weights_bytes
+from dmd2.stages.batches import data_batches, pair_batches
+from dmd2.stages.state import check_students_room, check_teachers_room, checksums, state_store
 from dmd2.stages.weights import open_teacher, open_weights
 from dmd2.teacher_training import TeacherFit
 from dmd2.teachers import load_teacher
-from dmd2.training import Batches, Distance, Distillation, Pairs
+from dmd2.training import Distance, Distillation
 from dmd2_kernels import implementation
 
 COLLAPSE = 0.15
 """Mean nearest-neighbour over mean pair distance in a batch below which the log warns of a collapse."""
-
-
-def _data(spec: Spec, manifest: Path, teacher: Teacher, batch_size: int, seed: int, device: torch.device) -> Batches:
-    loader = _loader(spec, "latents", manifest, batch_size, seed)
-
-    def batch(index: int) -> tuple[Tensor, Cond]:
-        x0, cond = to_batch(loader.batch(index), teacher.codec)
-        return _staged(x0, device), {name: _staged(value, device) for name, value in cond.items()}
-
-    return batch
-
-
-def _pairs(spec: Spec, manifest: Path | None, batch_size: int, seed: int, device: torch.device) -> Pairs | None:
-    if manifest is None:
-        return None
-    loader = _loader(spec, "pairs", manifest, batch_size, seed + 1)
-
-    def batch(index: int) -> tuple[Tensor, Tensor, Cond]:
-        noise, x0, cond = to_pairs(loader.batch(index))
-        staged = {name: _staged(value, device) for name, value in cond.items()}
-        return _staged(noise, device), _staged(x0, device), staged
-
-    return batch
-
-
-def _loader(spec: Spec, upstream: str, manifest: Path, batch_size: int, seed: int) -> Loader:
-    """This rank's batches of a set."""
-    return Loader(
-        manifest,
-        batch_size=distributed.local_share(batch_size),
-        seed=seed,
-        rank=distributed.rank(),
-        world=distributed.world_size(),
-        digest=spec.upstream[upstream],
-    )
-
-
-def _staged(value: Tensor, device: torch.device) -> Tensor:
-    """The tensor where a GPU can fetch it without the host waiting."""
-    return value.pin_memory() if device.type == "cuda" else value
-
-
-def _store(root: Path, spec: Spec, runtime: Runtime, read: Mapping[str, str]) -> CheckpointStore:
-    """The state folder of a training: named by its spec and by checksums of what it `read`s.
-
-    A spec says how its inputs are made; the checksums say what they are. Where an input's content changes under the
-    same spec (images were added to a data set's folder) the training starts anew, in another folder.
-    """
-    text = json.dumps([spec.digest, dict(read)], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return CheckpointStore(
-        root / f"{spec.name}-{digest}",
-        digest,
-        keep=runtime.keep_checkpoints,
-        warn=log,
-        in_background=runtime.async_checkpoints,
-        patience_minutes=runtime.collective_timeout_minutes,
-    )
 
 
 def _group(device: torch.device, runtime: Runtime) -> AbstractContextManager[None]:
@@ -117,8 +55,8 @@ def teacher(
     if latents is None:
         raise UserError("--latents is missing: this teacher is trained on them")
     read = {"latents": content_id(read_manifest(latents, spec.upstream["latents"]))}
-    with _group(device, runtime), _store(state_root, spec, runtime, read) as store:
-        data = _data(spec, latents, initial, training.batch_size, training.seed, device)
+    with _group(device, runtime), state_store(state_root, spec, runtime, read) as store:
+        data = data_batches(spec, latents, initial, training.batch_size, training.seed, device)
         trainee = TeacherFit(
             initial,
             training,
@@ -127,10 +65,8 @@ def teacher(
             layout=runtime.layout,
             device=device,
         )
-        _prepare(runtime, [trainee.network])
-        checkpoint = checkpoint_bytes([trainee.network], trainee.network)
-        weight = weights_bytes(trainee.network)
-        check_room({store.folder: (runtime.keep_checkpoints + 1) * checkpoint, weights.parent: weight})
+        _prepare(runtime, trainee.network)
+        check_teachers_room(trainee, store.folder, weights.parent, runtime)
         took = fit(trainee, training.iterations, store, runtime, title="teacher")
         trained = sharding.gather(trainee.export())
         if distributed.rank() == 0:
@@ -169,21 +105,21 @@ def train(
     """One student: generator, networks to go on from, snapshots with their manifest, and the log."""
     config, device = spec.need("train"), distributed.device_of(runtime.device)
     frozen, distance = open_teacher(spec, teacher_weights), _regression_distance(config, device)
-    read = _checksums(spec, teacher_weights, latents, pairs, start)
-    with _group(device, runtime), _store(state_root, spec, runtime, read) as store:
+    read = checksums(spec, teacher_weights, latents, pairs, start)
+    with _group(device, runtime), state_store(state_root, spec, runtime, read) as store:
         run = Distillation(
             frozen,
             config,
-            data=_data(spec, latents, frozen, config.batch_size, config.seed, device),
-            pairs=_pairs(spec, pairs, config.batch_size, config.seed, device),
+            data=data_batches(spec, latents, frozen, config.batch_size, config.seed, device),
+            pairs=pair_batches(spec, pairs, config.batch_size, config.seed, device) if pairs is not None else None,
             regression_distance=distance,
             start=open_weights(start, spec.upstream["start"]) if start is not None else None,
             micro_batch_size=runtime.micro_batch_size,
             layout=runtime.layout,
             device=device,
         )
-        _prepare(runtime, [run.generator, run.critic.fake], run.teacher.denoiser)
-        _check_room(run, store.folder, out.generator.parent, runtime)
+        _prepare(runtime, run.generator, run.critic.fake, run.teacher.denoiser)
+        check_students_room(run, store.folder, out.generator.parent, runtime)
         kernels = implementation(next(run.generator.parameters()))
         log.info("%s: digest %s on %s, losses by the %s kernels", spec.name, spec.digest, device, kernels)
         steps = config.snapshot_steps()
@@ -210,44 +146,10 @@ def train(
         distributed.barrier()
 
 
-def _prepare(runtime: Runtime, trained: Sequence[Denoiser], frozen: Denoiser | None = None) -> None:
-    """How the networks' blocks run; one that gets no gradient has nothing to recompute."""
-    for network in trained:
+def _prepare(runtime: Runtime, *networks: Denoiser) -> None:
+    """How the networks' blocks run; a frozen one recomputes where a gradient on images passes through it."""
+    for network in networks:
         network.prepare(compile=runtime.compile, activation_checkpointing=runtime.activation_checkpointing)
-    if frozen is not None:
-        frozen.prepare(compile=runtime.compile)
-
-
-def _checksums(
-    spec: Spec, teacher_weights: Path, latents: Path, pairs: Path | None, start: Path | None
-) -> dict[str, str]:
-    """What a student's training reads, by checksum."""
-    read = {
-        "teacher": _recorded(teacher_weights),
-        "latents": content_id(read_manifest(latents, spec.upstream["latents"])),
-    }
-    if pairs is not None:
-        read["pairs"] = content_id(read_manifest(pairs, spec.upstream["pairs"]))
-    if start is not None:
-        read["start"] = _recorded(start)
-    train: Train = spec.need("train")
-    if train.vgg_weights is not None and train.regression_weight > 0 and train.regression_loss == "lpips":
-        read["vgg"] = train.vgg_weights.sha256 or sha256(train.vgg_weights.path)
-    return read
-
-
-def _recorded(weights: Path) -> str:
-    """The SHA-256 in a weight file's record, which who opens the file compares."""
-    return str(read_record(weights, verify=False)["sha256"])
-
-
-def _check_room(run: Distillation, state: Path, out: Path, runtime: Runtime) -> None:
-    """Raises UserError if checkpoints, snapshots and results do not fit on their disks."""
-    networks = [run.generator, run.critic]
-    checkpoint = checkpoint_bytes(networks, run.generator if run.train.ema_decay else None)
-    snapshots = run.train.num_snapshots * weights_bytes(run.generator)
-    results = weights_bytes(run.generator) + sum(map(weights_bytes, networks))
-    check_room({state: (runtime.keep_checkpoints + 1) * checkpoint + snapshots, out: results + snapshots})
 
 
 def _regression_distance(config: Train, device: torch.device) -> Distance:

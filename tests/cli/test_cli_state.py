@@ -138,7 +138,7 @@ def test_a_disk_too_small_stops_a_training_before_its_first_iteration(
 
 def test_room_that_is_asked_for_covers_what_a_training_wrote(training: Training, monkeypatch: pytest.MonkeyPatch):
     asked: list[dict[Path, int]] = []
-    monkeypatch.setattr("dmd2.stages.train.check_room", asked.append)
+    monkeypatch.setattr("dmd2.stages.state.check_room", asked.append)
     assert training.run(monkeypatch, stop_at=3) == 2
     ((state, needed), (out, results)) = asked[0].items()
     checkpoints = len(list(state.glob("step-*.json")))

@@ -1,0 +1,56 @@
+"""The batches that a training asks for: a rank's share of latents and pairs, from the tars of their sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dmd2 import distributed
+from dmd2.datasets.loader import Loader, to_batch, to_pairs
+from dmd2.denoiser import Cond, Teacher
+from dmd2.spec import Spec
+from dmd2.training import Batches, Pairs
+
+
+def data_batches(
+    spec: Spec, manifest: Path, teacher: Teacher, batch_size: int, seed: int, device: torch.device
+) -> Batches:
+    """Real samples as x0 of the teacher's space, with their conditions."""
+    loader = _loader(spec, "latents", manifest, batch_size, seed)
+
+    def batch(index: int) -> tuple[Tensor, Cond]:
+        x0, cond = to_batch(loader.batch(index), teacher.codec)
+        return _staged(x0, device), {name: _staged(value, device) for name, value in cond.items()}
+
+    return batch
+
+
+def pair_batches(spec: Spec, manifest: Path, batch_size: int, seed: int, device: torch.device) -> Pairs:
+    """Noise and the teacher's images, in an order of their own."""
+    loader = _loader(spec, "pairs", manifest, batch_size, seed + 1)
+
+    def batch(index: int) -> tuple[Tensor, Tensor, Cond]:
+        noise, x0, cond = to_pairs(loader.batch(index))
+        staged = {name: _staged(value, device) for name, value in cond.items()}
+        return _staged(noise, device), _staged(x0, device), staged
+
+    return batch
+
+
+def _loader(spec: Spec, upstream: str, manifest: Path, batch_size: int, seed: int) -> Loader:
+    """This rank's batches of a set."""
+    return Loader(
+        manifest,
+        batch_size=distributed.local_share(batch_size),
+        seed=seed,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        digest=spec.upstream[upstream],
+    )
+
+
+def _staged(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor where a GPU can fetch it without the host waiting."""
+    return value.pin_memory() if device.type == "cuda" else value
