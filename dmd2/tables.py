@@ -211,7 +211,7 @@ def _sources(table_rows: Sequence[Cells]) -> str:
     notes = dict.fromkeys(row["note"] for row in table_rows if row["source"] == "pending")
     meanings = {
         "measured": "by this project, with the settings in the CSV beside this file",
-        "quoted": "the paper's figure alone; the method is not part of this project",
+        "quoted": "a published figure alone; the method is not part of this project",
         "pending": f"not measured here yet: {'; '.join(notes)}",
     }
     return "\n".join(f"- {source}: {meaning}" for source, meaning in meanings.items() if source in found)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from dmd2.errors import UserError
+from dmd2.plan import Plan
 from dmd2.presets import load_preset
 from dmd2.records import write_json
 from dmd2.tables import check_presets, load_table, needed, read_records, rounded, rows, write_csv, write_markdown
@@ -56,7 +57,9 @@ def record(fid: float, **model: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_every_row_of_the_paper_is_there_in_its_order_with_its_figures(number):
-    found = {row.id: {"method": row.method, "nfe": row.nfe, "paper": row.paper} for row in load(number).rows}
+    found = {
+        row.id: {"method": row.method, "nfe": row.nfe, "paper": row.paper} for row in load(number).rows_of("digits")
+    }
     published = paper_rows(number)
     assert len(published) >= 4
     assert list(found)[: len(published)] == list(published)
@@ -64,14 +67,26 @@ def test_every_row_of_the_paper_is_there_in_its_order_with_its_figures(number):
     assert set(found) - set(published) <= {f"t{number}.floor"}
 
 
-def test_every_run_a_table_names_has_a_file_and_every_sampler_a_preset_entry():
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "workflow" / "presets").glob("*.yaml")))
+def test_every_entry_that_a_table_measures_exists_on_the_preset(preset):
+    plan = Plan(ROOT / "workflow", preset)
     for number in NUMBERS:
-        for entry in needed(load(number), "digits"):
-            if entry == "floor":
-                continue
-            model, sampler = entry.split("/")
-            assert model == "teacher" or (ROOT / "workflow" / "runs" / f"{model}.yaml").is_file()
-            assert sampler in PRESET.samplers
+        for entry in set(needed(load(number), preset)) - {"floor"}:
+            plan.metrics(entry)  # raises for an unknown run or sampler
+
+
+def test_rows_beside_the_papers_claim_none_of_its_figures_but_those_of_released_weights():
+    own = [row for n in NUMBERS for row in load(n).rows if row.only and row.paper]
+    assert own
+    for row in own:
+        assert row.group in ("Released weights", "Best snapshot"), row.id
+        assert row.paper.items() <= _paper_of(row.measure).items(), row.id
+
+
+def _paper_of(measure):
+    """The paper's figures of the run that a row's entry is a released copy or a snapshot of."""
+    run = measure.partition("/")[0].removeprefix("released_")
+    return next(row.paper for n in NUMBERS for row in load(n).rows if row.measure == f"{run}/student" and not row.only)
 
 
 def test_needed_lists_each_entry_once_in_order():
@@ -82,7 +97,7 @@ def test_needed_lists_each_entry_once_in_order():
 
 
 def test_ablation_ticks_are_the_papers():
-    ticks = {row.id: set(row.ticks) for row in load(3).rows}
+    ticks = {row.id: set(row.ticks) for row in load(3).rows_of("digits")}
     assert ticks == {
         "t3.dmd": {"distribution_matching"},
         "t3.noreg": {"distribution_matching", "no_regression"},
@@ -105,7 +120,9 @@ def test_without_records_rows_are_pending_or_quoted_and_nothing_is_measured():
     for number in NUMBERS:
         table = load(number)
         for row, spec in zip(
-            rows(table, dict.fromkeys(needed(table, PRESET.name)), PRESET.name, PRESET.data), table.rows, strict=True
+            rows(table, dict.fromkeys(needed(table, PRESET.name)), PRESET.name, PRESET.data),
+            table.rows_of(PRESET.name),
+            strict=True,
         ):
             assert row["source"] == ("pending" if spec.measure or spec.pending else "quoted")
             assert row["fid"] is None
@@ -154,7 +171,7 @@ def test_csv_reads_back_with_full_precision_and_all_rows(tmp_path: Path):
     with (tmp_path / "table3.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     assert list(found[0]) == table.columns()
-    assert [row["row_id"] for row in found] == [row.id for row in table.rows]
+    assert [row["row_id"] for row in found] == [row.id for row in table.rows_of("digits")]
     assert float(found[4]["fid"]) == 1 / 3
     assert (found[4]["gan"], found[4]["ttur"]) == ("yes", "no")
     assert (found[0]["fid"], found[0]["paper_fid"], found[0]["source"]) == ("", "2.62", "pending")
@@ -239,11 +256,12 @@ OF_OTHERS = "{id: t1.big, group: New, method: Big, nfe: 1, measure: big/student,
 def test_row_of_other_presets_is_neither_needed_nor_shown(tmp_path: Path):
     table = table_with(tmp_path, OF_OTHERS)
     assert "big/student" not in needed(table, "digits")
-    assert needed(table, "imagenet64") == [*needed(table, "digits"), "big/student"]
+    assert needed(table, "imagenet64") == [*needed(load(1), "imagenet64"), "big/student"]
     shown = {
         preset: [row["row_id"] for row in rows(table, {}, preset, PRESET.data)] for preset in ("digits", "cifar10")
     }
-    assert shown["cifar10"] == [*shown["digits"], "t1.big"] == [row.id for row in table.rows]
+    assert shown["cifar10"][-1] == "t1.big"
+    assert shown["digits"] == [row.id for row in table.rows if not row.only]
     write_markdown(table, rows(table, {}, "digits", PRESET.data), tmp_path / "table1.md")
     assert "Big |" not in (tmp_path / "table1.md").read_text()
 
@@ -251,7 +269,7 @@ def test_row_of_other_presets_is_neither_needed_nor_shown(tmp_path: Path):
 def test_row_of_a_preset_that_does_not_exist_is_named(tmp_path: Path):
     table = table_with(tmp_path, OF_OTHERS)
     check_presets(table, ["digits", "imagenet64", "cifar10"], "table1.yaml")
-    with pytest.raises(UserError, match=r"table1\.yaml: row t1\.big: `only`: no preset 'cifar10'; known: digits"):
+    with pytest.raises(UserError, match=r"table1\.yaml: row t1\.dmd2_best: `only`: no preset 'cifar10'; known: digits"):
         check_presets(table, ["digits", "imagenet64"], "table1.yaml")
 
 
