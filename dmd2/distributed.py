@@ -1,7 +1,8 @@
 """Ranks and devices: one process, or several started by `dmd2.launcher`.
 
-A rank that waits for another is never left waiting: a rank that ended is noticed at once, or, by NCCL and for one that
-hangs, after the time limit that `process_group` was given. Either way the waiting one ends with a `UserError`.
+No rank waits for another without end. One that ended is noticed by those that exchange something with its host, at
+once; one that hangs, after the time limit that `process_group` was given. They end with a `UserError`, see `exchange`,
+or, where a GPU waits and not the host, by NCCL's own watchdog.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmd2.errors import UserError
+from dmd2.errors import Interrupted, UserError
 
 LOST_PEER = (dist.DistError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 GLOO = "gloo"
@@ -56,11 +57,17 @@ def process_group(device: torch.device, timeout_minutes: float = 30.0) -> Iterat
         torch.cuda.set_device(device)
     with exchange("joining the other ranks"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    failed = True
     try:
-        with exchange("the end of a stage"):
+        with exchange("a stage"):
             yield
+        failed = False
+    except Interrupted:
+        failed = False
+        raise
     finally:
-        dist.destroy_process_group()
+        if not failed or device.type == "cpu":  # NCCL would wait for a lost rank; its connections end with the process
+            dist.destroy_process_group()
 
 
 @contextmanager

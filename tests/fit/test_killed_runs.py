@@ -70,7 +70,7 @@ def test_run_killed_at_random_steps_equals_the_uninterrupted_one(
         assert process.exitcode == -signal.SIGKILL
         reached = rows(folder)[-1]["step"]
         resumed_from.append(max(int(path.stem[5:]) for path in folder.glob("step-*.json")))
-        assert reached - 4 <= resumed_from[-1], "more than one checkpoint interval was lost"
+        assert reached - 8 < resumed_from[-1], "more was lost than an interval and the checkpoint under way"
     process = start(train, str(folder), str(latents))
     process.join(120)
     assert process.exitcode == 0

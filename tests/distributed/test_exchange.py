@@ -1,0 +1,168 @@
+"""What ranks exchange in a step: gradients in buckets, bad terms, logged means; and how a loss of one is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from forked import join, on_ranks
+from torch import nn
+
+from dmd2 import distributed
+from dmd2.errors import UserError
+from dmd2.gradients import Buckets, _split
+from dmd2.optimization import Descent, FiniteGuard, warmup
+from dmd2.train_log import TrainLog
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Sequential:
+    rng = torch.Generator().manual_seed(0)
+    built = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    for p in built.parameters():
+        p.data = torch.randn(p.shape, generator=rng)
+    # A weight in another memory order, as networks in channels_last have.
+    built[2].weight = nn.Parameter(built[2].weight.data.T.contiguous().T)
+    return built
+
+
+def sample(rank: int) -> torch.Tensor:
+    return torch.randn(6, 4, generator=torch.Generator().manual_seed(10 + rank))
+
+
+def exchanged(rank: int, world: int, port: int, out: Path) -> None:
+    """Gradients by buckets of two sizes, with and without overlap, over two passes; and when buckets left."""
+    join(rank, world, port)
+    found: dict[str, Any] = {}
+    with distributed.process_group(CPU):
+        for size in (1, 200, 10**6):
+            for overlap in (True, False):
+                built = network()
+                buckets = Buckets(list(built.parameters()), size)
+                built(sample(rank)).sum().backward()
+                if overlap:
+                    with buckets.overlapping():
+                        built(sample(rank) + 1).sum().backward()
+                    assert len(buckets._under_way) == len(buckets._buckets), "all left within the backward pass"
+                else:
+                    built(sample(rank) + 1).sum().backward()
+                    assert buckets._under_way == []
+                buckets.finish()
+                grads = {name: p.grad for name, p in built.named_parameters()}
+                storages = {grad.untyped_storage().data_ptr() for grad in grads.values()}
+                assert len(storages) == len(buckets._buckets), "gradients lie in what was exchanged"
+                assert all(p.grad.stride() == p.stride() for p in built.parameters())
+                found[f"{size} {overlap}"] = {name: grad.clone() for name, grad in grads.items()}
+        found["twice"] = second_pass_is_refused(rank)
+        torch.save(found, out / f"{rank}.pt")
+
+
+def second_pass_is_refused(rank: int) -> str:
+    built = network()
+    buckets = Buckets(list(built.parameters()), 1)
+    try:
+        with buckets.overlapping():
+            built(sample(rank)).sum().backward()
+            built(sample(rank)).sum().backward()
+    except RuntimeError as error:
+        buckets.finish()
+        return str(error)
+    return "nothing"
+
+
+def test_gradients_become_means_whatever_the_buckets_and_the_overlap(tmp_path: Path):
+    on_ranks(2, exchanged, tmp_path)
+    wanted = {}
+    built = network()
+    for rank in range(2):
+        for shift in (0, 1):
+            (built(sample(rank) + shift).sum() / 2).backward()
+    wanted = {name: p.grad for name, p in built.named_parameters()}
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert "a second backward pass" in found.pop("twice")
+        assert len(found) == 6
+        for grads in found.values():
+            for name, grad in grads.items():
+                torch.testing.assert_close(grad, wanted[name], rtol=1e-6, atol=1e-6)
+
+
+def test_buckets_hold_every_parameter_once_from_the_last_to_the_first():
+    params = [nn.Parameter(torch.zeros(n)) for n in (10, 20, 30, 1000, 5)]
+    params.append(nn.Parameter(torch.zeros(7, dtype=torch.float64)))
+    buckets = _split(params, 4 * 50)
+    assert [p.numel() for bucket in buckets for p in bucket] == [7, 5, 1000, 30, 20, 10]
+    assert [len(bucket) for bucket in buckets] == [1, 2, 2, 1], "a bucket is closed once it is full, or by a dtype"
+
+
+def watched(rank: int, world: int, port: int, out: Path) -> None:
+    """A loss that is not finite on the second rank alone, in the second of three updates; and logged means."""
+    join(rank, world, port)
+    with distributed.process_group(CPU):
+        built, guard = network(), FiniteGuard(CPU)
+        descent = Descent(built, learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.0, grad_clip=1.0, rate=warmup(0))
+        weights = []
+        for index in range(3):
+            built(sample(rank)).sum().backward()
+            bad = index == 1 and rank == 1
+            terms = {"good_loss": torch.tensor(1.0), "bad_loss": torch.tensor(float("inf") if bad else 1.0)}
+            descent.step(index, guard, terms, "norm")
+            weights.append(built[0].weight.detach().clone())
+        told = ""
+        try:
+            guard.raise_if_tripped()
+        except UserError as error:
+            told = str(error)
+        with TrainLog(out, 0, enabled=rank == 0) as rows:
+            for index in range(2):
+                rows.add({"loss": torch.tensor(float(10 * rank + index))})
+            row = rows.flush(2, {})
+        torch.save({"weights": weights, "told": told, "loss": row["loss"]}, out / f"{rank}.pt")
+
+
+def test_term_that_is_bad_on_one_rank_stops_all_at_the_same_update(tmp_path: Path):
+    on_ranks(2, watched, tmp_path)
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one["told"] == other["told"]
+    assert one["told"].startswith("step 2: bad_loss not finite")
+    for mine, theirs in zip(one["weights"], other["weights"], strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(one["weights"][0], one["weights"][2]), "neither update was made"
+    assert one["loss"] == other["loss"] == (0 + 1 + 10 + 11) / 4, "a row is the mean over the ranks"
+    assert [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [5.5]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"),
+        RuntimeError("[/pytorch/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 6000ms for recv operation"),
+        dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:1\nmore"),
+        dist.DistNetworkError("The client socket has timed out after 60000ms"),
+    ],
+)
+def test_lost_rank_is_one_line_that_says_where_and_what_to_do(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError, match=r"^rank 3 of 8, in the mean of x: another rank ended or was silent") as told:
+        raise_in("the mean of x", error)
+    assert "\n" not in str(told.value)
+    assert str(error).partition("\n")[0] in str(told.value)
+    assert "Run the same command again" in str(told.value)
+
+
+def test_other_errors_pass_an_exchange_as_they_are():
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory$"):
+        raise_in("x", RuntimeError("CUDA out of memory"))
+    with pytest.raises(UserError, match=r"^inner$"):
+        raise_in("x", UserError("inner"))
+
+
+def raise_in(what: str, error: Exception) -> None:
+    with distributed.exchange(what):
+        raise error
