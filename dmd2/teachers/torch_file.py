@@ -82,6 +82,8 @@ def _check_archive(path: Path) -> None:
     """Raises UserError for an archive that holds more than tensors, or that unpacks to more than its size."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
+        if any(Path(entry.filename).name == "constants.pkl" for entry in entries):
+            raise UserError("a TorchScript archive, not a state dict; name the file of a state dict")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise UserError("a compressed archive, which torch.save does not write; get the file from its publisher")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:

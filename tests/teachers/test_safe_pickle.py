@@ -3,18 +3,15 @@
 import builtins
 import os
 import pickle
-import random
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from edm_by_hand import randomised
 from edm_pickles import edm_pickle
+from hostile import Call, watching, with_storage
 from torch import nn
 
 from dmd2 import config
@@ -29,30 +26,15 @@ NETWORK = config.Network(
 )
 TEACHER = config.Teacher(kind="edm", network=NETWORK)
 
-EXECUTION = ("exec", "compile", "os.system", "os.exec", "os.posix_spawn", "os.putenv", "subprocess.Popen", "open")
-watched: list[str] | None = None
-
-
-def audit(event: str, args: tuple[Any, ...]) -> None:
-    """Notes whatever could come of running a file's content, while a test watches."""
-    if watched is not None and event in EXECUTION:
-        watched.append(f"{event} {args[0] if args else ''!r}")
-
-
-sys.addaudithook(audit)
-
 
 @pytest.fixture
 def executed(tmp_path: Path) -> Iterator[list[str]]:
     """What was executed during the test, reading the test's own file aside."""
-    global watched
     path = tmp_path / "warm.pkl"
     path.write_bytes(edm_pickle(nn.Linear(1, 1)))
     read_edm_pickle(path)  # torch's own first-call imports happen here
-    events: list[str] = []
-    watched = events
-    yield events
-    watched = None
+    with watching() as events:
+        yield events
 
 
 def write(folder: Path, content: bytes) -> Path:
@@ -63,16 +45,6 @@ def write(folder: Path, content: bytes) -> Path:
 
 def network(seed: int = 0) -> nn.Module:
     return randomised(load_teacher(TEACHER, DATA).denoiser, seed)
-
-
-class Call:
-    """Pickles as a call of `function`."""
-
-    def __init__(self, function: Any, *args: Any):
-        self.call = function, args
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
@@ -127,14 +99,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
         read_network(path, state_of(TEACHER, DATA))
 
 
-def with_storage(content: bytes) -> bytes:
-    """An EDM pickle whose tensor says that its values are in the nested file `content`."""
-    reduce = lambda storage: (torch.storage._load_from_bytes, (content,))  # noqa: E731
-    with mock.patch.object(torch.storage.TypedStorage, "__reduce__", reduce):
-        return edm_pickle(nn.Linear(1, 1))
-
-
-def hostile(flag: Path) -> dict[str, tuple[bytes, str]]:
+def attacks(flag: Path) -> dict[str, tuple[bytes, str]]:
     """Pickles that would touch `flag` under a plain loader, and what the error must tell."""
     touch = f"touch {flag}"
     code = f"open({str(flag)!r}, 'w')"
@@ -176,10 +141,10 @@ def hostile(flag: Path) -> dict[str, tuple[bytes, str]]:
     return dumped | opcodes
 
 
-@pytest.mark.parametrize("name", list(hostile(Path("flag"))))
+@pytest.mark.parametrize("name", list(attacks(Path("flag"))))
 def test_hostile_pickle_executes_nothing_and_names_what_it_asked_for(name: str, tmp_path: Path, executed: list[str]):
     flag = tmp_path / "flag"
-    content, told = hostile(flag)[name]
+    content, told = attacks(flag)[name]
     path = write(tmp_path, content)
     executed.clear()
     with pytest.raises(UserError) as caught:
@@ -194,7 +159,7 @@ def test_hostile_pickle_executes_nothing_and_names_what_it_asked_for(name: str, 
 def test_hostile_pickles_would_act_under_a_plain_loader(tmp_path: Path):
     flag = tmp_path / "flag"
     for name in ("os.system", "eval", "exec", "protocol 0", "INST", "OBJ"):
-        pickle.loads(hostile(flag)[name][0])
+        pickle.loads(attacks(flag)[name][0])
         assert flag.exists(), name
         flag.unlink()
 
@@ -211,38 +176,3 @@ def test_truncation_at_any_point_is_a_user_error(tmp_path: Path):
     for length in range(0, len(content), 7):
         with pytest.raises(UserError, match=r"truncated|holds no"):
             read_edm_pickle(write(tmp_path, content[:length]))
-
-
-def mutated(content: bytes, rng: random.Random) -> bytes:
-    """Up to four bytes replaced, removed, doubled, or exchanged for an opcode or a hostile global."""
-    data = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(data))
-        kind = rng.randrange(5)
-        if kind == 0:
-            data[at] = rng.randrange(256)
-        elif kind == 1:
-            del data[at : at + rng.randint(1, 9)]
-        elif kind == 2:
-            data[at:at] = data[at : at + rng.randint(1, 20)]
-        elif kind == 3:
-            data[at : at + 1] = rng.choice([b"R", b"b", b"o", b"\x81", b"\x93", b"0", b"2", b"s", b"u", b"e", b"}"])
-        else:
-            data[at:at] = rng.choice([b"cos\nsystem\n", b"cbuiltins\neval\n", b"\x8c\x02os\x8c\x06system\x93"])
-    return bytes(data)
-
-
-def test_mutated_pickles_execute_nothing_and_end_in_tensors_or_a_user_error(tmp_path: Path, executed: list[str]):
-    content, rng, outcomes = edm_pickle(nn.Linear(2, 2)), random.Random(0), {"read": 0, "refused": 0, "blocked": 0}
-    for _ in range(600):
-        path = write(tmp_path, mutated(content, rng))
-        executed.clear()
-        try:
-            state = read_edm_pickle(path)
-        except UserError as error:
-            outcomes["blocked" if "blocked global" in str(error) else "refused"] += 1
-        else:
-            outcomes["read"] += 1
-            assert all(isinstance(value, torch.Tensor) for value in state.values())
-        assert [event for event in executed if str(path) not in event] == []
-    assert min(outcomes.values()) > 20, outcomes
