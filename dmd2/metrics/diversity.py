@@ -30,8 +30,8 @@ class ClassMoments:
         sums = np.zeros((num_classes, features.shape[1]))
         np.add.at(sums, labels, features)
         means = sums / np.maximum(counts, 1)[:, None]
-        squares = np.bincount(labels, ((features - means[labels]) ** 2).sum(axis=1), minlength=num_classes)
-        return cls(counts, means, squares)
+        deviations = ((features - means[labels]) ** 2).sum(axis=1)
+        return cls(counts, means, np.bincount(labels, deviations, minlength=num_classes).astype(np.float64))
 
     def merge(self, other: ClassMoments) -> ClassMoments:
         """The moments of both sets together (pairwise update of Chan, Golub and LeVeque 1983)."""

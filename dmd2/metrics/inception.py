@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ class InceptionExtractor:
     ) -> None:
         self.network = network.to(device).eval()
         self.device, self.batch_size = device, batch_size
-        self._scores = "no_output_bias" in {argument.name for argument in network.forward.schema.arguments}
+        schema: Any = network.forward.schema  # type: ignore[attr-defined]  # of a ScriptMethod
+        self._scores = "no_output_bias" in {argument.name for argument in schema.arguments}
         probe = self.observe(np.zeros((1, 64, 64, 3), np.uint8))
         self.dim = probe.features.shape[1]
         if probe.probabilities is not None and not np.allclose(probe.probabilities.sum(axis=1), 1, atol=1e-3):

@@ -146,4 +146,4 @@ def _moments(
         if progress is not None:
             progress(len(images))
     assert pixels is not None  # there are at least 2 images
-    return features and features.gaussian(), pixels.gaussian()
+    return None if features is None else features.gaussian(), pixels.gaussian()

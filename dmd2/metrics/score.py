@@ -32,7 +32,8 @@ class ScoreSums:
         sums = np.zeros((SPLITS, probabilities.shape[1]))
         np.add.at(sums, split, probabilities)
         counts = np.bincount(split, minlength=SPLITS).astype(np.float64)
-        return cls(counts, sums, np.bincount(split, _negentropy(probabilities), minlength=SPLITS))
+        negentropies = np.bincount(split, _negentropy(probabilities), minlength=SPLITS).astype(np.float64)
+        return cls(counts, sums, negentropies)
 
     def merge(self, other: ScoreSums) -> ScoreSums:
         """The sums of both sets together."""
