@@ -25,6 +25,9 @@ RuntimeOption = Annotated[
     str, typer.Option(envvar="DMD2_RUNTIME", help="how to execute, as JSON or YAML (config.Runtime)")
 ]
 PathOption = Annotated[Path, typer.Option()]
+MirrorOption = Annotated[
+    str | None, typer.Option(envvar="DMD2_MIRROR", help="address asked for MIRROR/NAME before any other")
+]
 OptionalPath = Annotated[Path | None, typer.Option()]
 
 
@@ -61,9 +64,7 @@ def download(
     name: str,
     entry: Annotated[str, typer.Option(help="the file's entry in workflow/downloads.yaml, as JSON or YAML")],
     record: PathOption,
-    mirror: Annotated[
-        str | None, typer.Option(envvar="DMD2_MIRROR", help="address asked for MIRROR/NAME first")
-    ] = None,
+    mirror: MirrorOption = None,
 ) -> None:
     """Check a file from outside, or fetch it."""
     from dmd2.stages import download as stage
@@ -75,11 +76,19 @@ def download(
 def downloads(
     preset: Annotated[str | None, typer.Argument(help="name of a preset; none: every known file")] = None,
     workflow: Annotated[Path, typer.Option(help="the folder with presets, runs and downloads.yaml")] = Path("workflow"),
+    fetch: Annotated[bool, typer.Option("--fetch", help="fetch and check what the preset needs first")] = False,
+    mirror: MirrorOption = None,
 ) -> None:
     """List what a preset needs from outside, and whether it is there."""
     from dmd2.stages import download as stage
 
-    typer.echo(stage.listing(workflow, preset))
+    if fetch and preset is None:
+        raise UserError("--fetch needs the name of a preset")
+    try:
+        if fetch and preset is not None:
+            stage.fetch(workflow, preset, mirror)
+    finally:
+        typer.echo(stage.listing(workflow, preset))
 
 
 @app.command()

@@ -169,10 +169,12 @@ def _identify(path: Path, entry: Download, where: str, remedy: str) -> str:
     digests = {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
     wanted = {kind: value for kind in digests if (value := getattr(entry, kind)) is not None}
     used = {kind: digest for kind, digest in digests.items() if kind == "sha256" or kind in wanted}
+    meter = Progress(f"checking {path.name}", size, unit="B", scale=True)
     with path.open("rb") as file:
         while block := file.read(2**22):
             for digest in used.values():
                 digest.update(block)
+            meter.update(file.tell())
     for kind, value in wanted.items():
         if (found := used[kind].hexdigest()) != value:
             raise UserError(f"{where}its {kind.upper()} is {found}, the published file's {value}; {remedy}")

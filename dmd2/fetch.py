@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import requests
+from filelock import FileLock, Timeout
 
 from dmd2.errors import UserError
 
@@ -64,6 +65,17 @@ class Fetch:
         Raises UserError with what each address said, and at once where the disk has no room.
         """
         self._target.parent.mkdir(parents=True, exist_ok=True)
+        lock = self._target.with_name(f".{self._target.name}.lock")
+        try:
+            with FileLock(lock, timeout=0):
+                try:
+                    return self._first(urls)
+                finally:
+                    lock.unlink(missing_ok=True)
+        except Timeout:
+            raise UserError(f"{self._target} is being fetched by another process; wait for it and run again") from None
+
+    def _first(self, urls: Sequence[str]) -> str:
         problems = []
         for url in urls:
             try:
@@ -77,6 +89,7 @@ class Fetch:
         resumed = self._part.exists()
         while True:
             self._transfer(url)
+            self._part.touch()  # of an empty file nothing arrives
             try:
                 self._accept(self._part)
             except Refused:

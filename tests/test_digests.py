@@ -58,6 +58,7 @@ TABLE: list[tuple[dict[str, Any], set[str]]] = [
     ({"data": {"shard_size": 250}}, set(BEFORE)),
     ({"data": {"image_format": "webp"}}, set(BEFORE)),
     ({"data": {"path": "elsewhere"}}, set()),
+    ({"data": {"max_unreadable": 7}}, set()),
     # The teacher: what it trains and makes; no latents (they follow its kind), no feature statistics.
     ({"teacher": {"training": {"iterations": 1300}}}, TEACHER),
     ({"teacher": {"training": {"seed": 1}}}, TEACHER),
@@ -146,3 +147,11 @@ def test_canonical_string_says_every_default_and_has_no_white_space():
     assert '"grad_clip":10.0' in text
     assert " " not in text
     assert "\n" not in text
+
+
+def test_where_the_data_lies_and_how_much_of_it_may_be_unreadable_is_in_no_parameter():
+    """Snakemake compares the strings: a moved data set would make, and so train, everything again."""
+    plans = [Plan(FOLDER, "digits", {"data": data}) for data in ({}, {"path": "elsewhere", "max_unreadable": 7})]
+    for stage in ("shards", "latents", "features", "reference", "teacher", "pairs"):
+        assert getattr(plans[0], stage).to_json() == getattr(plans[1], stage).to_json()
+    assert plans[0].train("dmd2").to_json() == plans[1].train("dmd2").to_json()

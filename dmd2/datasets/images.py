@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from dmd2.datasets.sources import Source, Unreadable, open_source
 from dmd2.errors import UserError
 from dmd2.spec import Spec
 
+log = logging.getLogger(__name__)
 BATCH = 64
 BEYOND = 100
 """How many unreadable images over the limit are still listed before the rest is left alone."""
@@ -45,7 +47,9 @@ def write_images(
     from them), and before the start when the disk has too little room.
     """
     manifest_path = Path(manifest_path)
+    log.info("shards: listing %s", data.path or data.source)  # a minute for ImageNet's archive
     source = open_source(data)
+    log.info("shards: %d images of %d classes, %d processes", len(source), len(source.classes), workers)
     make = ImageMaker(source, f"image.{data.image_format}")
     check_room(make, manifest_path.parent)
     report = _Unreadable(source, data.max_unreadable, manifest_path.with_name("unreadable.json"))

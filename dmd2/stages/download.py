@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dmd2.config import Run
 from dmd2.downloads import FOLDER, Download, load_catalogue, needed, provide, state
 from dmd2.errors import UserError
 from dmd2.plan import Plan
 from dmd2.presets import parse, read_mapping
+from dmd2.table_spec import FLOOR
+from dmd2.tables import load_table
+from dmd2.tables import needed as needed_entries
 
 
 def download(name: str, entry: str, record: Path, mirror: str | None) -> None:
@@ -22,8 +26,7 @@ def listing(workflow: Path, preset: str | None) -> str:
     catalogue = load_catalogue(workflow / "downloads.yaml")
     paths = {str(FOLDER / name): [entry.what] for name, entry in catalogue.items()}
     if preset is not None:
-        plan = Plan(workflow, preset)
-        paths = needed(plan.preset, [plan.run(file.stem) for file in sorted((workflow / "runs").glob("*.yaml"))])
+        paths = _needed(workflow, preset)
     states = {path: state(path, catalogue) for path in paths}
     width, left = (max(map(len, column), default=0) for column in (states.values(), paths))
     lines = [f"{states[path]:{width}}  {path:{left}}  {', '.join(dict.fromkeys(keys))}" for path, keys in paths.items()]
@@ -33,3 +36,37 @@ def listing(workflow: Path, preset: str | None) -> str:
         if found == "to be supplied"
     ]
     return "\n".join([*lines, *advice]) if lines else f"preset {preset} needs nothing from outside"
+
+
+def fetch(workflow: Path, preset: str, mirror: str | None) -> None:
+    """Fetches and checks what a preset needs, as its jobs would: for machines that have no connection while they run.
+
+    Raises UserError at the end for what could not be had, a line each.
+    """
+    catalogue = load_catalogue(workflow / "downloads.yaml")
+    problems = []
+    for path in map(Path, _needed(workflow, preset)):
+        if path.parent == FOLDER and path.name in catalogue:
+            try:
+                provide(path.name, catalogue[path.name], mirror)
+            except UserError as error:
+                problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _needed(workflow: Path, preset: str) -> dict[str, list[str]]:
+    plan = Plan(workflow, preset)
+    return needed(plan.preset, _runs(plan, workflow))
+
+
+def _runs(plan: Plan, workflow: Path) -> list[Run]:
+    """The runs in the tables of a preset, and those that they start from."""
+    tables = [load_table(path) for path in sorted((workflow / "tables").glob("*.yaml"))]
+    models = [entry.partition("/")[0] for table in tables for entry in needed_entries(table, plan.preset.name)]
+    names = [model for model in dict.fromkeys(models) if model not in ("teacher", FLOOR)]
+    for name in names:  # grows by the parents
+        parent = plan.run(name).train.init_run
+        if parent is not None and parent not in names:
+            names.append(parent)
+    return [plan.run(name) for name in names]

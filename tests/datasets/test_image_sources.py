@@ -156,6 +156,12 @@ def test_trees_that_do_not_fit_the_configuration_are_refused(tree: Path) -> None
         ImageFolder(data_of("image_folder", tree, num_classes=3))
 
 
+def test_a_link_to_nowhere_does_not_vanish(tree: Path) -> None:
+    (tree / "n1" / "x.png").symlink_to(tree / "gone.png")
+    with pytest.raises(UserError, match=r"n1/x.png: cannot be read \(No such file or directory\); mend or remove it"):
+        open_source(data_of("image_folder", tree))
+
+
 def test_a_file_that_is_gone_stops_the_reading_instead_of_counting_as_unreadable(tree: Path) -> None:
     source = open_source(data_of("image_folder", tree))
     (tree / "n1" / "a.PNG").unlink()

@@ -69,6 +69,23 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(data: Data, tmp_path
     assert sorted(counted) == [2, 3, 3, 3, 3, 3, 3]
 
 
+def test_the_command_takes_place_limit_and_processes(data: Data, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from dmd2.__main__ import app
+
+    placeless = data.model_copy(update={"path": None, "max_unreadable": 0})
+    spec, manifest = spec_of(placeless), tmp_path / "out" / "manifest.json"
+    command = ["shards", "--spec", spec.to_json(), "--manifest", str(manifest)]
+    for more, complaint in (([], "data.path is not set"), ([f"--source={data.path}"], "data.max_unreadable is 0")):
+        stopped = CliRunner().invoke(app, [*command, *more])
+        assert isinstance(stopped.exception, UserError)
+        assert complaint in str(stopped.exception)
+    done = CliRunner().invoke(app, [*command, f"--source={data.path}", "--max-unreadable", "1", "--workers", "2"])
+    assert done.exit_code == 0, done.output
+    assert len(ShardReader(manifest, spec.digest)) == 19
+
+
 def test_a_changed_folder_is_written_again_under_the_same_configuration(data: Data, tmp_path: Path) -> None:
     manifest = tmp_path / "out" / "manifest.json"
     write_images(manifest, data, spec_of(data))

@@ -14,7 +14,7 @@ from dmd2.downloads import FOLDER, Download, load_catalogue, needed, provide, re
 from dmd2.errors import UserError
 from dmd2.plan import Plan
 from dmd2.presets import read_yaml
-from dmd2.stages.download import download, listing
+from dmd2.stages.download import download, fetch, listing
 
 WORKFLOW = Path(__file__).parents[2] / "workflow"
 CATALOGUE = load_catalogue(WORKFLOW / "downloads.yaml")
@@ -190,6 +190,28 @@ def test_the_list_of_a_preset_says_what_is_needed_and_what_to_do(
     lines = listing(WORKFLOW, "imagenet64").splitlines()
     assert re.fullmatch(r"to be supplied +data/downloads/ILSVRC2012_img_train.tar +data.path", lines[0])
     assert re.fullmatch(r"is fetched when needed +data/downloads/imagenet-64x64.npz +features.reference", lines[3])
+    assert "run released_dmd2: weights" in "".join(lines)  # a row of this preset's table
     assert lines[-1].startswith("data/downloads/ILSVRC2012_img_train.tar: needs an account at image-net.org")
-    assert listing(WORKFLOW, "digits") == "preset digits needs nothing from outside"
+    assert listing(WORKFLOW, "digits") == "preset digits needs nothing from outside"  # nor do its tables' runs
+    assert "released" not in listing(WORKFLOW, "cifar10")
     assert len(listing(WORKFLOW, None).splitlines()) >= len(CATALOGUE)
+
+
+def test_all_a_preset_needs_can_be_fetched_at_once_and_what_cannot_be_had_is_told(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {item: name.encode() for name in CATALOGUE for item in (f"mirror/{name}", f"own/{name}")}
+    unpinned = {name: entry(url=f"{server.url}/own/{name}") for name in CATALOGUE}
+    monkeypatch.setattr("dmd2.stages.download.load_catalogue", lambda path: unpinned)
+    absent = [f"{folder}/vgg16-397923af.pth" for folder in ("mirror", "own")]
+    server.files = {path: content for path, content in files.items() if path not in absent}
+    with pytest.raises(UserError, match=r"^http.*/mirror/vgg16-397923af.pth: 404 .*; put it at .*$") as told:
+        fetch(WORKFLOW, "cifar10", f"{server.url}/mirror")
+    assert "\n" not in str(told.value)
+    there = {path.name for path in FOLDER.iterdir() if path.suffix != ".json"}
+    wanted = {"cifar-10-binary.tar.gz", "edm-cifar10-32x32-cond-vp.pkl", "inception-2015-12-05.pt", "cifar10-32x32.npz"}
+    assert there == wanted
+    assert {json.loads(record_of(name).read_text())["url"] for name in wanted} == {
+        f"{server.url}/mirror/{name}" for name in wanted
+    }

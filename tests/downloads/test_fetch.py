@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from server import Server
 
 from dmd2 import fetch
@@ -220,6 +221,23 @@ def test_an_address_where_nobody_answers_is_given_up(server: Server, target: Pat
     assert Fetch(target, is_content, retries=1).run(urls) == urls[1]
     with pytest.raises(UserError, match=r"^http://127.0.0.1:9/a: no connection .*refused"):
         Fetch(target.with_name("other"), is_content, retries=1).run(urls[:1])
+
+
+def test_two_processes_do_not_fetch_the_same_file_at_once(server: Server, target: Path) -> None:
+    server.files = {"a": CONTENT}
+    target.parent.mkdir()
+    with FileLock(target.with_name(".file.bin.lock")):
+        with pytest.raises(UserError, match=r"file.bin is being fetched by another process; wait for it and run again"):
+            Fetch(target, is_content).run([f"{server.url}/a"])
+        assert server.asked == []
+    Fetch(target, is_content).run([f"{server.url}/a"])
+    assert target.read_bytes() == CONTENT
+
+
+def test_an_empty_file_is_a_file(server: Server, target: Path) -> None:
+    server.files = {"a": b""}
+    Fetch(target, lambda part: None).run([f"{server.url}/a"])
+    assert target.read_bytes() == b""
 
 
 Usage = namedtuple("Usage", "total used free")

@@ -3,6 +3,7 @@ import re
 
 
 rule download:
+    localrule: True  # a cluster's nodes may have no connection
     output:
         # Not the file itself: Snakemake deletes outputs before a job, and it may be one that the user has put there.
         record=f"{DOWNLOADS}/{{name}}.json",

@@ -44,7 +44,14 @@ class ImageFolder(EncodedImages):
         found = []
         for top, _, files in os.walk(self._root / name):
             below = Path(top).relative_to(self._root).as_posix()
-            found += [f"{below}/{file}" for file in files if is_image(file) and os.path.isfile(f"{top}/{file}")]
+            found += [(f"{below}/{file}", _size(f"{top}/{file}")) for file in files if is_image(file)]
         if not found:
             raise UserError(f"{self._root / name}: class folder without an image; fill or remove it")
-        return [(path, os.stat(self._root / path).st_size) for path in sorted(found, key=lambda p: p.split("/"))]
+        return sorted(found, key=lambda item: item[0].split("/"))
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from None
