@@ -30,7 +30,7 @@ META = torch.device("meta")
 
 
 class _OnMeta(TorchFunctionMode):
-    """Makes new tensors on the meta device, drawn by no generator, and attention the fused one of a GPU."""
+    """Makes new tensors on the meta device, drawn by no generator."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -39,9 +39,13 @@ class _OnMeta(TorchFunctionMode):
         if func in _device_constructors():
             kwargs["device"] = META
             kwargs.pop("generator", None)
-        if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
         return func(*args, **kwargs)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The fused attention of a GPU; on the meta device torch would take the plain one."""
+    attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return attended
 
 
 class _AnyGenerator(torch.Generator):
@@ -56,6 +60,7 @@ def shadows() -> Iterator[None]:
     """Within the block new tensors have a shape and a life, but no content; generators are there but draw nothing."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch, "Generator", _AnyGenerator))
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
         # AdamW's fused update is defined for shadows, though its list of devices leaves theirs out.
         stack.enter_context(patch.object(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"]))
         stack.enter_context(_OnMeta())

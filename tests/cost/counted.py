@@ -1,0 +1,40 @@
+"""A network small enough to count by hand and to run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dmd2.config import Data, Network, Teacher, Train
+from dmd2.teachers import load_teacher
+from dmd2.training import Distillation
+
+DATA = Data(source="digits", resolution=8, channels=3, num_classes=5)
+FLAT = Teacher(
+    kind="edm",
+    network=Network(model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), channels_per_head=16),
+)
+"""One level of one block at 8x8: attention is in the decoder's first block alone."""
+DEEP = Teacher(
+    kind="edm",
+    network=Network(
+        model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8, 4), channels_per_head=16
+    ),
+)
+
+
+def train(**keys: Any) -> Train:
+    return Train.model_validate({"batch_size": 4, "iterations": 10, "num_snapshots": 1} | keys)
+
+
+NO_GAN = {"gan_generator_weight": 0, "gan_critic_weight": 0}
+
+
+def real_run(teacher: Teacher, keys: Train, **settings: Any) -> Distillation:
+    """A run with memory, on the CPU."""
+    built = load_teacher(teacher, DATA)
+    rng = torch.Generator().manual_seed(0)
+    x0 = torch.rand((keys.batch_size, *built.sample_shape), generator=rng)
+    cond = built.conditioner.draw(keys.batch_size, rng)
+    return Distillation(built, keys, data=lambda _: (x0, cond), pairs=lambda _: (x0, x0, cond), **settings)
