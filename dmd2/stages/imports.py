@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,10 +9,11 @@ from torch import Tensor
 
 from dmd2.checkpoint import save_weights
 from dmd2.config import WeightsFile
+from dmd2.denoiser import Denoiser
 from dmd2.errors import UserError
 from dmd2.records import sha256, write_record
 from dmd2.spec import Spec
-from dmd2.teachers import state_of
+from dmd2.teachers import outline
 from dmd2.teachers.weights import check_sha256, read_network
 
 GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"
@@ -22,10 +22,9 @@ GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"
 
 def teacher(spec: Spec, out: Path) -> None:
     """The weights of a published teacher."""
-    config = spec.need("teacher")
-    source, digest = _identified(config.weights)
-    state = read_network(source, state_of(config, spec.need("data")))
-    _publish(out, spec, state, source, digest)
+    source, digest = _identified(spec.need("teacher").weights)
+    network = _network(spec)
+    _publish(out, spec, read_network(source, network.state_dict()), source, digest, network)
 
 
 def student(spec: Spec, generator: Path | None, networks: Path | None) -> None:
@@ -34,10 +33,10 @@ def student(spec: Spec, generator: Path | None, networks: Path | None) -> None:
     The source is a generator's state dict, or a folder of the released code.
     """
     source, digest = _identified(spec.need("weights"))
-    expected = state_of(spec.need("teacher"), spec.need("data"))
-    state = read_network(source, expected)
+    network = _network(spec)
+    state = read_network(source, network.state_dict())
     if generator is not None:
-        _publish(generator, spec, state, source, digest)
+        _publish(generator, spec, state, source, digest, network)
     if networks is not None:
         guidance = source.with_name(GUIDANCE)
         if source.name != GENERATOR or not guidance.is_file():
@@ -45,9 +44,9 @@ def student(spec: Spec, generator: Path | None, networks: Path | None) -> None:
                 f"{source}: a run cannot go on from a generator alone; name the released folder, with {GENERATOR} and "
                 f"{GUIDANCE}, in the `weights` of run {spec.name}"
             )
-        fake = read_network(guidance, expected, prefix="fake_unet.")
+        fake = read_network(guidance, network.state_dict(), prefix="fake_unet.")
         both = _prefixed("generator.", state) | _prefixed("critic.fake.", fake)
-        _publish(networks, spec, both, source, digest)
+        _publish(networks, spec, both, source, digest, network)
 
 
 def _identified(weights: WeightsFile) -> tuple[Path, str]:
@@ -61,8 +60,12 @@ def _identified(weights: WeightsFile) -> tuple[Path, str]:
     return source, weights.sha256 or sha256(source)
 
 
-def _publish(out: Path, spec: Spec, state: Mapping[str, Tensor], source: Path, digest: str) -> None:
-    """Writes weights with a record that says where they come from."""
+def _network(spec: Spec) -> Denoiser:
+    return outline(spec.need("teacher"), spec.need("data"))
+
+
+def _publish(out: Path, spec: Spec, state: Mapping[str, Tensor], source: Path, digest: str, network: Denoiser) -> None:
+    """Writes weights with a record that says where they come from, and the size of one network."""
     save_weights(out, state)
     write_record(
         out,
@@ -71,7 +74,7 @@ def _publish(out: Path, spec: Spec, state: Mapping[str, Tensor], source: Path, d
         origin="file",
         source={"file": source.name, "sha256": digest},
         num_tensors=len(state),
-        num_values=sum(math.prod(value.shape) for value in state.values()),
+        num_parameters=sum(p.numel() for p in network.parameters()),
     )
 
 

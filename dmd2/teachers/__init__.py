@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from dmd2 import config
-from dmd2.denoiser import Codec, Conditioner, Teacher
+from dmd2.denoiser import Codec, Conditioner, Denoiser, Teacher
 from dmd2.errors import UserError
 from dmd2.teachers.edm import load_edm
 from dmd2.teachers.mixture import load_mixture
@@ -62,11 +61,10 @@ def load_teacher(
     return TEACHERS[teacher.kind](teacher, data, path, seed=seed)
 
 
-def state_of(teacher: config.Teacher, data: config.Data) -> dict[str, Tensor]:
-    """Names, shapes and dtypes of a teacher's weights, without memory for them (meta tensors)."""
+def outline(teacher: config.Teacher, data: config.Data) -> Denoiser:
+    """A teacher's network without memory for its weights (meta tensors)."""
     with torch.device("meta"):
-        built = load_teacher(teacher.model_copy(update={"weights": None}), data)
-    return built.denoiser.state_dict()
+        return load_teacher(teacher.model_copy(update={"weights": None}), data).denoiser
 
 
 def _check_kind(kind: str) -> None:

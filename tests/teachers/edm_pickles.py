@@ -6,7 +6,7 @@ import pickle
 import sys
 import types
 from collections import OrderedDict
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 import numpy as np
@@ -54,11 +54,16 @@ def wrap(module: nn.Module, source: str, done: dict[nn.Module, nn.Module]) -> nn
     return done[module]
 
 
-def edm_pickle(network: nn.Module, source: str = "", protocol: int = 4, **others: Any) -> bytes:
-    """The bytes of {"ema": network, ...}, with `source` as the code that EDM's loader would run."""
+def write_edm_pickle(network: nn.Module, file: IO[bytes], source: str = "", protocol: int = 4, **others: Any) -> None:
+    """Writes {"ema": network, ...}, with `source` as the code that EDM's loader would run."""
     module = fake_persistence()
     names = {"torch_utils": types.ModuleType("torch_utils"), module.__name__: module}
     with mock.patch.dict(sys.modules, names):
-        file = io.BytesIO()
         pickle.dump({"ema": wrap(network, source, {}), "loss_fn": math.pi, **others}, file, protocol)
-        return file.getvalue()
+
+
+def edm_pickle(network: nn.Module, source: str = "", protocol: int = 4, **others: Any) -> bytes:
+    """The bytes that `write_edm_pickle` writes."""
+    file = io.BytesIO()
+    write_edm_pickle(network, file, source, protocol, **others)
+    return file.getvalue()
