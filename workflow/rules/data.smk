@@ -3,7 +3,6 @@ import re
 
 
 rule download:
-    localrule: True  # a cluster's nodes may have no connection
     output:
         # Not the file itself: Snakemake deletes outputs before a job, and it may be one that the user has put there.
         record=f"{DOWNLOADS}/{{name}}.json",
@@ -12,6 +11,7 @@ rule download:
     wildcard_constraints:
         name="|".join(map(re.escape, CATALOGUE)),
     priority: 30
+    localrule: True  # a cluster's nodes may have no connection
     conda:
         "../../environment.yml"
     params:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ class InMemory:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str], fingerprint: str):
         self._images, self.labels = images, labels.astype(np.int64)
-        self.classes, self.fingerprint = classes, fingerprint
+        self.classes: Sequence[str] = classes
+        self.fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self._images)
