@@ -7,7 +7,7 @@ A sharded tensor is a `DTensor` in one dimension: each rank holds a run of its r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, in the same memory: the tensor itself where it is whole."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return _detached(tensor).to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _detached(tensor: DTensor) -> DTensor:
+    """The same without a graph, in the same memory; a parameter's local tensor would else be one of the graph's."""
+    return cast(DTensor, tensor.detach())
 
 
 def as_part_of(part: Tensor, whole: Tensor) -> Tensor:
@@ -77,7 +82,7 @@ def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         if isinstance(value, DTensor):
             with torch.no_grad(), distributed.exchange(f"gathering {name}"):
-                value = value.detach().full_tensor()
+                value = _detached(value).full_tensor()
             value = value.cpu() if distributed.rank() == 0 else value
         if distributed.rank() == 0:
             found[name] = value
