@@ -201,7 +201,8 @@ def _draw(
     for i, (name, rows) in enumerate(content.items()):
         xs, ys = _points(rows, x, y, positive=log_scale)
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "label": name, "zorder": 3}
-        style |= {"marker": MARKERS[i % len(MARKERS)]} if markers else {"linestyle": DASHES[i % len(DASHES)]}
+        shape = i + i // len(COLOURS)  # so that the eighth line has another pair of colour and shape than the first
+        style |= {"marker": MARKERS[shape % len(MARKERS)]} if markers else {"linestyle": DASHES[shape % len(DASHES)]}
         width = len(xs) // 15
         if smooth and width > 2:
             axis.plot(xs, ys, color=style["color"], alpha=0.2, linewidth=0.7, zorder=2)

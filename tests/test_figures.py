@@ -106,6 +106,32 @@ def test_distances_stand_against_iterations_and_against_generator_updates(tmp_pa
     assert axes[0].get_ylim() == axes[1].get_ylim()
 
 
+def test_a_dozen_runs_are_told_apart_on_logarithmic_axes(tmp_path: Path, drawn):
+    names = [f"run {i}" for i in range(12)]
+    curves = {
+        name: write_curve(
+            tmp_path / f"{i}.csv", [f"{s},{s // 5},{2**i / s},{3**i / s},0.9,0.8" for s in (50, 100, 200)]
+        )
+        for i, name in enumerate(names)
+    }
+    fid_curve_figure(curves, tmp_path / "fid.svg")
+    for axis in drawn[0].axes[:4]:
+        assert axis.get_yscale() == "log"
+        assert len({(line.get_color(), line.get_marker()) for line in axis.lines}) == 12
+        low, high = axis.get_ylim()
+        values = np.concatenate([line.get_ydata() for line in axis.lines])
+        assert low < values.min() < values.max() < high
+    logs = {
+        name: write_log(tmp_path / f"{i}.jsonl", [{"step": s, "brightness": i / 12} for s in (1, 2)])
+        for i, name in enumerate(names)
+    }
+    brightness_figure(logs, tmp_path / "brightness.svg", data_brightness=0.5)
+    *lines, _ = drawn[1].axes[0].lines
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == 12
+    for figure in ("fid", "brightness"):
+        assert all(name in texts(tmp_path / f"{figure}.svg") for name in names)
+
+
 def test_brightness_is_drawn_raw_beside_the_datas(tmp_path: Path, drawn):
     rows = [{"step": s, "brightness": (-1.0) ** s} for s in range(100)]
     log = write_log(tmp_path / "a.jsonl", rows)
