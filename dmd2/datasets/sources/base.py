@@ -83,7 +83,9 @@ def decode(content: bytes, resolution: int, channels: int) -> np.ndarray:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.mode not in MODES:
                 raise Unreadable(f"mode {image.mode} is not 8 bits a channel")
-            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+            mode = "RGB" if channels == 3 else "L"
+            image.load()
+            square = _centre(image if image.mode == mode else image.convert(mode))
     except Unreadable:
         raise
     except UnidentifiedImageError:  # its message has an address in memory
@@ -91,11 +93,15 @@ def decode(content: bytes, resolution: int, channels: int) -> np.ndarray:
     except Exception as error:  # what decoders raise on damaged files is not one family
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Unreadable(f"not a readable image ({reason[:200]})") from error
-    side = min(pixels.shape[:2])
-    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-    square = Image.fromarray(pixels[top : top + side, left : left + side])
     resized = np.asarray(square.resize((resolution, resolution), Image.Resampling.LANCZOS))
     return resized.reshape(resolution, resolution, channels)
+
+
+def _centre(image: Image.Image) -> Image.Image:
+    """The largest square about the centre."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def is_image(name: str) -> bool:
