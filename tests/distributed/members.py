@@ -1,4 +1,4 @@
-"""What the ranks of the tests of layouts do, each in a process of its own."""
+"""What the ranks of the tests of layouts do, each in a process of its own; several things in one start."""
 
 from __future__ import annotations
 
@@ -15,37 +15,53 @@ from dmd2.checkpoint import CheckpointStore
 CPU = torch.device("cpu")
 
 
-def steps(rank: int, world: int, port: int, out: Path, num: int, settings: dict[str, Any]) -> None:
-    """`num` iterations; the whole state."""
+def trained(rank: int, world: int, port: int, out: Path, num: int, settings: dict[str, dict[str, Any]]) -> None:
+    """The whole state after `num` iterations under each of the settings."""
     join(rank, world, port)
     with distributed.process_group(CPU):
-        run = distillation(rank, world, **settings)
-        for index in range(num):
-            run.step(index)
-        torch.save(whole(run.state_dict()), out / f"{rank}.pt")
+        found = {}
+        for name, keys in settings.items():
+            run = distillation(rank, world, **keys)
+            for index in range(num):
+                run.step(index)
+            found[name] = whole(run.state_dict())
+        torch.save(found, out / f"{rank}.pt")
 
 
-def saved(rank: int, world: int, port: int, out: Path, num: int, settings: dict[str, Any]) -> None:
-    """A checkpoint after `num` iterations, written by all ranks; the whole state beside it."""
+def saved(rank: int, world: int, port: int, folders: dict[str, Path], num: int) -> None:
+    """Checkpoints after `num` and `num + 1` iterations, written by all ranks, in a folder for each layout."""
     join(rank, world, port)
-    with distributed.process_group(CPU), CheckpointStore(out / "state", DIGEST, in_background=True) as store:
-        run = distillation(rank, world, **settings)
-        for index in range(num):
-            run.step(index)
-        store.save(num, run.state_dict())
-        run.step(num)  # what was copied must not see it
-        store.wait()
-        distributed.barrier()
+    with distributed.process_group(CPU):
+        for layout, folder in folders.items():
+            run = distillation(rank, world, layout=layout)
+            with CheckpointStore(folder, DIGEST, in_background=True) as store:
+                for index in range(num + 1):
+                    run.step(index)
+                    if index >= num - 1:
+                        store.save(index + 1, run.state_dict())
+                run.step(num + 1)  # what was copied must not see it
+                store.wait()
+                distributed.barrier()
 
 
-def loaded(rank: int, world: int, port: int, out: Path, settings: dict[str, Any]) -> None:
-    """A run of another layout that takes up the checkpoint: its whole state."""
+def loaded(rank: int, world: int, port: int, out: Path, folders: dict[str, Path]) -> None:
+    """A run of each layout that takes up each checkpoint: its whole state, and how many rows this rank holds."""
     join(rank, world, port)
-    with distributed.process_group(CPU), CheckpointStore(out / "state", DIGEST) as store:
-        run = distillation(rank, world, **settings)
-        found = store.load(run.state_dict())
-        assert found is not None
-        run.load_state_dict(found[0])
-        held = {name: value for name, value in run.networks().items() if sharding.is_sharded(value)}
-        sizes = {name: sharding.local(value).shape[0] for name, value in held.items()}
-        torch.save({"state": whole(run.state_dict()), "rows": sizes, "step": found[1]["step"]}, out / f"{rank}.pt")
+    found = {}
+    with distributed.process_group(CPU):
+        for layout in ("replicate", "shard"):
+            for name, folder in folders.items():
+                run = distillation(rank, world, layout=layout)
+                with CheckpointStore(folder, DIGEST) as store:
+                    state = store.load(run.state_dict())
+                assert state is not None
+                run.load_state_dict(state[0])
+                held = {name: value for name, value in run.networks().items() if sharding.is_sharded(value)}
+                rows = {name: sharding.local(value).shape[0] for name, value in held.items()}
+                found[f"{name} {layout}"] = {
+                    "state": whole(run.state_dict()),
+                    "rows": rows,
+                    "step": state[1]["step"],
+                }
+                distributed.barrier()
+    torch.save(found, out / f"{rank}.pt")
