@@ -128,13 +128,19 @@ class Block(nn.Module):
     def _attend(self, h: Tensor) -> Tensor:
         """Self-attention over positions; the channels of `qkv` are laid out as (heads, D, 3).
 
-        torch's kernels keep logits and softmax in float32 also where q, k and v are bfloat16.
+        torch's kernels keep logits and softmax in float32 also where q, k and v are bfloat16. Either layout costs one
+        copy in and one out, and keeps itself in both directions.
         """
         batch, channels, height, width = h.shape
-        qkv = self.qkv(self.norm2(h)).view(batch, self.num_heads, channels // self.num_heads, 3, height * width)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind(0)  # (B, heads, N, D) each
+        heads, last = (self.num_heads, channels // self.num_heads), is_channels_last(h)
+        qkv = self.qkv(self.norm2(h))
+        if last:
+            split = qkv.permute(0, 2, 3, 1).reshape(batch, height * width, *heads, 3).permute(4, 0, 2, 1, 3)
+        else:
+            split = qkv.view(batch, *heads, 3, height * width).permute(3, 0, 1, 4, 2)
+        q, k, v = split.contiguous().unbind(0)  # (B, heads, N, D) each
         a = F.scaled_dot_product_attention(q, k, v)
-        if is_channels_last(h):
+        if last:
             return self.proj(a.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2))
         return self.proj(a.transpose(2, 3).reshape(h.shape))
 

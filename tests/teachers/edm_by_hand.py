@@ -79,20 +79,20 @@ def module_names(state: dict[str, Tensor], part: str) -> list[str]:
 
 def unet(
     state: dict[str, Tensor], x: Tensor, noise: Tensor, label: Tensor, channels_per_head: int
-) -> tuple[Tensor, Tensor]:
-    """(output, bottleneck) in float64."""
+) -> tuple[Tensor, list[Tensor]]:
+    """(output, every encoder module's output) in float64."""
     state = {name: value.double() for name, value in state.items()}
     x, emb = x.double(), embedding(state, noise.double(), label)
-    skips = []
+    outputs = []
     for name in module_names(state, "enc"):
         x = conv(state, name, x) if name.endswith("conv") else block(state, name, x, emb, channels_per_head)
-        skips.append(x)
-    bottleneck = x
+        outputs.append(x)
+    skips = list(outputs)
     for name in module_names(state, "dec"):
         if "_block" in name:
             x = torch.cat([x, skips.pop()], 1)
         x = block(state, name, x, emb, channels_per_head)
-    return conv(state, "out_conv", F.silu(norm(state, "out_norm", x))), bottleneck
+    return conv(state, "out_conv", F.silu(norm(state, "out_norm", x))), outputs
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:

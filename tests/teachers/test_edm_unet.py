@@ -1,6 +1,7 @@
 """The U-Net against EDM's published key list and against a second writing of its formulas."""
 
 from pathlib import Path
+from typing import Any
 
 import edm_by_hand
 import pytest
@@ -25,9 +26,9 @@ def small_unet() -> UNet:
     return randomised(UNet(SMALL, resolution=16, num_channels=3, num_classes=5))
 
 
-def inputs(num: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(num: int, seed: int = 1, resolution: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(num, 3, 16, 16, generator=rng)
+    x = torch.randn(num, 3, resolution, resolution, generator=rng)
     return x, torch.randn(num, generator=rng), torch.randint(5, (num,), generator=rng)
 
 
@@ -79,14 +80,26 @@ def test_each_kind_of_block_equals_its_formula(name: str, num_in: int, num_out: 
     assert distance(block(x, emb), truth) < 1e-5
 
 
-def test_output_and_tap_equal_the_formulas_of_the_whole_network():
-    unet = small_unet()
-    x, noise, label = inputs(3)
-    out, bottleneck = edm_by_hand.unet(unet.state_dict(), x, noise, label, channels_per_head=8)
+SIZES = [  # resolution, then the network; the last has the full one's depth and resolutions
+    (16, {"model_channels": 8, "channel_mult": (1, 2, 3), "num_blocks": 2, "attn_resolutions": (8, 4)}),
+    (8, {"model_channels": 16, "channel_mult": (1,), "num_blocks": 1, "attn_resolutions": ()}),
+    (8, {"model_channels": 48, "channel_mult": (2, 1), "num_blocks": 1, "attn_resolutions": (8,)}),
+    (64, {"model_channels": 8}),
+]
+
+
+@pytest.mark.parametrize(("resolution", "sizes"), SIZES)
+def test_output_and_taps_equal_the_formulas_of_the_whole_network(resolution: int, sizes: dict[str, Any]):
+    network = config.Network(channels_per_head=8, **sizes)
+    unet = randomised(UNet(network, resolution, num_channels=3, num_classes=5))
+    x, noise, label = inputs(2, resolution=resolution)
+    out, outputs = edm_by_hand.unet(unet.state_dict(), x, noise, label, channels_per_head=8)
     encoding = unet.encode(x, noise, label)
-    assert distance(encoding.bottleneck, bottleneck) < 1e-5
     assert distance(unet.decode(encoding), out) < 1e-5
-    assert encoding.bottleneck.shape[1:] == unet.feature_shapes[0] == (24, 4, 4)
+    ends = outputs[:: -network.num_blocks - 1]  # of each level, from the coarsest
+    for found, truth, shape in zip(unet.levels(encoding), ends, unet.feature_shapes, strict=True):
+        assert distance(found, truth) < 1e-5
+        assert found.shape[1:] == shape
 
 
 def test_gradients_equal_those_of_the_formulas():
