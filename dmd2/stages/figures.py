@@ -15,8 +15,8 @@ from dmd2.presets import parse
 from dmd2.records import write_text
 from dmd2.sheets import by_class, compare_png, grid_png
 
-ROWS = 8
-"""Images of each class on a sheet."""
+ROWS, COLUMNS = 8, 10
+"""Of a sheet: images of each class, and classes."""
 
 
 def curves(logs: Mapping[str, Path], qualities: Mapping[str, Path], real: Path, folder: Path) -> None:
@@ -35,23 +35,38 @@ def _brightness(manifest: Path) -> float:
 
 
 def grid(manifest: Path, out: Path) -> None:
-    """A sheet of the first samples of each class."""
+    """A sheet of the first samples of each class, or of the first samples where most classes have few."""
     images, labels = _first(manifest)
-    grid_png(images, labels, out, rows=ROWS)
+    if _too_thin(labels):
+        compare_png({f"the first {ROWS * COLUMNS}, of classes in turn": images[: ROWS * COLUMNS]}, out, columns=COLUMNS)
+    else:
+        grid_png(images, labels, out, rows=ROWS)
 
 
 def compare(sets: Mapping[str, Path], out: Path) -> None:
     """Sheets side by side under their titles."""
-    panels = {}
-    for title, manifest in sets.items():
-        images, classes = by_class(*_first(manifest), columns=10, rows=ROWS)
-        panels[title] = images
-    compare_png(panels, out, columns=min(10, len(classes)))
+    panels, columns = {}, COLUMNS
+    content = {title: _first(manifest) for title, manifest in sets.items()}
+    thin = any(_too_thin(labels) for _, labels in content.values())
+    for title, (images, labels) in content.items():
+        picked, classes = by_class(images, labels, columns=COLUMNS, rows=ROWS)
+        panels[title] = images[: ROWS * COLUMNS] if thin else picked
+        columns = COLUMNS if thin else min(COLUMNS, len(classes))
+    compare_png(panels, out, columns=columns)
+
+
+def _too_thin(labels: np.ndarray) -> bool:
+    """Whether a sheet with one class a column would have few rows, though there are images for more."""
+    _, counts = np.unique(labels, return_counts=True)
+    return len(counts) > COLUMNS and counts.min() < ROWS
 
 
 def _first(manifest: Path, num: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """The first samples, or evenly spaced ones where those are of a few classes because the set is sorted."""
     reader = ShardReader(manifest)
     content = reader.read(range(min(len(reader), num)), ["image", "cls"])
+    if len(reader) > num and len(np.unique(content["cls"])) < COLUMNS:
+        content = reader.read(np.linspace(0, len(reader) - 1, ROWS * COLUMNS).astype(np.int64), ["image", "cls"])
     return content["image"], content["cls"]
 
 

@@ -1,5 +1,7 @@
 # Samples and their metrics. An entry is a model with a sampler: teacher/ode, dmd2/student.
-STREAMED = PRESET.evaluation.streamed  # then metrics are made from weights, and only the samples of a sheet are stored
+STREAMED = (
+    PRESET.evaluation.streamed
+)  # then metrics are made from weights, and only the samples of a sheet are stored
 
 
 rule features:
@@ -21,7 +23,9 @@ rule features:
         "../../environment.yml"
     params:
         spec=spec("features"),
-        images=lambda wildcards, input: f"--images {input.images}" if input.images else "",
+        images=lambda wildcards, input: (
+            f"--images {input.images}" if input.images else ""
+        ),
     shell:
         "launch.sh 0 --log {log} --threads {threads} features --spec {params.spec:q}"
         " {params.images} --weights {output.weights}"
