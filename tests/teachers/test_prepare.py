@@ -2,13 +2,16 @@
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from edm_by_hand import distance, randomised
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from dmd2 import config
 from dmd2.denoiser import Denoiser
@@ -121,6 +124,27 @@ def test_every_block_is_compiled_and_none_falls_back(monkeypatch: pytest.MonkeyP
     for num in range(1, 13):
         denoiser(*batch(num))
     assert len(graphs) == 12, "torch's own limit is 8 forms, after which a block is slow without a word"
+
+
+@pytest.fixture
+def one_process() -> Iterator[DeviceMesh]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_blocks_whose_weights_are_sharded_compile_too(one_process: DeviceMesh, activation_checkpointing: bool):
+    plain, sharded = network("adm"), network("adm")
+    for block in sharded.blocks():
+        fully_shard(block, mesh=one_process)
+    fully_shard(sharded, mesh=one_process)
+    register_fsdp_forward_method(sharded, "denoise_and_tap")
+    sharded.prepare(compile=True, activation_checkpointing=activation_checkpointing, backend="aot_eager")
+    found, truth = passed(sharded), passed(plain)
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
+    assert {name for name in truth if distance(whole[name], truth[name]) > 1e-5} == set()
+    assert list(sharded.state_dict()) == list(plain.state_dict())
 
 
 def test_state_dict_is_untouched_and_a_copy_is_an_eager_network():
