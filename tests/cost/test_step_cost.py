@@ -90,7 +90,8 @@ def test_a_shadow_counts_what_a_real_run_counts(keys: dict[str, object]):
             run.step(index)
         for part, flops in counter.parts.items():
             found[part] = found.get(part, 0.0) + flops / period / wanted.batch_size
-    assert step_cost(DEEP, DATA, wanted).parts == pytest.approx(found)
+    counted = {part: flops for part, flops in found.items() if flops}  # updates and averages are no products
+    assert step_cost(DEEP, DATA, wanted).parts == pytest.approx(counted)
 
 
 def test_full_size_networks_cost_what_was_measured_of_the_published_one():
