@@ -12,7 +12,7 @@ RUN := source .venv/bin/activate &&
 SNAKEMAKE := $(RUN) snakemake --cores $(CORES) --config preset=$(PRESET)
 
 TABLES := table1 table2 table3 table4 table5 table6
-.PHONY: help setup $(TABLES) tables report test fast-test lint aot format dag bench
+.PHONY: help setup $(TABLES) tables report test fast-test lint aot format dag bench plan
 help:
 	@sed -n '1,4p' Makefile | cut -c3-
 
@@ -54,6 +54,9 @@ format: $(SETUP)
 
 dag: $(SETUP)
 	@$(SNAKEMAKE) --rulegraph mermaid-js -- results/table1.csv results/table3.csv
+
+plan: $(SETUP)
+	@$(RUN) dmd2 plan table1 table3 --preset $(PRESET)
 
 bench: $(SETUP)
 	@$(RUN) python -m dmd2_kernels.bench && python -m dmd2_kernels.plot results/bench/kernels.csv kernels/bench.svg \
