@@ -116,3 +116,15 @@ def test_damage_stops_its_reader_and_the_remedy_mends_it(finished: Checkout, tmp
     assert mended.returncode == 0, mended.stdout
     assert jobs_in(mended.stdout) == {damage.mended_by}
     assert same(checkout / damage.path, finished / damage.path)
+
+
+@pytest.mark.parametrize("damage", [SHARD, LATENT], ids=["image", "latent"])
+def test_a_mended_shard_leaves_alone_what_was_made_from_it(finished: Checkout, tmp_path: Path, damage: Damage):
+    checkout = finished.copy(tmp_path / "dmd2")
+    flip_a_byte(checkout / damage.path)
+    (checkout / damage.delete).unlink()
+    mended = checkout.snakemake(damage.delete, "--cores", "2")
+    assert jobs_in(mended.stdout) == {damage.mended_by}
+    assert same(checkout / damage.path, finished / damage.path)
+    assert (checkout / damage.delete).read_bytes() == (finished / damage.delete).read_bytes()
+    assert checkout.planned() == set()
