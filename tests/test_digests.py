@@ -21,6 +21,7 @@ def digests(plan: Plan) -> dict[str, str]:
     specs["floor"] = plan.metrics("floor")
     for run in RUNS:
         specs[f"train {run}"], specs[f"curve {run}"] = plan.train(run), plan.curve(run)
+        specs[f"select {run}"] = plan.select(run)
     for entry in ENTRIES:
         specs[f"sample {entry}"], specs[f"metrics {entry}"] = plan.sample(entry), plan.metrics(entry)
     return {name: spec.digest for name, spec in specs.items()}
@@ -38,7 +39,7 @@ def of_runs(*runs: str) -> set[str]:
     return {
         stage
         for run in runs
-        for stage in (f"train {run}", f"curve {run}", f"sample {run}/student", f"metrics {run}/student")
+        for stage in (f"train {run}", f"curve {run}", f"select {run}", f"sample {run}/student", f"metrics {run}/student")
     }
 
 
@@ -47,7 +48,7 @@ def all_of(*stages: str) -> set[str]:
 
 
 TEACHER = {"teacher", "pairs", *of_runs(*RUNS)} | {f"{s} {e}" for s in ("sample", "metrics") for e in TEACHER_ENTRIES}
-MEASURES = all_of("metrics", "curve", "floor")
+MEASURES = all_of("metrics", "curve", "select", "floor")
 
 TABLE: list[tuple[dict[str, Any], set[str]]] = [
     # Words, and how to execute: nothing.
@@ -66,6 +67,7 @@ TABLE: list[tuple[dict[str, Any], set[str]]] = [
     ({"teacher": {"sigma_max": 60}}, TEACHER),
     # Features: what is measured with them; nothing is trained or sampled.
     ({"features": {"epochs": 7}}, MEASURES | {"features", "reference"}),
+    ({"features": {"reference": {"path": "published.npz"}}}, MEASURES | {"reference"}),
     # Pairs: the run that reads them.
     ({"pairs": {"num_pairs": 2500}}, {"pairs", *of_runs("dmd")}),
     # Samplers: the entries they make, and the pairs of the one that makes pairs.
@@ -75,6 +77,7 @@ TABLE: list[tuple[dict[str, Any], set[str]]] = [
         {"sample teacher/ode", "metrics teacher/ode", "pairs", *of_runs("dmd")},
     ),
     ({"samplers": {"new": {"kind": "heun", "num_steps": 5}}}, set()),
+    ({"samplers": {"student": {"precision": "bf16"}}}, {s for s in all_of("sample", "metrics") if "student" in s}),
     # Evaluation: each stage by the keys that it reads; nothing is trained.
     ({"evaluation": {"num_samples": 1797}}, all_of("sample", "metrics", "floor")),
     ({"evaluation": {"num_blocks": 2}}, all_of("sample", "metrics", "floor")),
@@ -83,7 +86,7 @@ TABLE: list[tuple[dict[str, Any], set[str]]] = [
     ({"evaluation": {"protocols": ["edm", "dmd2"]}}, all_of("sample", "metrics")),
     ({"evaluation": {"num_shown": 10}}, set()),
     ({"evaluation": {"streamed": True}}, all_of("sample", "metrics")),
-    ({"evaluation": {"curve_samples": 599}}, all_of("curve")),
+    ({"evaluation": {"curve_samples": 599}}, all_of("curve", "select")),
     # Training: all runs, or the one, with those that start from it.
     ({"train": {"batch_size": 32}}, of_runs(*RUNS)),
     ({"train": {"gan_loss": "hinge"}}, of_runs(*RUNS)),

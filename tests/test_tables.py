@@ -301,6 +301,7 @@ def test_protocols_stand_side_by_side_and_the_row_says_which_checkpoint_and_refe
     shown = dict(zip(head, cells_of(next(line for line in lines if "| DMD2 |" in line)), strict=True))
     assert shown["FID, protocol dmd2"] == "1.510 ± 0.020"
     assert (shown["precision"], shown["recall"], shown["inception score"]) == ("0.740", "0.630", "48.25 ± 0.50")
+    assert shown["checkpoint"] == "best"
     assert "FID, protocol edm" not in head
 
 
@@ -309,7 +310,7 @@ def test_measures_that_no_row_has_get_no_column_for_reading(tmp_path: Path):
     write_markdown(table, rows(table, {"dmd2/student": record(0.05)}, "digits", PRESET.data), tmp_path / "t.md")
     text = (tmp_path / "t.md").read_text()
     assert "| FID |" in text
-    for title in ("protocol dmd2", "precision", "recall", "inception score"):
+    for title in ("protocol dmd2", "precision", "recall", "inception score", "checkpoint"):
         assert f"{title} |" not in text
 
 

@@ -23,6 +23,8 @@ from dmd2.stages.weights import checked_record, open_teacher
 
 SHARD = 4096
 """Samples in one shard of generated images."""
+APART_MINUTES = 24 * 60.0
+"""How long ranks wait for one another: a shard of a many-step teacher's images takes the better part of an hour."""
 
 
 def open_model(spec: Spec, weights: Path, sampler: Sampler, device: device) -> Teacher:
@@ -106,7 +108,7 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
         }
 
     record = checked_record(weights, spec.upstream["model"])
-    with distributed.process_group(device):
+    with distributed.process_group(device, APART_MINUTES):
         write_shards(
             manifest,
             total,
