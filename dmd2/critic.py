@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.denoiser import Cond, Denoiser
+from dmd2.errors import UserError
 from dmd2_kernels import GroupNormSiLU
 
 
@@ -25,7 +26,10 @@ class RealismHead(nn.Sequential):
     def __init__(self, feature_shape: tuple[int, int, int]):
         channels, height, width = feature_shape
         if height != width or height < 4 or height & (height - 1):
-            raise ValueError(f"the realism head needs square features of 4, 8, 16, ... pixels, got {feature_shape}")
+            raise UserError(
+                f"a GAN needs square features of 4, 8, 16, ... pixels, and this teacher's are {feature_shape}; choose "
+                f"data.resolution and network.channel_mult for that, fewer gan_taps, or a run without a GAN"
+            )
         num_halvings = (height // 4).bit_length() - 1
         groups = max(g for g in range(1, min(32, max(1, channels // 4)) + 1) if channels % g == 0)
         layers: list[nn.Module] = []

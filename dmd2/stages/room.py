@@ -29,13 +29,18 @@ def checkpoint_bytes(networks: Sequence[nn.Module], averaged: nn.Module | None) 
     return sum(map(weights_bytes, networks)) + optimizers + average
 
 
+def held_bytes(folder: Path) -> int:
+    """What the files in a folder take."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def check_room(needs: Mapping[Path, int]) -> None:
-    """Raises UserError if a disk is too small for the bytes that its folders will hold, less what they hold already."""
+    """Raises UserError if a disk has less room than the bytes that will be written into its folders."""
     folders = defaultdict(list)
     for folder in needs:
         folders[os.stat(_existing(folder)).st_dev].append(folder)
     for together in folders.values():
-        missing = sum(max(0, needs[folder] - _held(folder)) for folder in together)
+        missing = sum(needs[folder] for folder in together)
         free = shutil.disk_usage(_existing(together[0])).free
         if missing > free:
             raise UserError(
@@ -50,7 +55,3 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-def _held(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -13,7 +13,7 @@ from dmd2.datasets.shards import content_id, read_manifest
 from dmd2.fitting import log
 from dmd2.records import read_record, sha256
 from dmd2.spec import Spec
-from dmd2.stages.room import check_room, checkpoint_bytes, weights_bytes
+from dmd2.stages.room import check_room, checkpoint_bytes, held_bytes, weights_bytes
 from dmd2.teacher_training import TeacherFit
 from dmd2.training import Distillation
 
@@ -65,10 +65,15 @@ def check_students_room(run: Distillation, state: Path, out: Path, runtime: Runt
     checkpoint = checkpoint_bytes(networks, run.generator if run.train.ema_decay else None)
     snapshots = run.train.num_snapshots * weights_bytes(run.generator)
     results = weights_bytes(run.generator) + sum(map(weights_bytes, networks))
-    check_room({state: (runtime.keep_checkpoints + 1) * checkpoint + snapshots, out: results + snapshots})
+    check_room({state: _more(state, checkpoint, runtime, snapshots), out: results + snapshots})
 
 
 def check_teachers_room(fit: TeacherFit, state: Path, out: Path, runtime: Runtime) -> None:
     """Raises UserError if checkpoints and weights of a teacher do not fit on their disks."""
     checkpoint = checkpoint_bytes([fit.network], fit.network)
-    check_room({state: (runtime.keep_checkpoints + 1) * checkpoint, out: weights_bytes(fit.network)})
+    check_room({state: _more(state, checkpoint, runtime), out: weights_bytes(fit.network)})
+
+
+def _more(state: Path, checkpoint: int, runtime: Runtime, snapshots: int = 0) -> int:
+    """What a state folder will take beside what an earlier attempt left there: one checkpoint more than are kept."""
+    return max(0, (runtime.keep_checkpoints + 1) * checkpoint + snapshots - held_bytes(state))

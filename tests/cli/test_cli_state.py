@@ -150,15 +150,24 @@ def test_room_that_is_asked_for_covers_what_a_training_wrote(training: Training,
     assert results == sum(map(tensor_bytes, out.rglob("*.safetensors")))
 
 
-def test_what_a_folder_holds_already_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_an_earlier_attempt_left_is_not_asked_for_again(training: Training, monkeypatch: pytest.MonkeyPatch):
+    asked: list[dict[Path, int]] = []
+    monkeypatch.setattr("dmd2.stages.state.check_room", asked.append)
+    assert training.run(monkeypatch, stop_at=3) == 2
+    ((state, first), results) = asked[0].items()
+    left = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
+    assert left > first / 3
+    assert training.run(monkeypatch, stop_at=3) == 2
+    ((same, again), results_again) = asked[1].items()
+    assert same == state
+    assert again == pytest.approx(first - left, abs=1000), "but for what names the folder's owner"
+    assert results_again == results, "results are written beside old ones before they take their place"
+
+
+def test_folders_on_one_disk_share_its_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage)
     folder, other = tmp_path / "state", tmp_path / "out/deep"
     room.check_room({folder: 600, other: 400})
     with pytest.raises(UserError, match=r"state and .*deep: 0\.00 GiB will be written and 0\.00 GiB are free"):
         room.check_room({folder: 600, other: 401})
-    folder.mkdir()
-    (folder / "step-1.pt").write_bytes(bytes(500))
-    room.check_room({folder: 1100, other: 400})
-    with pytest.raises(UserError, match="are free"):
-        room.check_room({folder: 1101, other: 400})

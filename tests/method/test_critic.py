@@ -12,6 +12,7 @@ from toy import SHAPE, SIGMA_DATA, labels, rng, toy_teacher
 from dmd2 import objective
 from dmd2.config import Train
 from dmd2.critic import Critic, RealismHead
+from dmd2.errors import UserError
 from dmd2.noise import add_noise
 
 TEACHER = toy_teacher()
@@ -224,5 +225,5 @@ def test_head_gives_a_logit_per_sample_for_any_size(shape: tuple[int, int, int])
 
 @pytest.mark.parametrize("shape", [(8, 4, 8), (8, 6, 6), (8, 2, 2)])
 def test_head_refuses_features_it_cannot_halve_to_four(shape: tuple[int, int, int]):
-    with pytest.raises(ValueError, match="square features"):
+    with pytest.raises(UserError, match="square features"):
         RealismHead(shape)
