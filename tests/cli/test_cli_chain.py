@@ -36,11 +36,11 @@ def test_samples_are_measured_with_their_floor(folder: Path):
     spec = PLAN.reference.to_json()
     assert dmd2("reference", *options(spec=spec, images=shards, extractor=extractor, out=stats)) == 0
     assert dmd2(*sample_options(folder / "dmd/generator.safetensors", "dmd/student", samples)) == 0
-    found = {}
+    found, state = {}, folder / "state"
     for entry, extra in (("dmd/student", {"samples": samples}), ("floor", {})):
         out = folder / f"{entry.replace('/', '-')}.json"
-        spec = PLAN.metrics(entry).to_json()
-        assert dmd2("metrics", *options(spec=spec, reference=stats, extractor=extractor, out=out, **extra)) == 0
+        given = {"reference": stats, "extractor": extractor, "state": state, **extra}
+        assert dmd2("metrics", *options(spec=PLAN.metrics(entry).to_json(), out=out, **given)) == 0
         found[entry] = read_json(out)
     assert found["dmd/student"]["nfe"] == 1
     assert found["dmd/student"]["provenance"]["digest"] == PLAN.metrics("dmd/student").digest
