@@ -196,10 +196,10 @@ def metrics(
     spec: SpecOption,
     reference: PathOption,
     extractor: PathOption,
-    state: PathOption,
     out: PathOption,
     samples: OptionalPath = None,
     weights: OptionalPath = None,
+    state: PathOption = Path("state"),
     runtime: RuntimeOption = "{}",
 ) -> None:
     """Measure a set of samples, or those of a model's weights, or the floor where neither is given."""
@@ -215,8 +215,8 @@ def curve(
     snapshots: PathOption,
     reference: PathOption,
     extractor: PathOption,
-    state: PathOption,
     out: PathOption,
+    state: PathOption = Path("state"),
     runtime: RuntimeOption = "{}",
 ) -> None:
     """Measure a run's snapshots."""

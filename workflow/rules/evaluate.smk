@@ -1,7 +1,8 @@
 # Samples and their metrics. An entry is a model with a sampler: teacher/ode, dmd2/student.
-STREAMED = (
-    PRESET.evaluation.streamed
-)  # then metrics are made from weights, and only the samples of a sheet are stored
+# Metrics of streamed samples are made from the weights; only the samples of a sheet are stored.
+STREAMED = PRESET.evaluation.streamed
+# Of each process beside a device, for the statistics.
+THREADS = 8 if PRESET.gpus else 1
 
 
 rule features:
@@ -49,6 +50,7 @@ rule reference:
         f"{LOGS}/reference.log",
     conda:
         "../../environment.yml"
+    threads: THREADS
     resources:
         gpu=min(PRESET.gpus, 1),
     params:
@@ -88,6 +90,7 @@ rule metrics:
         f"{LOGS}/metrics/{{model}}-{{sampler}}.log",
     conda:
         "../../environment.yml"
+    threads: THREADS
     resources:
         gpu=PRESET.gpus if STREAMED else min(PRESET.gpus, 1),
         state="state",
@@ -111,6 +114,7 @@ rule floor:
         f"{LOGS}/metrics/floor.log",
     conda:
         "../../environment.yml"
+    threads: THREADS
     params:
         spec=lambda wildcards: or_stop(PLAN.metrics, "floor").to_json(),
     shell:
@@ -129,6 +133,7 @@ rule curve:
         f"{LOGS}/curve/{{run}}.log",
     conda:
         "../../environment.yml"
+    threads: THREADS
     resources:
         gpu=PRESET.gpus,
         state="state",
