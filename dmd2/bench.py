@@ -1,135 +1,292 @@
 """Times a training step and its parts: `python -m dmd2.bench --preset digits --run dmd2 --threads 1`.
 
-Networks have initial weights and the data are random, so nothing has to be made first. Times are wall-clock means on
-whatever device is there; on a shared machine compare rows of one run, not runs.
+Networks have initial weights and the images are noise, so nothing has to be made first; they come from shards by the
+loader of a real run. On a GPU times are those of its own clock, taken without waiting for it; the data's is the host's,
+which reads while the GPU computes. On a shared machine compare rows of one run, not runs. Several GPUs:
+`torchrun --nproc-per-node 8 -m dmd2.bench --preset imagenet64 --layout shard`.
 """
 
 from __future__ import annotations
 
+import csv
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
-from unittest.mock import patch
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import typer
+from torch import Tensor
 
-from dmd2 import distributed, objective, optimization, sampling
+from dmd2 import devices, distributed
+from dmd2.config import Train
+from dmd2.cost import step_cost
+from dmd2.datasets import write_shards
+from dmd2.datasets.loader import Loader, to_batch
+from dmd2.denoiser import Cond, Teacher
+from dmd2.errors import UserError
+from dmd2.hours import num_images
+from dmd2.memory import GIB
+from dmd2.metrics.perceptual import distance_by, without_values
+from dmd2.passes import DATA, PARTS, observed
 from dmd2.plan import Plan
+from dmd2.records import commit, versions
 from dmd2.teachers import load_teacher
-from dmd2.training import Distillation
+from dmd2.training import Distance, Distillation
 
 WORKFLOW = Path(__file__).parent.parent / "workflow"
+CACHE_BYTES = 256 * 2**20
+"""A data set up to this size is held in memory by the loader, here as in a run."""
+Row = dict[str, Any]
+
+
+def column(part: str) -> str:
+    """The column with the milliseconds of a part."""
+    return f"ms_{part.replace(chr(39), '').replace(' ', '_')}"
+
+
+TIMES = {part: column(part) for part in (*PARTS, "rest")}
+COLUMNS = (
+    *("preset", "run", "device", "ranks", "threads", "precision", "layout", "compile", "recompute", "batch"),
+    *("micro_batch", "iterations", "ms", "images_per_s", "tflop_per_image", "tflops", "percent_of_peak"),
+    *("peak_memory_gib", *TIMES.values()),
+    *("torch", "triton", "commit", "timestamp"),
+)
 
 
 class Stopwatch:
-    """Seconds by part; a part inside another is not counted twice."""
+    """Seconds by part of a step, by the device's clock; an observer of `passes.observed`."""
 
     def __init__(self, device: torch.device):
-        self.seconds: dict[str, float] = defaultdict(float)
+        self._on_gpu = device.type == "cuda"
         self._device = device
-        self._open: list[str] = []
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._start: Any = None
+
+    def _mark(self, part: str = "") -> Any:
+        if not self._on_gpu or part == DATA:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def begin(self, part: str) -> None:
+        """See `passes.Observer`."""
+        self._start = self._mark(part)
+
+    def end(self, part: str) -> None:
+        """See `passes.Observer`."""
+        self._spans.append((part, self._start, self._mark(part)))
 
     def now(self) -> float:
-        """The time when all that was asked of the device is done."""
-        if self._device.type == "cuda":
+        """The host's time when all that was asked of the device is done."""
+        if self._on_gpu:
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its time added to `part`, or to the part that is open already."""
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            if self._open:
-                return function(*arguments, **options)
-            self._open.append(part)
-            start = self.now()
-            try:
-                return function(*arguments, **options)
-            finally:
-                self.seconds[part] += self.now() - start
-                self._open.pop()
-
-        return call
+    def seconds(self) -> dict[str, float]:
+        """The sum of each part, after the device has done all."""
+        self.now()
+        total: dict[str, float] = defaultdict(float)
+        for part, start, end in self._spans:
+            total[part] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+        return dict(total)
 
 
-@contextmanager
-def instrumented(run: Distillation, watch: Stopwatch) -> Iterator[None]:
-    """The parts of `run.step` under the watch."""
-    parts = [
-        (sampling, "simulate", "generator input"),
-        (objective, "matching_gradient", "real and fake score"),
-        (objective, "gan_gradient", "generator's GAN term"),
-        (objective, "critic_losses", "critic forward"),
-        (torch.Tensor, "backward", "backward"),
-        (optimization.Descent, "step", "optimizers"),
-        (optimization.Average, "update", "weight average"),
-    ]
-    with ExitStack() as stack:
-        for owner, name, part in parts:
-            stack.enter_context(patch.object(owner, name, watch.timed(part, getattr(owner, name))))
-        stack.enter_context(patch.object(run.generator, "forward", watch.timed("generator", run.generator.forward)))
-        yield
+class Feed:
+    """Batches of images of noise, written as shards and read by the loader of a run; also as pairs.
+
+    Every rank writes the same shards, into a folder of its own.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, teacher: Teacher, batch_size: int):
+        self._codec = teacher.codec
+        manifest, rng = folder / "manifest.json", np.random.default_rng(0)
+        classes = plan.preset.data.num_classes
+
+        def make(ids: range) -> dict[str, Any]:
+            x0 = torch.from_numpy(rng.uniform(-1, 1, (len(ids), *teacher.sample_shape)).astype(np.float32))
+            labels = [i % classes for i in ids]
+            cond = teacher.conditioner.encode(labels)
+            fields = {f"cond.{name}.npy": value.numpy() for name, value in cond.items()}
+            return {"latent.npy": teacher.codec.encode(teacher.codec.decode(x0)), **fields, "cls": labels}
+
+        total = 4 * batch_size * distributed.world_size()
+        write_shards(manifest, total, plan.preset.data.shard_size, make, plan.latents, batch_size=256)
+        in_memory = num_images(plan) * int(np.prod(teacher.sample_shape)) <= CACHE_BYTES
+        self._loader = Loader(
+            manifest,
+            batch_size=batch_size,
+            seed=0,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            digest=plan.latents.digest,
+            cache_bytes=CACHE_BYTES if in_memory else 0,
+        )
+
+    def read(self, index: int) -> tuple[Tensor, Cond]:
+        """This rank's batch `index`."""
+        return to_batch(self._loader.batch(index), self._codec)
+
+    def data(self, index: int) -> tuple[Tensor, Cond]:
+        """See `training.Batches`."""
+        return self.read(index)
+
+    def pairs(self, index: int) -> tuple[Tensor, Tensor, Cond]:
+        """See `training.Pairs`; an image stands for its noise as well."""
+        x0, cond = self.read(index)
+        return x0, x0, cond
+
+    def close(self) -> None:
+        """Ends the loader's thread."""
+        self._loader.close()
 
 
-def measure(run: Distillation, iterations: int, warmup: int) -> tuple[float, float, dict[str, float]]:
+def measure(run: Distillation, feed: Feed, iterations: int, warmup: int) -> tuple[float, float, dict[str, float]]:
     """Milliseconds per iteration of the step as it is, of the step under the watch, and of each part."""
     for index in range(warmup):
         run.step(index)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
     watch = Stopwatch(run.device)
     start = watch.now()
     for index in range(warmup, warmup + iterations):
         run.step(index)
     plain = watch.now() - start
-    with instrumented(run, watch):
+    with observed(run, watch, [(feed, "read", DATA)]):
         start = watch.now()
         for index in range(warmup, warmup + iterations):
             run.step(index)
         whole = watch.now() - start
     scale = 1000 / iterations
-    return plain * scale, whole * scale, {part: s * scale for part, s in watch.seconds.items()}
+    return plain * scale, whole * scale, {part: s * scale for part, s in watch.seconds().items()}
 
 
-def _always(batch: Any, index: int) -> Any:
-    return batch
+def row_of(
+    plan: Plan, name: str, train: Train, run: Distillation, times: tuple[float, float, Mapping[str, float]]
+) -> Row:
+    """What was measured of a run, by column; empty where nothing is known."""
+    plain, whole, parts = times
+    device, flops = run.device, step_cost(plan.preset.teacher, plan.preset.data, train).total
+    label = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    rate = run.parts.num * run.parts.size / plain * 1000  # of this rank
+    gpu, tflops = devices.known(label), flops * rate / 1e12
+    beside = parts.get(DATA, 0.0) if device.type == "cuda" else 0.0
+    return {
+        "preset": plan.preset.name,
+        "run": name,
+        "device": label,
+        "ranks": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+        "precision": train.precision,
+        "batch": train.batch_size,
+        "micro_batch": run.parts.size,
+        "ms": f"{plain:.2f}",
+        "images_per_s": f"{rate * distributed.world_size():.1f}",
+        "tflop_per_image": f"{flops / 1e12:.6g}",
+        "tflops": f"{tflops:.4g}",
+        "percent_of_peak": f"{100 * tflops / gpu.peak(train.precision):.1f}" if gpu else "",
+        "peak_memory_gib": f"{torch.cuda.max_memory_allocated(device) / GIB:.2f}" if device.type == "cuda" else "",
+        **{TIMES[part]: f"{ms:.3f}" for part, ms in parts.items()},
+        "ms_rest": f"{max(whole - sum(parts.values()) + beside, 0.0):.3f}",
+        "torch": torch.__version__,
+        "triton": versions().get("triton", ""),
+        "commit": commit(),
+        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def text_of(row: Row) -> str:
+    """A row for reading."""
+    share = f" ({row['percent_of_peak']} % of its peak)" if row["percent_of_peak"] else ""
+    memory = f", peak memory {row['peak_memory_gib']} GiB" if row["peak_memory_gib"] else ""
+    lines = [
+        f"{row['preset']}/{row['run']} on {row['ranks']} x {row['device']}, {row['threads']} thread(s), "
+        f"{row['precision']}, batch {row['batch']}, {row['micro_batch']} at a time: {row['ms']} ms/iteration, "
+        f"{row['images_per_s']} images/s, {row['tflops']} TFLOP/s{share}{memory}"
+    ]
+    times = {part: float(row[name]) for part, name in TIMES.items() if row.get(name)}
+    whole = sum(times.values())
+    lines += [f"  {part:24s}{ms:10.2f} ms {100 * ms / whole:6.1f} %" for part, ms in times.items()]
+    return "\n".join(lines)
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Adds rows to a CSV. Raises UserError where it has other columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    if not new and path.read_text().partition("\n")[0] != ",".join(COLUMNS):
+        raise UserError(f"{path}: has other columns than this version writes; move it away")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def trainee(
+    teacher: Teacher, train: Train, feed: Feed, device: torch.device, how: Mapping[str, Any], micro_batch: int | None
+) -> Distillation:
+    """The run as a training job would build it, LPIPS with made-up weights."""
+    distance: Distance = torch.nn.functional.mse_loss
+    if train.regression_weight > 0 and train.regression_loss == "lpips":
+        network = without_values().to_empty(device=device)
+        for value in (*network.parameters(), *network.buffers()):
+            torch.nn.init.uniform_(value, 0.01, 0.02)
+        distance = distance_by(network)
+    run = Distillation(
+        teacher,
+        train,
+        data=feed.data,
+        pairs=feed.pairs,
+        regression_distance=distance,
+        micro_batch_size=micro_batch,
+        layout=how["layout"],
+        device=device,
+    )
+    for network in (run.generator, run.critic.fake, run.teacher.denoiser):
+        network.prepare(compile=how["compile"], activation_checkpointing=how["recompute"])
+    return run
 
 
 def main(
     preset: Annotated[str, typer.Option()] = "digits",
-    run: Annotated[list[str] | None, typer.Option(help="repeatable")] = None,
-    iterations: Annotated[int, typer.Option(min=1)] = 100,
+    run: Annotated[list[str] | None, typer.Option(help="repeatable; dmd2 by default")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="rounded up to whole cycles of R")] = 100,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     device: Annotated[str, typer.Option()] = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="global; the run's by default")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="samples passed at a time")] = None,
+    precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="the run's by default")] = None,
+    layout: Annotated[Literal["replicate", "shard"], typer.Option(help="under torchrun")] = "replicate",
+    compile: Annotated[bool, typer.Option("--compile")] = False,
+    recompute: Annotated[bool, typer.Option("--activation-checkpointing")] = False,
+    out: Annotated[Path | None, typer.Option(help="append rows, as to results/bench/step.csv")] = None,
 ) -> None:
     """Time the training step of one or more runs and print the breakdown."""
     torch.set_num_threads(threads)
     plan, where = Plan(WORKFLOW, preset), distributed.device_of(device)
-    for name in run or ["dmd2"]:
-        train = plan.run(name).train
-        teacher = load_teacher(plan.preset.teacher, plan.preset.data)
-        rng = torch.Generator().manual_seed(0)
-        x0 = torch.rand((train.batch_size, *teacher.sample_shape), generator=rng) * 2 - 1
-        cond = teacher.conditioner.draw(train.batch_size, rng)
-        noise = torch.randn(x0.shape, generator=rng)
-        trainee = Distillation(
-            teacher, train, data=partial(_always, (x0, cond)), pairs=partial(_always, (noise, x0, cond)), device=where
-        )
-        plain, whole, parts = measure(trainee, iterations, warmup=2 * train.critic_steps_per_generator)
-        size = sum(p.numel() for p in trainee.generator.parameters())
-        print(
-            f"{preset}/{name} on {where}, {threads} thread(s): {size / 1e6:.3f} M parameters, batch "
-            f"{train.batch_size}, R = {train.critic_steps_per_generator}: "
-            f"{plain:.1f} ms/iteration, {1000 * train.batch_size / plain:.0f} images/s"
-        )
-        parts["rest"] = whole - sum(parts.values())
-        for part, ms in sorted(parts.items(), key=lambda item: -item[1]):
-            print(f"  {part:24s}{ms:9.2f} ms {100 * ms / whole:6.1f} %")
-        if where.type == "cuda":
-            print(f"  peak memory {torch.cuda.max_memory_allocated(where) / 2**30:.2f} GiB")
+    bare = plan.preset.teacher.model_copy(update={"weights": None})
+    over = {key: value for key, value in {"batch_size": batch_size, "precision": precision}.items() if value}
+    how = {"layout": layout, "compile": compile, "recompute": recompute}
+    rows: list[Row] = []
+    with distributed.process_group(where), TemporaryDirectory() as folder:
+        for name in run or ["dmd2"]:
+            train = plan.run(name).train.model_copy(update=over)
+            teacher, period = load_teacher(bare, plan.preset.data), train.critic_steps_per_generator
+            feed = Feed(Path(folder) / name, plan, teacher, distributed.local_share(train.batch_size))
+            built, num = trainee(teacher, train, feed, where, how, micro_batch), -(-iterations // period) * period
+            times = measure(built, feed, num, warmup=2 * period)
+            feed.close()
+            rows.append({**how, "iterations": num, **row_of(plan, name, train, built, times)})
+            if distributed.rank() == 0:
+                print(text_of(rows[-1]), flush=True)
+    if out is not None and distributed.rank() == 0:
+        append(out, rows)
 
 
 if __name__ == "__main__":

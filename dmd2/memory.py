@@ -198,7 +198,7 @@ def measure(
         live = LiveBytes()
         with shadows(), use(kernels), live:
             run = shadow_run(shadow_teacher(teacher, data), batch, micro_batch_size=samples)
-            for network in (run.generator, run.critic.fake):
+            for network in (run.generator, run.critic.fake, run.teacher.denoiser):
                 network.prepare(activation_checkpointing=recompute)
             peaks_of_step(run, live)
             return state_of(run, train), live.peaks
