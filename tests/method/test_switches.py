@@ -267,8 +267,25 @@ def test_r1_pulls_at_all_heads_on_the_teachers_features_too():
     x0, cond = data(0)
     losses = objective.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4))
     gen, real, moved = logits[0].chunk(3)
-    assert float(losses.gan.r1.detach()) == pytest.approx(float((moved - real).square().mean()), rel=1e-5)
+    assert float(losses.gan.r1.detach()) == pytest.approx(float((moved - real).square().mean().detach()), rel=1e-5)
     assert float(losses.gan.r1.detach()) > 0
     softplus = nn.functional.softplus
     truth = softplus(gen).mean() + softplus(-real).mean() + 2 * (moved - real).square().mean()
     torch.testing.assert_close(losses.gan.loss, truth, rtol=1e-5, atol=0)
+
+
+def test_all_of_fastgens_switches_go_together():
+    levels = dict.fromkeys(("matching_levels", "critic_levels", "gan_levels"), (2, 998))
+    keys = {"turns": "disjoint", "gan_features": "teacher", "gan_taps": 2, "gan_critic_weight": 1.0}
+    run = distillation(levels=2, share_levels=True, denoising_weighting="uniform", **keys, **levels)
+    seen = []
+    for index in range(2):
+        with counted(run) as passes:
+            run.step(index)
+        seen.append((passes.encoder, passes.decoder))
+    generators, critics = seen
+    assert generators == ({"generator": [6], "fake": [6], "real": [6]},) * 2, "one pass of each network"
+    assert critics == (
+        {"generator": [6], "fake": [6], "real": [12]},
+        {"generator": [6], "fake": [6], "real": []},
+    )
