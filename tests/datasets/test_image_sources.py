@@ -169,6 +169,42 @@ def test_a_file_that_is_gone_stops_the_reading_instead_of_counting_as_unreadable
         source[0]
 
 
+@pytest.mark.parametrize("kind", ["tar of tars", "webdataset"])
+def test_a_damaged_head_in_a_tar_lets_no_image_vanish(kind: str, tree: Path, tmp_path: Path) -> None:
+    name, path = container(kind, tree, tmp_path)
+    file = tmp_path / "train-1.tar" if kind == "webdataset" else Path(path)
+    whole = file.read_bytes()
+    heads = [at for at in range(0, len(whole), 512) if whole[at + 257 : at + 262] == b"ustar"]
+    assert len(heads) >= 6
+    for head in heads:
+        for field in (0, 100, 124, 135, 148, 156):  # name, mode, size, checksum, kind
+            content = bytearray(whole)
+            content[head + field] ^= 1
+            file.write_bytes(content)
+            with pytest.raises(UserError, match=r"(train|train-1).tar: (damaged or truncated|not a whole)"):
+                open_source(data_of(name, path))
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar of tars", "webdataset"])
+def test_whatever_damage_does_to_an_archive_is_told(kind: str, tree: Path, tmp_path: Path) -> None:
+    name, path = container(kind, tree, tmp_path)
+    file = tmp_path / "train-1.tar" if kind == "webdataset" else Path(path)
+    whole, rng, told = file.read_bytes(), np.random.default_rng(7), []
+    for _ in range(120):
+        content = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):  # most of it at the end, where a zip has its list
+            content[-1 - int(len(content) * rng.random() ** 2)] = rng.integers(256)
+        file.write_bytes(content)
+        try:
+            source = open_source(data_of(name, path))
+            for number in range(len(source)):
+                assert source[number].shape == (4, 4, 3)
+        except (UserError, Unreadable) as error:
+            told.append(str(error))
+    assert len(told) >= 30
+    assert not any("\n" in line for line in told)
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar of tars", "webdataset"])
 @pytest.mark.parametrize("left", [0.98, 0.5, 0.02])
 def test_a_truncated_archive_is_refused(kind: str, left: float, tree: Path, tmp_path: Path) -> None:

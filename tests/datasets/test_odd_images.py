@@ -112,6 +112,26 @@ def test_what_cannot_be_read_is_told_with_its_reason(content: bytes, reason: str
         decode(content, 4, 3)
 
 
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
+def test_whatever_damage_does_to_a_file_it_is_an_image_or_unreadable(kind: str) -> None:
+    rng = np.random.default_rng(6)
+    whole = encoded(Image.fromarray(rng.integers(0, 256, (24, 20, 3), np.uint8)), kind)
+    reasons = []
+    for _ in range(150):
+        content = bytearray(whole[: rng.integers(1, len(whole) + 1) if rng.random() < 0.3 else None])
+        for _ in range(rng.integers(1, 6)):  # most of it in the head, where the sizes are
+            content[int(rng.integers(len(content)) * rng.random() ** 3)] = rng.integers(256)
+        try:
+            found = decode(bytes(content), 4, 3)
+            assert found.shape == (4, 4, 3)
+            assert found.dtype == np.uint8
+        except Unreadable as reason:
+            reasons.append(str(reason))
+    assert len(reasons) >= 30
+    assert not any("\n" in reason for reason in reasons)
+
+
 NAMES = [f"n{label}/{number:02d}.png" for label in (1, 2) for number in range(10)]
 SPOILT = {2: "n1/02.png", 3: "n1/03.png", 4: "n1/04.png", 5: "n1/05.png", 19: "n2/09.png"}  # positions 3 to 5: a shard
 

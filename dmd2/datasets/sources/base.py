@@ -86,6 +86,7 @@ def decode(content: bytes, resolution: int, channels: int) -> np.ndarray:
             mode = "RGB" if channels == 3 else "L"
             image.load()
             square = _centre(image if image.mode == mode else image.convert(mode))
+        resized = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
     except Unreadable:
         raise
     except UnidentifiedImageError:  # its message has an address in memory
@@ -93,8 +94,7 @@ def decode(content: bytes, resolution: int, channels: int) -> np.ndarray:
     except Exception as error:  # what decoders raise on damaged files is not one family
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Unreadable(f"not a readable image ({reason[:200]})") from error
-    resized = np.asarray(square.resize((resolution, resolution), Image.Resampling.LANCZOS))
-    return resized.reshape(resolution, resolution, channels)
+    return np.asarray(resized).reshape(resolution, resolution, channels)
 
 
 def _centre(image: Image.Image) -> Image.Image:

@@ -41,8 +41,10 @@ class Spans:
 
     def read(self, file: int, offset: int, size: int) -> bytes:
         """`size` bytes of file `file` from `offset` on. Raises UserError where the file ends before."""
-        content = os.pread(self._descriptor(file), size, offset)
-        if len(content) != size:
+        descriptor = self._descriptor(file)
+        inside = 0 <= offset <= offset + size <= os.fstat(descriptor).st_size
+        content = os.pread(descriptor, size, offset) if inside else b""
+        if not inside or len(content) != size:
             raise UserError(f"{self._files[file]}: ends within a member; it is truncated: fetch or copy it again")
         return content
 
@@ -70,10 +72,15 @@ def tar_members(path: Path | str, offset: int = 0, size: int | None = None) -> l
         try:
             with tarfile.open(fileobj=window, mode="r:") as tar:
                 members = [Member(m.name, offset + m.offset_data, m.size) for m in tar if m.isfile()]
+                window.seek(tar.offset)
         except tarfile.TarError as error:
             raise UserError(f"{path}: not a whole uncompressed tar ({error}); fetch or unpack it again") from None
-    if members and members[-1].offset + members[-1].size > end:
-        raise UserError(f"{path}: ends within {members[-1].name}; it is truncated: fetch or copy it again")
+        mark = window.read(tarfile.BLOCKSIZE)
+    if mark != bytes(
+        tarfile.BLOCKSIZE
+    ):  # `tarfile` takes a damaged header for the end, and the end of the file as well
+        last = f" behind {members[-1].name}" if members else ""
+        raise UserError(f"{path}: damaged or truncated{last}, for no end mark follows; fetch or copy it again")
     return members
 
 

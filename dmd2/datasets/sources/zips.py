@@ -34,7 +34,9 @@ class ImageZip(EncodedImages):
             with zipfile.ZipFile(path) as archive:
                 members = sorted(archive.infolist(), key=lambda m: m.filename.split("/"))
                 stored = _stored_labels(archive, path)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # what `zipfile` makes of damage is not one family
             raise UserError(f"{path}: not a whole zip archive ({error}); fetch it again") from None
         chosen = {m.filename: m for m in members if not m.is_dir() and is_image(m.filename)}
         labels, classes = _by_folder(list(chosen)) if stored is None else _by_list(list(chosen), stored, path)
@@ -63,10 +65,14 @@ class ImageZip(EncodedImages):
 
     def _content(self, number: int) -> bytes:
         start = self._spans.offset(number)
-        signature, name, extra = HEADER.unpack(self._spans.read(0, start, HEADER.size))
+        try:
+            signature, name, extra = HEADER.unpack(self._spans.read(0, start, HEADER.size))
+            content = self._spans.read(0, start + HEADER.size + name + extra, int(self._spans.sizes[number]))
+        except UserError:  # the archive is whole: its end was read
+            raise Unreadable("damaged in the archive (it would lie beyond the end)") from None
         if signature != b"PK\x03\x04":
             raise Unreadable("damaged in the archive (no header)")
-        return self._spans.read(0, start + HEADER.size + name + extra, int(self._spans.sizes[number]))
+        return content
 
     @staticmethod
     def _check(path: Path, images: list[zipfile.ZipInfo]) -> None:
