@@ -168,7 +168,7 @@ class Notices:
 
 
 def barrier() -> None:
-    """Waits for all ranks; nothing with one process."""
+    """The hosts wait for one another, not for their devices; nothing with one process."""
     if world_size() > 1:
         with exchange("waiting for all ranks"):
-            dist.barrier()
+            dist.all_reduce(torch.zeros(1))

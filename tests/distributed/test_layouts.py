@@ -1,5 +1,6 @@
 """One training on two ranks in either layout, and on one process that passes the same parts: the same weights."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "replicate in parts": {"layout": "replicate", "micro_batch_size": BATCH // 4},
     "shard in parts": {"layout": "shard", "micro_batch_size": BATCH // 4},
     "shard, teacher's features": {"layout": "shard", "train": {"gan_features": "teacher"}},
+    "shard, recomputed": {"layout": "shard", "prepare": {"activation_checkpointing": True}},
     "replicate, teacher's features": {"layout": "replicate", "train": {"gan_features": "teacher"}},
 }
 
@@ -41,10 +43,17 @@ def test_two_ranks_equal_one_process_that_passes_all_their_parts(name: str, part
     assert len(moved) > 0.9 * len(before), "nearly everything has moved"
 
 
-@pytest.mark.parametrize("what", ["", " in parts", ", teacher's features"])
-def test_sharded_networks_train_to_the_same_weights_as_whole_ones(what: str, states: dict[str, Any]):
-    wanted, found = without_noise(states[f"replicate{what}"]), without_noise(states[f"shard{what}"])
-    assert_close(wanted, found, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name.startswith("shard")])
+def test_sharded_networks_train_to_the_same_weights_as_whole_ones(name: str, states: dict[str, Any]):
+    wanted = states.get(name.replace("shard", "replicate"), states["replicate"])
+    assert_close(without_noise(wanted), without_noise(states[name]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_sharded_networks_with_compiled_blocks_train_to_the_same_weights(states: dict[str, Any], tmp_path: Path):
+    on_ranks(2, trained, tmp_path, NUM, {"": {"layout": "shard", "prepare": {"compile": True, "backend": "eager"}}})
+    (found, _) = (result[""] for result in results(tmp_path, 2))
+    assert_close(without_noise(states["replicate"]), without_noise(found), rtol=1e-4, atol=1e-6)
 
 
 def without_noise(state: dict[str, Any]) -> dict[str, Any]:

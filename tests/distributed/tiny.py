@@ -44,14 +44,18 @@ def batches(rank: int, world: int) -> Any:
 
 
 def distillation(rank: int = 0, world: int = 1, **keys: Any) -> Distillation:
-    """A student in training; settings of the run in `train`, others as they are."""
+    """A student in training; settings of the run in `train`, how its blocks run in `prepare`, others as they are."""
+    prepare = keys.pop("prepare", {})
     train = Train(**{**TRAIN, **keys.pop("train", {})})
     teacher = load_edm(Teacher(kind="edm", network=NETWORK), DATA, None, seed=1)
     with torch.no_grad():  # EDM starts the last layers at zero: nothing would reach the others
         rng = torch.Generator().manual_seed(2)
         for p in teacher.denoiser.parameters():
             p += 0.05 * torch.randn(p.shape, generator=rng)
-    return Distillation(teacher, train, data=batches(rank, world), **keys)
+    run = Distillation(teacher, train, data=batches(rank, world), **keys)
+    for network in (run.generator, run.critic.fake, run.teacher.denoiser):
+        network.prepare(**prepare)
+    return run
 
 
 def flat(state: Any, name: str = "") -> dict[str, Any]:
