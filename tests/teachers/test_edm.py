@@ -139,6 +139,19 @@ def test_bf16_computes_inside_alone_and_stays_close():
     assert denoiser.model.out_conv.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("arch", ["adm", "ddpmpp"])
+def test_bf16_is_of_the_blocks_and_not_of_embedding_and_conditioning(arch: str):
+    teacher = CONFIG.model_copy(update={"network": NETWORK.model_copy(update={"arch": arch})})
+    denoiser, (x, sigma, cond), dtypes = load_teacher(teacher, DATA).denoiser, batch(2), {}
+    denoiser.precision = "bf16"
+    for name, module in denoiser.model.named_modules():
+        module.register_forward_hook(lambda *call, name=name: dtypes.update({name: getattr(call[-1], "dtype", None)}))
+    denoiser(x, sigma, cond)
+    single = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert single == {name for name in dtypes if name.startswith("map_") or name.endswith("affine")}
+    assert dtypes["enc.4x4_block0.qkv"] == torch.bfloat16
+
+
 def test_wrong_sample_shape_is_refused():
     with pytest.raises(ValueError, match=r"x is \(2, 3, 8, 8\); this denoiser takes \(B, 1, 8, 8\)"):
         network()(torch.zeros(2, 3, 8, 8), torch.ones(2), {"label": torch.tensor([0, 1])})

@@ -34,6 +34,10 @@ from dmd2.errors import UserError
 from dmd2.teachers.safe_pickle import read_edm_pickle
 from dmd2.teachers.torch_file import read_torch_file
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+    pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
+]
 SPARE, SECONDS = 2**30, 5.0
 Reader = Callable[[Path], dict[str, Tensor]]
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16), "c": torch.tensor(3)}
