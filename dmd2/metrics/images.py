@@ -5,6 +5,7 @@ Shapes: N images, H height, W width, C channels (1 or 3), D = dimension of the p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,8 +38,8 @@ def batches(num_images: int, size: int = BATCH) -> Iterator[slice]:
 
 
 def as_vectors(images: Images) -> NDArray[np.float32]:
-    """The flattened images in [-1, 1], float32 (N, H*W*C)."""
-    return images.reshape(len(images), -1).astype(np.float32) / 127.5 - 1
+    """The flattened images in [-1, 1], float32 (N, H*W*C); N may be 0."""
+    return images.reshape(len(images), math.prod(images.shape[1:])).astype(np.float32) / 127.5 - 1
 
 
 def pixel_features(images: Images) -> Matrix:

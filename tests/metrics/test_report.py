@@ -10,6 +10,7 @@ from dmd2.metrics import FeatureStats, Meter, Reference, frechet_distance, pixel
 from dmd2.metrics import measure as measure_made
 from dmd2.metrics.distances import to_nearest
 from dmd2.metrics.diversity import ClassMoments, relative_diversity
+from dmd2.metrics.images import batches
 
 
 def measure(images: np.ndarray, labels: np.ndarray, reference, extractor, num_blocks: int = 1, **options) -> dict:
@@ -105,6 +106,22 @@ def test_measures_of_a_curve_leave_the_others_as_they_are(digits, reference, ext
     few = means(measure(digits.images[:200], digits.labels[:200], reference, extractor, detailed=False))
     assert list(few) == ["fid", "pixel_fd", "nearest_distance", "diversity", "accuracy"]
     assert few == {name: full[name] for name in few}
+
+
+def test_neighbours_are_searched_for_the_first_samples_of_a_block_alone(
+    digits, reference, extractor, monkeypatch: pytest.MonkeyPatch
+):
+    few = Reference.build(digits.read, 1797, extractor, 10, max_kept=60)
+    images, labels = digits.images[-300:], digits.labels[-300:]
+    first = means(measure(images[:100], labels[:100], few, extractor))
+    monkeypatch.setattr("dmd2.metrics.tally.MAX_KEPT", 100)
+    monkeypatch.setattr("dmd2.metrics.report.batches", lambda num: batches(num, 50))
+    whole = means(measure(images, labels, few, extractor))
+    assert whole["nearest_distance"] == pytest.approx(first["nearest_distance"], rel=1e-9)
+    # as many samples as real images: the first 60
+    assert (whole["precision"], whole["recall"]) == (first["precision"], first["recall"])
+    assert whole["precision"] == means(measure(images[:60], labels[:60], few, extractor))["precision"]
+    assert whole["fid"] != first["fid"]
 
 
 def test_moments_of_many_batches_equal_those_of_one(digits, extractor, reference):  # 1797 images are two batches
