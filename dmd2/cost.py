@@ -52,7 +52,7 @@ class Counter:
     """Operations by part of a step; an observer of `passes.observed`."""
 
     def __init__(self) -> None:
-        formulas = {forward: _attention for forward, _ in _FLASH}
+        formulas: dict[Any, Callable[..., int]] = {forward: _attention for forward, _ in _FLASH}
         formulas |= {backward: _attention_backward for _, backward in _FLASH}
         self._counter = FlopCounterMode(display=False, custom_mapping=formulas)
         self._begun = 0

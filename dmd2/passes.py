@@ -96,12 +96,12 @@ def observed(run: Distillation, observer: Observer, more: Sequence[Place] = ()) 
         (run.teacher.denoiser, "denoise_and_tap", REAL),  # which a pass of it always calls
         *more,
     ]
-    backward = [
+    places: list[tuple[Any, str, Callable[[], str]]] = [(o, name, partial(str, part)) for o, name, part in named]
+    places += [
         (torch.Tensor, "backward", teller.backward_part),
         (torch.autograd, "backward", teller.backward_part),
         (torch.autograd, "grad", teller.gradient_part),
     ]
-    places = [*((owner, name, partial(str, part)) for owner, name, part in named), *backward]
     passes: list[tuple[nn.Module, Callable[..., None]]] = [
         (run.generator, teller.generator_pass),
         (run.critic, teller.critic_pass),

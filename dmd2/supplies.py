@@ -28,7 +28,8 @@ class Supply:
 
 def supplies(plan: Plan, jobs: Iterable[Job]) -> list[Supply]:
     """What the jobs read that no job makes, each path once."""
-    preset, found = plan.preset, {}
+    preset = plan.preset
+    found: dict[str, Supply] = {}
 
     def ask(what: str, file: WeightsFile | None) -> None:
         if file is not None:

@@ -92,7 +92,7 @@ def _rows(
     rows = []
     for table in loaded.values():
         for row in table.rows:
-            if row.measure not in keys:
+            if row.measure is None or row.measure not in keys:
                 continue
             closure = [job.key for job in jobs.closure([keys[row.measure]])]
             rows.append(

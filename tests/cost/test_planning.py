@@ -18,6 +18,7 @@ from dmd2.placement import FRAGMENTATION, RESERVED_GIB
 from dmd2.plan import Plan
 
 ROOT = Path(__file__).parents[2]
+SMALL = {"teacher": {"network": {"channel_mult": [1], "attn_resolutions": [], "channels_per_head": 16}}}
 PLAN = ["plan", "table1", "table3", "--preset", "smoke"]
 
 
@@ -35,11 +36,14 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from dmd2.stages import planning
 
     machines = planning.Machines("a100-40gb", 2, "replicate")
-    return planning.tables(Plan(ROOT / "workflow", "smoke"), ["table1", "table3"], machines)
+    return planning.tables(Plan(ROOT / "workflow", "smoke", SMALL), ["table1", "table3"], machines)
 
 
-def test_cost_tells_the_parts_of_each_run(capsys: pytest.CaptureFixture[str]):
-    status, text = run(capsys, "cost", "--preset", "smoke", "--run", "dmd2", "--run", "noreg", "--json")
+def test_cost_tells_the_parts_of_each_run(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    over = tmp_path / "small.yaml"
+    over.write_text(json.dumps({"preset": "smoke", **SMALL}))
+    runs = ["--run", "dmd2", "--run", "noreg"]
+    status, text = run(capsys, "cost", "--preset", "smoke", "--configfile", str(over), *runs, "--json")
     found = json.loads(text)
     assert status == 0
     assert list(found["runs"]) == ["dmd2", "noreg"]
