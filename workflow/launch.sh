@@ -3,7 +3,8 @@
 # are several (`dmd2.launcher`). Works in an environment without this project installed.
 #
 # Several machines: DMD2_NODES is their number, NUM_GPUS is a machine's. In a Slurm job the launchers are started by
-# srun, which tells them the rest. Without Slurm, run the same command on each machine with
+# srun, which tells them the rest; DMD2_CPUS are the processors that it gives each. Without Slurm, run the same command
+# on each machine with
 #   DMD2_NODE         this machine's number, from 0
 #   DMD2_MASTER_ADDR  the address of machine 0
 #   DMD2_MASTER_PORT  a port that is free there
@@ -24,6 +25,6 @@ fi
 [ "$gpus" -ge 1 ] || gpus=1
 if [ "$nodes" -gt 1 ] && [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${DMD2_NODE:-}" ]; then
     exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-        python -m dmd2.launcher "$gpus" "$@"
+        ${DMD2_CPUS:+--cpus-per-task="$DMD2_CPUS"} python -m dmd2.launcher "$gpus" "$@"
 fi
 exec python -m dmd2.launcher "$gpus" "$@"

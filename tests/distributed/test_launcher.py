@@ -161,10 +161,10 @@ def test_ranks_go_on_from_machine_to_machine():
         ("2", {}, ["python -m dmd2.launcher 2 train --spec {a b}"]),
         (
             "8",
-            {"DMD2_NODES": "4", "SLURM_JOB_ID": "5"},
+            {"DMD2_NODES": "4", "SLURM_JOB_ID": "5", "DMD2_CPUS": "64"},
             [
                 "srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=1 "
-                "python -m dmd2.launcher 8 train --spec {a b}"
+                "--cpus-per-task=64 python -m dmd2.launcher 8 train --spec {a b}"
             ],
         ),
         ("1", {"DMD2_NODES": "4", "DMD2_NODE": "2"}, ["python -m dmd2.launcher 1 train --spec {a b}"]),

@@ -152,3 +152,23 @@ def test_average_follows_its_formula_and_keeps_buffers():
     torch.testing.assert_close(average.weights()["weight"].double(), mean, rtol=1e-5, atol=1e-6)
     assert average.weights().keys() == network.state_dict().keys()
     assert average.state_dict()["num_updates"] == 50
+
+
+def test_state_of_another_network_is_refused():
+    moved, other = descent(parameters()), descent(parameters()[:2])
+    with pytest.raises(ValueError, match="other parameters than the network's"):
+        moved.load_state_dict(other.state_dict())
+    average, another = Average(nn.Linear(2, 2), 0.5), Average(nn.Linear(2, 2, bias=False), 0.5)
+    with pytest.raises(ValueError, match="other tensors than the network's"):
+        average.load_state_dict(another.state_dict())
+
+
+def test_state_is_complete_before_the_first_update():
+    moved = descent(parameters())
+    before = copy.deepcopy(moved.state_dict())
+    update(moved, 0, gradients(0, 1.0), FiniteGuard(CPU))
+    after = moved.state_dict()
+    assert before.keys() == after.keys()
+    assert before["exp_avg"].keys() == after["exp_avg"].keys()
+    assert float(before["steps"].sum()) == 0
+    assert after["steps"].tolist() == [1.0] * 3
