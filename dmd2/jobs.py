@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dmd2.plan import Plan
 from dmd2.spec import Spec
+
+RULES = {"import": "import_student"}
+"""Rules that are not called as their stage is."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,13 @@ class Jobs:
         return found[-1]
 
 
-def stages(jobs: Sequence[Job], tables: Mapping[str, object]) -> dict[str, int]:
-    """How many jobs there are of each stage, the tables' own included."""
+def rules(jobs: Sequence[Job]) -> dict[str, int]:
+    """How many jobs there are of each rule of the workflow."""
     counts: dict[str, int] = {}
     for job in jobs:
-        stage = "floor" if job.spec.name == "floor" else job.spec.stage
-        counts[stage] = counts.get(stage, 0) + 1
-    return counts | {"table": len(tables)}
+        rule = "floor" if job.spec.name == "floor" else RULES.get(job.spec.stage, job.spec.stage)
+        counts[rule] = counts.get(rule, 0) + 1
+    return counts
 
 
 def chain(plan: Plan, run: str) -> list[str]:

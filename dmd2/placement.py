@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from dmd2.devices import Gpu
+from dmd2.errors import UserError
 from dmd2.memory import GIB, Memory, State
 from dmd2.passes import CRITIC_TURN, GENERATOR_TURN, OPTIMIZERS
 
@@ -70,9 +71,16 @@ class Placement:
 def place(measured: Measured, room: float, layout: Layout, gpus: int, batch: int, micro: int | None) -> Placement:
     """The run with a global `batch` on `gpus` devices of `room` bytes, `micro` samples at a time, or as many as fit.
 
-    Raises nothing where it does not fit: `Placement.fits` says so.
+    Where it does not fit `Placement.fits` says so. Raises UserError if the devices do not divide the batch, or `micro`
+    not a device's share of it.
     """
-    share = -(-batch // max(gpus, 1))
+    share, rest = divmod(batch, gpus)
+    if rest:
+        raise UserError(
+            f"batch_size {batch} is not divisible by {gpus} GPUs; use {batch - rest} or {batch + gpus - rest}"
+        )
+    if micro is not None and micro < share and share % micro:
+        raise UserError(f"micro_batch_size {micro} does not divide the {share} samples of each of {gpus} GPUs")
 
     def held(parts: int) -> Memory:
         memory = measured(min(parts, 2))
@@ -80,5 +88,5 @@ def place(measured: Measured, room: float, layout: Layout, gpus: int, batch: int
 
     sizes = [n for n in range(share, 0, -1) if share % n == 0]
     largest = next((n for n in sizes if held(share // n).peak(n) <= room), 0)
-    chosen = micro or largest or 1
+    chosen = min(micro or largest or 1, share)
     return Placement(share, chosen, largest, held(share // chosen), measured(1).state)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmd2.config import WeightsFile
+from dmd2.downloads import FOLDER, load_catalogue
 from dmd2.jobs import Job
 from dmd2.plan import Plan
 
@@ -24,16 +25,22 @@ class Supply:
     path: str
     sha256: str | None
     there: bool
+    by_rule: bool  # whether a download job checks it, and fetches it where it is public
+    advice: str | None  # what to do about it, where no job can fetch it
 
 
 def supplies(plan: Plan, jobs: Iterable[Job]) -> list[Supply]:
-    """What the jobs read that no job makes, each path once."""
-    preset = plan.preset
+    """What the jobs read that comes from outside, each path once."""
+    preset, catalogue = plan.preset, load_catalogue(plan.folder / "downloads.yaml")
     found: dict[str, Supply] = {}
 
     def ask(what: str, file: WeightsFile | None) -> None:
-        if file is not None:
-            found.setdefault(file.path, Supply(what, file.path, file.sha256, Path(file.path).exists()))
+        if file is None:
+            return
+        path = Path(file.path)
+        entry = catalogue.get(path.name) if path.parent == FOLDER else None
+        advice = f"put it at {path}" if entry is None else None if entry.url else entry.advice(path.name)
+        found.setdefault(file.path, Supply(what, file.path, file.sha256, path.exists(), entry is not None, advice))
 
     for job in jobs:
         if job.spec.stage == "shards" and preset.data.path is not None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from dmd2 import hours
 from dmd2.config import Train
 from dmd2.cost import pass_cost, step_cost
 from dmd2.devices import UTILISATION, gpu
-from dmd2.jobs import Jobs, chain, stages
+from dmd2.errors import UserError
+from dmd2.jobs import Jobs, chain, rules
 from dmd2.memory import Memory, State, measure
 from dmd2.placement import Layout, Placement, capacity, place
 from dmd2.plan import Plan
@@ -70,16 +71,17 @@ def tables(plan: Plan, names: Sequence[str], machines: Machines) -> Report:
     by_stage: dict[str, float] = {}
     for job in every:
         by_stage[job.spec.stage] = by_stage.get(job.spec.stage, 0.0) + taken[job.key]
+    wanted = supplies(plan, every)
     runs = [job.spec.name for job in every if job.spec.stage == "train"]
     placements = _placements(plan, runs, machines)
     return {
         "preset": plan.preset.name,
         "machines": {**asdict(machines), "rates": asdict(rates), "rates_assumed": machines.tflops is None},
-        "jobs": stages(every, loaded),
+        "jobs": {"download": sum(supply.by_rule for supply in wanted), **rules(every), "table": len(loaded)},
         "rows": _rows(plan, loaded, jobs, keys, taken),
         "gpu_hours": {"total": sum(taken.values()), "by_stage": by_stage},
         "memory": {run: _memory(placement, capacity(gpu(machines.gpu))) for run, placement in placements.items()},
-        "supplies": [asdict(supply) for supply in supplies(plan, every)],
+        "supplies": [asdict(supply) for supply in wanted],
         "disk": disk(plan, every, hours.num_images(plan), _stored(placements)) if placements else {},
     }
 
@@ -135,14 +137,11 @@ def _placements(plan: Plan, runs: Iterable[str], machines: Machines) -> dict[str
         train = plan.run(run).train
         alike = hours.alike(train).model_dump_json()
         size = plan.preset.runtime.micro_batch_size if machines.micro_batch is None else machines.micro_batch
-        found[run] = place(
-            lambda parts, alike=alike: measured(alike, parts),  # type: ignore[misc]
-            room,
-            machines.layout,
-            machines.gpus,
-            train.batch_size,
-            size,
-        )
+        memory = partial(measured, alike)
+        try:
+            found[run] = place(memory, room, machines.layout, machines.gpus, train.batch_size, size)
+        except UserError as error:
+            raise UserError(f"run {run}: {error}") from None
     return found
 
 

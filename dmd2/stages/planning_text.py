@@ -69,10 +69,10 @@ def _hours(value: float) -> str:
 
 def _jobs(report: dict[str, Any]) -> Iterator[str]:
     counts, taken = report["jobs"], report["gpu_hours"]["by_stage"]
-    rows = [[stage, num, _hours(taken[stage]) if taken.get(stage) else ""] for stage, num in counts.items()]
+    rows = [[rule, num, _hours(taken[rule]) if taken.get(rule) else ""] for rule, num in counts.items() if num]
     rows.append(["all", sum(counts.values()), _hours(report["gpu_hours"]["total"])])
     yield "Jobs from nothing to the tables:"
-    yield tabulate(rows, ["stage", "jobs", "GPU-hours"], colalign=("left", "right", "right"))
+    yield tabulate(rows, ["rule", "jobs", "GPU-hours"], colalign=("left", "right", "right"))
 
 
 def _memory(report: dict[str, Any]) -> Iterator[str]:
@@ -102,16 +102,26 @@ def _memory(report: dict[str, Any]) -> Iterator[str]:
     headers = ["run", *names[:5], *turns, "peak", "samples at a time", "passes", "largest", "fits"]
     yield tabulate(rows, headers, floatfmt=".2f", colalign=("left", *["right"] * 12))
     yield "A turn is gradients, what is kept for the backward pass, and passing values; weights are float32."
+    if machines["layout"] == "shard" and machines["gpus"] > 1:
+        yield "Sharded figures are an estimate: whole networks' measured ones, with state and gradients divided."
 
 
 def _supplies(report: dict[str, Any]) -> Iterator[str]:
-    rows = [
-        [supply["what"], supply["path"], "there" if supply["there"] else "MISSING"] for supply in report["supplies"]
-    ]
+    rows = [[supply["what"], supply["path"], _state(supply)] for supply in report["supplies"]]
     if rows:
-        yield "From outside (data/README.md; `dmd2 downloads` fetches what is public):"
-        yield tabulate(rows, ["what", "file", ""])
+        yield "From outside:"
+        yield tabulate(rows, ["what", "file", "state"])
+        yield from (f"{supply['path']}: {supply['advice']}" for supply in report["supplies"] if _asks(supply))
         yield ""
+
+
+def _asks(supply: dict[str, Any]) -> bool:
+    """Whether the user has to put the file there."""
+    return not supply["there"] and supply["advice"] is not None
+
+
+def _state(supply: dict[str, Any]) -> str:
+    return "there" if supply["there"] else "MISSING, see below" if _asks(supply) else "a job fetches it"
 
 
 def _disk(report: dict[str, Any]) -> Iterator[str]:

@@ -13,7 +13,7 @@ import pytest
 from dmd2.config import Evaluation, Sampler
 from dmd2.cost import StepCost
 from dmd2.hours import Costs, Rates, work
-from dmd2.jobs import Jobs, chain, key_of, stages
+from dmd2.jobs import Jobs, chain, key_of, rules
 from dmd2.plan import Plan
 from dmd2.supplies import NetworkBytes, disk, supplies
 from dmd2.tables import load_table, needed
@@ -28,8 +28,8 @@ def jobs_of(plan: Plan, *tables: str) -> tuple[Jobs, list[str]]:
     return jobs, [jobs.metrics(entry).key for table in files for entry in needed(table, plan.preset.name)]
 
 
-def test_there_are_as_many_jobs_of_each_stage_as_snakemake_plans(tmp_path: Path):
-    preset = "smoke"
+@pytest.mark.parametrize("preset", ["smoke", "imagenet64"])
+def test_there_are_as_many_jobs_of_each_rule_as_snakemake_plans(preset: str, tmp_path: Path):
     tables = ("table1", "table3")
     command = [
         sys.executable,
@@ -46,8 +46,13 @@ def test_there_are_as_many_jobs_of_each_stage_as_snakemake_plans(tmp_path: Path)
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     planned = {rule: int(num) for rule, num in re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE)}
     assert planned.pop("total") == sum(planned.values())
-    jobs, keys = jobs_of(Plan(WORKFLOW, preset), *tables)
-    assert stages(jobs.closure(keys), tables) == planned
+    plan = Plan(WORKFLOW, preset)
+    jobs, keys = jobs_of(plan, *tables)
+    every = jobs.closure(keys)
+    downloads = sum(supply.by_rule for supply in supplies(plan, every))
+    assert planned.pop("table") == len(tables)
+    assert planned.pop("download", 0) == downloads
+    assert rules(every) == planned
 
 
 def test_a_job_comes_after_all_that_it_needs_and_once():
@@ -119,6 +124,20 @@ def test_what_comes_from_outside_is_listed_with_whether_it_is_there(tmp_path: Pa
     assert there == [teacher.path]
     jobs, keys = jobs_of(Plan(WORKFLOW, "digits"), "table1")
     assert supplies(Plan(WORKFLOW, "digits"), jobs.closure(keys)) == []
+
+
+def test_what_no_job_can_fetch_comes_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    plan = Plan(WORKFLOW, "imagenet64", {"features": {"weights": {"path": "elsewhere/detector.pt"}}})
+    jobs, keys = jobs_of(plan, "table3")
+    found = {supply.path: supply for supply in supplies(plan, jobs.closure(keys))}
+    images, teacher = found["data/downloads/ILSVRC2012_img_train.tar"], plan.preset.teacher.weights
+    assert images.by_rule
+    assert "put it at data/downloads/ILSVRC2012_img_train.tar" in str(images.advice)  # it takes an account
+    assert teacher is not None
+    assert (found[teacher.path].by_rule, found[teacher.path].advice) == (True, None)
+    detector = found["elsewhere/detector.pt"]
+    assert (detector.by_rule, detector.advice) == (False, "put it at elsewhere/detector.pt")
 
 
 def test_room_on_disks_is_that_of_images_pairs_and_what_runs_store():

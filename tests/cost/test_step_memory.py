@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmd2 import passes
 from dmd2.config import Teacher, Train
+from dmd2.errors import UserError
 from dmd2.memory import LiveBytes, Memory, Turn, measure, saved_for_backward
 from dmd2.placement import place, sharded
 from dmd2.shadow import shadow_run, shadow_teacher, shadows
@@ -141,3 +142,12 @@ def test_the_largest_divisor_that_fits_is_chosen():
     assert (found.share, found.largest, found.micro_batch, found.parts, found.fits) == (24, 4, 4, 6, True)
     assert not place(lambda parts: memory, room, "replicate", 2, batch=48, micro=6).fits
     assert not place(lambda parts: memory, memory.state.total, "replicate", 2, batch=48, micro=None).fits
+
+
+def test_a_batch_that_cannot_be_divided_is_an_error():
+    memory = on_shadows(train())
+    with pytest.raises(UserError, match="batch_size 280 is not divisible by 16 GPUs; use 272 or 288"):
+        place(lambda parts: memory, 1e12, "replicate", 16, batch=280, micro=None)
+    with pytest.raises(UserError, match="micro_batch_size 8 does not divide the 35 samples of each of 8 GPUs"):
+        place(lambda parts: memory, 1e12, "replicate", 8, batch=280, micro=8)
+    assert place(lambda parts: memory, 1e12, "replicate", 8, batch=280, micro=40).micro_batch == 35
