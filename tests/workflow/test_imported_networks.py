@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkout import Checkout
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dmd2 import config
 from dmd2.plan import Plan
@@ -81,6 +82,22 @@ def test_released_student_is_sampled_and_measured_but_not_trained(kind: str, fre
         planned = fresh.planned(STUDENT)
     assert {"import_student released", "sample released/student", "metrics released/student"} <= planned
     assert not any(job.split()[0] in ("train", "teacher", "latents", "curve") for job in planned)
+
+
+def test_released_folder_is_imported_and_sampled(fresh: Checkout, tmp_path: Path):
+    checkout, folder = fresh.copy(tmp_path / "dmd2"), tmp_path / "checkpoint_model_193500"
+    folder.mkdir()
+    source = write_weights(tmp_path / "student.safetensors")
+    torch.save(load_file(source["path"]), folder / "pytorch_model.bin")
+    samples = "results/smoke/released/student/samples/manifest.json"
+    with checkout.added("workflow/runs/released.yaml", released(str(folder))):
+        run = checkout.snakemake(samples, "--cores", "1")
+        assert run.returncode == 0, run.stdout
+        assert checkout.planned(samples) == set()
+    record = json.loads((checkout / "results/smoke/released/generator.json").read_text())
+    assert record["source"] == {"file": "pytorch_model.bin", "sha256": sha256(folder / "pytorch_model.bin")}
+    assert sha256(checkout / "results/smoke/released/generator.safetensors") == source["sha256"]
+    assert json.loads((checkout / samples).read_text())["facts"]["model"]["run"] == "released"
 
 
 def test_run_can_start_from_a_released_one(fresh: Checkout, tmp_path: Path):
