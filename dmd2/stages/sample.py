@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, device
+import torch
+from torch import Tensor
 
 from dmd2 import distributed, sampling
 from dmd2.config import Runtime, Sampler
@@ -27,7 +28,7 @@ APART_MINUTES = 24 * 60.0
 """How long ranks wait for one another: a shard of a many-step teacher's images takes the better part of an hour."""
 
 
-def open_model(spec: Spec, weights: Path, sampler: Sampler, device: device) -> Teacher:
+def open_model(spec: Spec, weights: Path, sampler: Sampler, device: torch.device) -> Teacher:
     """The model behind an entry, whose network computes in the sampler's precision."""
     model = open_teacher(spec, weights, upstream="model").to(device)
     model.denoiser.precision = sampler.precision
