@@ -91,15 +91,12 @@ def fit(
     loses at most what follows the newest checkpoint: `runtime.checkpoint_every` iterations or `checkpoint_minutes`,
     and what was done while that was written.
     """
-    start, clock = 0, Clock()
-    if (found := store.load(trainee.state_dict())) is not None:
-        state, facts = found
-        trainee.load_state_dict(state)
-        start, clock = facts["step"], Clock(facts["wall_s"], facts["cpu_s"])
+    start, clock = _take_up(trainee, store)
+    if start:
         log.info("%s: resuming after iteration %d of %d", title, start, iterations)
     snapshots = set(snapshots)
     is_main = distributed.rank() == 0
-    saved_at, notices = time.monotonic(), distributed.Notices()
+    saved_at, num_saved, notices = time.monotonic(), 0, distributed.Notices()
 
     with StopSignals() as stop, TrainLog(store.folder, start, enabled=is_main) as rows:
         progress = Progress(title, iterations, start)
@@ -109,8 +106,9 @@ def fit(
             store.check()
             done = index + 1
             is_time = time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes
-            signum, clock_says = notices(stop.received or 0, int(is_time), now=done == iterations)
-            saving = done % runtime.checkpoint_every == 0 or clock_says > 0 or signum > 0 or done == iterations
+            # A rank whose clock is up asks for the next checkpoint by its number: heard twice, it is made once.
+            signum, wanted = notices(stop.received or 0, num_saved + is_time, now=done == iterations)
+            saving = done % runtime.checkpoint_every == 0 or wanted > num_saved or signum > 0 or done == iterations
             if done % runtime.log_every == 0 or done in snapshots or saving:
                 trainee.guard.raise_if_tripped()
                 row = rows.flush(done, clock.read())
@@ -123,7 +121,7 @@ def fit(
                     store.save_weights(f"snapshot-{done:08d}", weights)
             if saving:
                 store.save(done, trainee.state_dict(), **clock.read())
-                saved_at = time.monotonic()
+                saved_at, num_saved = time.monotonic(), num_saved + 1
             if signum:
                 store.wait()
                 distributed.barrier()  # a rank that ended first would have the others ended too
@@ -131,3 +129,13 @@ def fit(
         store.wait()
     distributed.barrier()
     return clock.read()
+
+
+def _take_up(trainee: Trainee, store: CheckpointStore) -> tuple[int, Clock]:
+    """Puts the trainee where the newest checkpoint left it: how many iterations are done, and the clock of them."""
+    found = store.load(trainee.state_dict())
+    if found is None:
+        return 0, Clock()
+    state, facts = found
+    trainee.load_state_dict(state)
+    return facts["step"], Clock(facts["wall_s"], facts["cpu_s"])

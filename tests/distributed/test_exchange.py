@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,10 @@ from forked import join, on_ranks
 from torch import nn
 
 from dmd2 import distributed
-from dmd2.errors import UserError
+from dmd2.checkpoint import CheckpointStore
+from dmd2.config import Runtime
+from dmd2.errors import Interrupted, UserError
+from dmd2.fitting import fit
 from dmd2.gradients import Buckets, _split
 from dmd2.optimization import Descent, FiniteGuard, warmup
 from dmd2.train_log import TrainLog
@@ -135,6 +141,60 @@ def test_term_that_is_bad_on_one_rank_stops_all_at_the_same_update(tmp_path: Pat
     assert torch.equal(one["weights"][0], one["weights"][2]), "neither update was made"
     assert one["loss"] == other["loss"] == (0 + 1 + 10 + 11) / 4, "a row is the mean over the ranks"
     assert [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [5.5]
+
+
+class Idle:
+    """A trainee that does nothing; `at` is called at steps of its own."""
+
+    def __init__(self, at: dict[int, Callable[[], object]] | None = None) -> None:
+        self.guard, self.at = FiniteGuard(CPU), at or {}
+
+    def step(self, index: int) -> dict[str, torch.Tensor]:
+        self.at.get(index, bool)()
+        return {"loss": torch.tensor(0.0)}
+
+    def export(self) -> dict[str, torch.Tensor]:
+        return {"x": torch.zeros(1)}
+
+    state_dict = export
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def kept(folder: Path) -> list[int]:
+    return sorted(int(path.stem[5:]) for path in folder.glob("step-*.json"))
+
+
+def fitted(rank: int, world: int, port: int, out: Path) -> None:
+    """Loops of seven iterations: by the clock of one rank, and with a signal to one rank in the third or the last."""
+    join(rank, world, port)
+    minutes = {"clock": 1e-9 if rank == 1 else 1e9, "third": 1e9, "last": 1e9}
+    signalled = {"clock": None, "third": 2, "last": 6}
+    told = {}
+    with distributed.process_group(CPU):
+        for name, index in signalled.items():
+            at = {index: lambda: os.kill(os.getpid(), signal.SIGTERM)} if index is not None and rank == 1 else {}
+            runtime = Runtime(log_every=100, checkpoint_every=100, checkpoint_minutes=minutes[name])
+            try:
+                with CheckpointStore(out / name, "a" * 16, keep=100, in_background=True) as store:
+                    fit(Idle(at), 7, store, runtime, title=name)
+                told[name] = "done"
+            except Interrupted as stop:
+                told[name] = f"{stop.status} {stop}"
+    torch.save(told, out / f"{rank}.pt")
+
+
+def test_ranks_save_and_stop_together_though_one_alone_was_asked(tmp_path: Path):
+    on_ranks(2, fitted, tmp_path)
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one == other
+    assert one["clock"] == "done"
+    assert kept(tmp_path / "clock") == [2, 4, 6, 7], "one iteration after the clock, and once for each time it is up"
+    assert one["third"].startswith("143 SIGTERM: saved after iteration 4")
+    assert kept(tmp_path / "third") == [4]
+    assert one["last"].startswith("143 SIGTERM: saved after iteration 7")
+    assert kept(tmp_path / "last") == [7]
 
 
 @pytest.mark.parametrize(
