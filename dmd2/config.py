@@ -317,8 +317,8 @@ class Preset(Model):
         if micro is not None and share > micro and share % micro:
             fitting = max(size for size in range(1, micro + 1) if share % size == 0)
             raise ValueError(
-                f"{key} {batch_size} on {max(1, self.gpus)} device(s) is {share} samples each, which is not divisible by "
-                f"runtime.micro_batch_size {micro}; use runtime.micro_batch_size {fitting}"
+                f"{key} {batch_size} on {max(1, self.gpus)} device(s) is {share} samples each, which is not divisible "
+                f"by runtime.micro_batch_size {micro}; use runtime.micro_batch_size {fitting}"
             )
 
 

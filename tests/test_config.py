@@ -155,7 +155,7 @@ def test_contradictory_or_impossible_training_key_is_refused(keys: dict[str, Any
         ({"gpus": 3}, "batch_size 64 is not divisible by 3 gpus; use 66"),
         (
             {"gpus": 2, "runtime": {"micro_batch_size": 24}},
-            r"batch_size 64 on 2 device\(s\) is 32 samples each.*runtime.micro_batch_size 24; use runtime.micro_batch_size 16",
+            r"batch_size 64 on 2 device\(s\) is 32 samples each.*micro_batch_size 24; use runtime.micro_batch_size 16",
         ),
         ({"data": {"channels": 2}}, "data.channels"),
         ({"data": {"levels": 1}}, "data.levels"),
