@@ -68,17 +68,21 @@ def record_of(name: str) -> Path:
     return FOLDER / f"{name}.json"
 
 
-def requirement(path: str | None, key: str, catalogue: dict[str, Download]) -> Path | None:
+def requirement(path: str | None, key: str, catalogue: dict[str, Download], *, done: bool = False) -> Path | None:
     """The record that a job must wait for before it reads `path`; None where it may start at once.
 
-    `key` names the setting in the error. Raises UserError for a path where nothing lies and nothing can be put.
+    `key` names the setting in errors; `done` says that what is made from the file is there, so that it may be gone.
+    Raises UserError for a path where nothing lies and nothing can be put, and for a file that is gone from its record.
     """
     if path is None:
         return None
     file = Path(path)
     if file.parent == FOLDER and file.name in catalogue:
-        return record_of(file.name)
-    if not file.exists() and not _is_pattern(path):
+        record = record_of(file.name)
+        if record.exists() and not file.exists() and not done:
+            raise UserError(f"{key}: {path} is gone; put it back, or delete {record} to have it fetched again")
+        return record
+    if not done and not file.exists() and not _is_pattern(path):
         known = f"; files that can be fetched go by {FOLDER}/NAME, NAME one of {', '.join(sorted(catalogue))}"
         raise UserError(f"{key}: {path} does not exist; put it there or correct the path{known}")
     return None

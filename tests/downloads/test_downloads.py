@@ -75,6 +75,21 @@ def test_a_listed_path_waits_for_its_record_and_one_that_is_there_for_nothing(tm
         requirement("data/downloads/misspelt.pkl", "teacher.weights", CATALOGUE)
 
 
+def test_what_is_gone_is_told_unless_nobody_needs_it_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = FOLDER / "imagenet-64x64.npz"
+    path.parent.mkdir(parents=True)
+    record_of(path.name).write_text("{}")
+    with pytest.raises(
+        UserError, match=r"^key: data/downloads/imagenet-64x64.npz is gone; put it back, or delete data/"
+    ):
+        requirement(str(path), "key", CATALOGUE)
+    assert requirement(str(path), "key", CATALOGUE, done=True) == record_of(path.name)
+    assert requirement("gone/teacher.pkl", "key", CATALOGUE, done=True) is None
+    path.write_bytes(b"")
+    assert requirement(str(path), "key", CATALOGUE) == record_of(path.name)
+
+
 PINS = [{"sha256": SHA256}, {"md5": MD5}, {"sha256": SHA256, "md5": MD5, "bytes": len(CONTENT)}, {}]
 
 

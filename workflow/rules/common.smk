@@ -95,9 +95,8 @@ def supplied(path, key, output):
     `key` names the setting. A path where nothing lies stops the planning, unless `output` is there already. Records are
     for `ancient`: one that is written again starts nothing.
     """
-    if path is None or (Path(path).parent != DOWNLOADS and Path(output).exists()):
-        return []
-    record = or_stop(requirement, path, key, CATALOGUE)
+    done = Path(output).exists()
+    record = or_stop(lambda: requirement(path, key, CATALOGUE, done=done))
     return [] if record is None else str(record)
 
 
