@@ -196,11 +196,12 @@ def _caption(table: Table, table_rows: Sequence[Cells], has_measured: bool) -> s
     else:
         remark = "They are figures of other data, not the paper's, and comparable only with one another."
     text = f"{paper} The other columns are measured on **{place['dataset']}** (preset `{place['preset']}`). {remark}"
+    measured = [row for row in table_rows if row["source"] == "measured"]
+    models = [row for row in measured if row["run"] != "data"] or measured
     counts = {
         f"{row['num_blocks']} x {row['num_samples']:,} samples, features {row['features']}, "
-        f"moments of {row['reference']}, protocol {row['protocol']}"
-        for row in table_rows
-        if row["source"] == "measured"
+        f"moments of {'the data' if row['reference'] == 'data' else row['reference']}, protocol {row['protocol']}"
+        for row in models
     }
     spread = "Mean ± standard deviation over blocks of samples of one trained model (training seeds are not varied)"
     return text + (f" {spread}: {'; '.join(sorted(counts))}." if counts else "")

@@ -303,6 +303,17 @@ def test_protocols_stand_side_by_side_and_the_row_says_which_checkpoint_and_refe
     assert (shown["precision"], shown["recall"], shown["inception score"]) == ("0.740", "0.630", "48.25 ± 0.50")
     assert shown["checkpoint"] == "best"
     assert "FID, protocol edm" not in head
+    caption = next(line for line in lines if "5,391 samples" in line)
+    assert "moments of imagenet-64x64.npz 0123456789ab, protocol edm (rounding: round" in caption
+
+
+def test_caption_states_the_floors_settings_only_where_it_stands_alone(tmp_path: Path):
+    table, floor = load(1), {key: value for key, value in record(0.03).items() if key not in ("nfe", "model")}
+    floor["model"] = {"run": "data"}
+    for records, times in (({"floor": floor}, 1), ({"floor": floor, "dmd2/student": of_two_protocols()}, 1)):
+        write_markdown(table, rows(table, records, PRESET.name, PRESET.data), tmp_path / "t.md")
+        assert (tmp_path / "t.md").read_text().count("5,391 samples") == times
+    assert "moments of the data" not in (tmp_path / "t.md").read_text()
 
 
 def test_measures_that_no_row_has_get_no_column_for_reading(tmp_path: Path):
