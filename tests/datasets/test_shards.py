@@ -1,5 +1,4 @@
 import errno
-import io
 import json
 import os
 import resource
@@ -45,32 +44,6 @@ def test_the_same_input_gives_the_same_bytes(write: Write) -> None:
 def test_batches_within_a_shard_do_not_change_the_bytes(write: Write) -> None:
     whole, parts = write(folder="one"), write(folder="two", batch_size=3)
     assert contents(whole.parent) == contents(parts.parent)
-
-
-def test_webdataset_itself_reads_the_shards(write: Write) -> None:
-    import webdataset
-
-    manifest = write()
-    urls = [str(manifest.parent / shard["name"]) for shard in read_manifest(manifest)["shards"]]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
-    assert [sample["__key__"] for sample in samples] == [f"{i:09d}" for i in range(23)]
-    assert [sample["cls"] for sample in samples] == [i % 7 for i in range(23)]
-    np.testing.assert_array_equal([s["latent.npy"] for s in samples], numbered(range(23))["latent.npy"])
-
-
-def test_the_bytes_are_those_of_webdatasets_own_writer(write: Write, tmp_path: Path) -> None:
-    from webdataset.writer import TarWriter
-
-    manifest = write()
-    with (
-        (tmp_path / "truth.tar").open("wb") as stream,
-        TarWriter(stream, encoder=False, mtime=0, user="", group="") as tar,
-    ):
-        for number in range(20, 23):
-            latent = io.BytesIO()
-            np.save(latent, np.array([number, number + 0.25, number + 0.5], np.float16))
-            tar.write({"__key__": f"{number:09d}", "latent.npy": latent.getvalue(), "cls": b"%d" % (number % 7)})
-    assert (manifest.parent / "shard-00002.tar").read_bytes() == (tmp_path / "truth.tar").read_bytes()
 
 
 def test_manifest_tells_counts_sizes_checksums_and_origin(write: Write, spec: Spec, tmp_path: Path) -> None:
