@@ -27,6 +27,7 @@ class Supply:
     there: bool
     by_rule: bool  # whether a download job checks it, and fetches it where it is public
     advice: str | None  # what to do about it, where no job can fetch it
+    bytes: int | None  # where they are known before it is there
 
 
 def supplies(plan: Plan, jobs: Iterable[Job]) -> list[Supply]:
@@ -40,7 +41,9 @@ def supplies(plan: Plan, jobs: Iterable[Job]) -> list[Supply]:
         path = Path(file.path)
         entry = catalogue.get(path.name) if path.parent == FOLDER else None
         advice = f"put it at {path}" if entry is None else None if entry.url else entry.advice(path.name)
-        found.setdefault(file.path, Supply(what, file.path, file.sha256, path.exists(), entry is not None, advice))
+        size = entry and entry.bytes
+        supply = Supply(what, file.path, file.sha256, path.exists(), entry is not None, advice, size)
+        found.setdefault(file.path, supply)
 
     for job in jobs:
         if job.spec.stage == "shards" and preset.data.path is not None:

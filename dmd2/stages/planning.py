@@ -12,11 +12,11 @@ from dmd2.config import Train
 from dmd2.cost import pass_cost, step_cost
 from dmd2.devices import UTILISATION, gpu
 from dmd2.errors import UserError
-from dmd2.jobs import Jobs, chain, rules
+from dmd2.jobs import Job, Jobs, chain, rules
 from dmd2.memory import Memory, State, measure
 from dmd2.placement import Layout, Placement, capacity, place
 from dmd2.plan import Plan
-from dmd2.supplies import NetworkBytes, disk, supplies
+from dmd2.supplies import NetworkBytes, Supply, disk, supplies
 from dmd2.table_spec import FLOOR, Table
 from dmd2.tables import load_table, needed
 
@@ -82,7 +82,7 @@ def tables(plan: Plan, names: Sequence[str], machines: Machines) -> Report:
         "gpu_hours": {"total": sum(taken.values()), "by_stage": by_stage},
         "memory": {run: _memory(placement, capacity(gpu(machines.gpu))) for run, placement in placements.items()},
         "supplies": [asdict(supply) for supply in wanted],
-        "disk": disk(plan, every, hours.num_images(plan), _stored(placements)) if placements else {},
+        "disk": _disk(plan, every, wanted, placements),
     }
 
 
@@ -160,6 +160,16 @@ def _memory(placement: Placement, room: float) -> Report:
         "largest_micro_batch": placement.largest,
         "fits": placement.fits,
     }
+
+
+def _disk(
+    plan: Plan, jobs: Sequence[Job], wanted: Sequence[Supply], placements: Mapping[str, Placement]
+) -> dict[str, dict[str, float]]:
+    if not placements:
+        return {}
+    downloads = {"downloads": float(sum(supply.bytes or 0 for supply in wanted))}
+    room = disk(plan, jobs, hours.num_images(plan), _stored(placements))
+    return room | {"data": (downloads if downloads["downloads"] else {}) | room["data"]}
 
 
 def _stored(placements: Mapping[str, Placement]) -> NetworkBytes:

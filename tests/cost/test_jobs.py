@@ -133,6 +133,7 @@ def test_what_no_job_can_fetch_comes_with_advice(tmp_path: Path, monkeypatch: py
     found = {supply.path: supply for supply in supplies(plan, jobs.closure(keys))}
     images, teacher = found["data/downloads/ILSVRC2012_img_train.tar"], plan.preset.teacher.weights
     assert images.by_rule
+    assert images.bytes == 147_897_477_120
     assert "put it at data/downloads/ILSVRC2012_img_train.tar" in str(images.advice)  # it takes an account
     assert teacher is not None
     assert (found[teacher.path].by_rule, found[teacher.path].advice) == (True, None)

@@ -79,9 +79,22 @@ def test_backward_simulation_costs_half_of_a_students_other_steps():
     assert four - one == pytest.approx(1.5 * F)  # 0, 1, 2 or 3 passes before the one that is trained, all as often
 
 
-@pytest.mark.parametrize("keys", [{}, {"share_critic_pass": True, "critic_steps_per_generator": 2}, NO_GAN])
+SWITCHES: list[dict[str, object]] = [
+    {},
+    NO_GAN,
+    {"share_critic_pass": True},
+    {"share_levels": True, "matching_levels": (0, 999), "precision": "bf16"},
+    {"turns": "disjoint"},
+    {"gan_features": "teacher"},
+    {"gan_taps": 2, "gan_loss": "hinge", "r1_weight": 1.0},
+    {"matching_weight": 0},
+    {"num_steps": 2, "backward_simulation": False, "regression_weight": 0.25},
+]
+
+
+@pytest.mark.parametrize("keys", SWITCHES, ids=lambda keys: "-".join(keys) or "paper")
 def test_a_shadow_counts_what_a_real_run_counts(keys: dict[str, object]):
-    wanted = train(**keys)
+    wanted = train(critic_steps_per_generator=2, **keys)
     run, period = real_run(DEEP, wanted), wanted.critic_steps_per_generator
     found: dict[str, float] = {}
     for index in range(period):
