@@ -39,7 +39,10 @@ def of_runs(*runs: str) -> set[str]:
     return {
         stage
         for run in runs
-        for stage in (f"train {run}", f"curve {run}", f"select {run}", f"sample {run}/student", f"metrics {run}/student")
+        for stage in (
+            *(f"{stage} {run}" for stage in ("train", "curve", "select")),
+            *(f"{stage} {run}/student" for stage in ("sample", "metrics")),
+        )
     }
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from checkout import Checkout
+from edm_pickles import edm_pickle
 from PIL import Image
 from torch import Tensor, nn
 
 from dmd2 import config
 from dmd2.records import sha256
 from dmd2.teachers.edm import build_denoiser
-from tests.teachers.edm_pickles import edm_pickle
 
 pytestmark = [
     pytest.mark.slow,
