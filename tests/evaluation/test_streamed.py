@@ -3,6 +3,8 @@
 import json
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from world import BLOCKS, NUM, RUNTIME, WORKFLOW, World
 from dmd2.datasets import ShardReader
 from dmd2.metrics import Tally
 from dmd2.metrics.images import batches
+from dmd2.plan import Plan
 from dmd2.stages import measure
 from dmd2.stages.sample import sample
 
@@ -20,8 +23,8 @@ BOTH = ["edm", "dmd2"]
 MEASURES = ["fid", "fid_dmd2", "pixel_fd", "nearest_distance", "diversity", "accuracy", "precision", "recall"]
 
 
-def streamed(world: World, **over: Any):
-    return world.plan(evaluation={"streamed": True, "protocols": BOTH}, **over)
+def streamed(world: World, **evaluation: Any) -> Plan:
+    return world.plan(evaluation={"streamed": True, "protocols": BOTH, **evaluation})
 
 
 def blocks_of(record: dict) -> dict[str, list[float]]:
@@ -98,26 +101,50 @@ def test_batches_of_any_size_measure_the_same(world: World, whole: dict, tmp_pat
     assert_close(whole, found, rel=1e-3)  # a last digit can tip a pixel over to the next of 17 grey levels
 
 
-def test_two_processes_measure_what_one_does(world: World, whole: dict, tmp_path: Path):
-    out = tmp_path / "m.json"
+def command(world: World, plan: Plan, entry: str, folder: Path, gpus: int = 1) -> tuple[list[str], dict[str, str]]:
+    """The stage as the workflow starts it, and the environment for it."""
     options: dict[str, Any] = {
-        "spec": streamed(world).metrics("teacher/ode").to_json(),
+        "spec": plan.metrics(entry).to_json(),
         "weights": world.teacher,
         "reference": world.reference,
         "extractor": world.extractor,
-        "state": tmp_path / "state",
-        "out": out,
+        "state": folder / "state",
+        "out": folder / "m.json",
         "runtime": RUNTIME.model_dump_json(),
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "DMD2_"))}
-    command = [str(WORKFLOW / "launch.sh"), "2", "--threads", "1", "metrics", *arguments]
-    python = {"PATH": os.pathsep.join([str(Path(os.sys.executable).parent), os.environ["PATH"]])}  # type: ignore[attr-defined]
-    done = subprocess.run(command, env=clean | python, capture_output=True, text=True, check=False)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    launcher = [str(WORKFLOW / "launch.sh"), str(gpus), "--threads", "1", "metrics"]
+    return [*launcher, *arguments], {**clean, "PATH": path}
+
+
+def test_two_processes_measure_what_one_does(world: World, whole: dict, tmp_path: Path):
+    arguments, env = command(world, streamed(world), "teacher/ode", tmp_path, gpus=2)
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
+    found = json.loads((tmp_path / "m.json").read_text())
     assert blocks_of(found) == blocks_of(whole), "each block is one process's share, made in the same batches"
     assert list((tmp_path / "state").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_evaluation_killed_without_warning_loses_no_finished_part(world: World, tmp_path: Path):
+    size = measure.CHUNK + 200
+    plan = streamed(world, num_samples=size, num_blocks=2)
+    arguments, env = command(world, plan, "teacher/ode", tmp_path)
+    process = subprocess.Popen(arguments, env=env)
+    while len(list((tmp_path / "state").glob("*/samples-*.npz"))) < 2:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "m.json").exists()
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 parts of a job that ended early are kept" in done.stderr
+    straight = world.metrics(plan, "teacher/ode", tmp_path / "straight.json", weights=world.teacher)
+    assert_close(json.loads((tmp_path / "m.json").read_text()), straight, rel=1e-6)
 
 
 def test_killed_evaluation_goes_on_where_it_was(
