@@ -19,7 +19,7 @@ from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from dmd2 import config
+from dmd2 import config, distributed
 from dmd2.denoiser import Cond, Teacher
 from dmd2.metrics.perceptual import distance_by, without_values
 from dmd2.noise import NoiseGrid
@@ -60,6 +60,9 @@ def shadows() -> Iterator[None]:
     """Within the block new tensors have a shape and a life, but no content; generators are there but draw nothing."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch, "Generator", _AnyGenerator))
+        # One of several ranks would count its share alone, and wait for the others.
+        stack.enter_context(patch.object(distributed, "world_size", lambda: 1))
+        stack.enter_context(patch.object(distributed, "rank", lambda: 0))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
         # AdamW's fused update is defined for shadows, though its list of devices leaves theirs out.
         stack.enter_context(patch.object(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"]))

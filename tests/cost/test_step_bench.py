@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,19 @@ def test_every_part_of_the_step_has_its_time(rows: list[dict[str, str]]):
         assert all(float(row[name]) >= 0 for name in TIMES.values() if row[name])
         rest = float(row[TIMES["rest"]]) / sum(float(row[name]) for name in TIMES.values() if row[name])
         assert rest < 0.3  # little of a step is outside of its parts
+
+
+def test_several_ranks_time_a_sharded_run_together(tmp_path: Path):
+    out = tmp_path / "step.csv"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "dmd2.bench", "--iterations", "1", "--batch-size", "8", "--device", "cpu", "--layout", "shard"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    subprocess.run([*command, "--out", str(out)], env=env, check=True, capture_output=True, timeout=300)
+    with out.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["ranks"], row["batch"], row["micro_batch"], row["layout"]) == ("2", "8", "4", "shard")
+    assert float(row["images_per_s"]) == pytest.approx(8 / float(row["ms"]) * 1000, rel=0.01)
 
 
 def test_rows_are_added_and_other_columns_refused(tmp_path: Path):

@@ -107,6 +107,13 @@ def test_a_shadow_counts_what_a_real_run_counts(keys: dict[str, object]):
     assert step_cost(DEEP, DATA, wanted).parts == pytest.approx(counted)
 
 
+def test_one_of_several_ranks_counts_what_one_process_does(monkeypatch: pytest.MonkeyPatch):
+    alone = step_cost(FLAT, DATA, train())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert step_cost(FLAT, DATA, train()) == alone
+
+
 def test_full_size_networks_cost_what_was_measured_of_the_published_one():
     found = pass_cost(IMAGENET.teacher, IMAGENET.data)
     assert found.forward == pytest.approx(0.2193e12, rel=5e-3)
