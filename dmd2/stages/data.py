@@ -13,6 +13,7 @@ from dmd2.denoiser import concat, move
 from dmd2.noise import SampleNoise, step_rng
 from dmd2.progress import Counter
 from dmd2.spec import Spec
+from dmd2.stages.sample import APART_MINUTES
 from dmd2.stages.weights import checked_record, open_teacher
 from dmd2.teachers import load_space
 
@@ -58,7 +59,7 @@ def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
         )
         return PairBatch(noise.cpu(), x0.cpu(), cond)
 
-    with distributed.process_group(device):
+    with distributed.process_group(device, APART_MINUTES):
         write_pairs(
             manifest,
             settings.num_pairs,
