@@ -87,9 +87,10 @@ def fit(
     The store must be entered (its lease held). Snapshots of `trainee.export()` are written into the store's folder
     as `snapshot-00000500.safetensors`. `alarm` sees each log row and may return a warning. Raises UserError when a
     loss is not finite, and Interrupted after saving on a signal: with one process after the iteration it arrived in,
-    with several after the next, since the ranks tell one another beside the work (`distributed.Notices`). A crash
-    loses at most what follows the newest checkpoint: `runtime.checkpoint_every` iterations or `checkpoint_minutes`,
-    and what was done while that was written.
+    with several after the next, since the ranks tell one another beside the work (`distributed.Notices`): two
+    iterations and the writing must fit into the time that a cluster grants (Slurm: 30 s), else it counts as a crash,
+    which loses at most what follows the newest checkpoint: `runtime.checkpoint_every` iterations or
+    `checkpoint_minutes`, and what was done while that was written.
     """
     start, clock = _take_up(trainee, store)
     if start:
@@ -113,12 +114,10 @@ def fit(
                 trainee.guard.raise_if_tripped()
                 row = rows.flush(done, clock.read())
                 progress.update(done, row.get("denoising_loss"))
-                if alarm is not None and is_main and (warning := alarm(row)):
+                if is_main and alarm is not None and (warning := alarm(row)):
                     log.warning("%s: iteration %d: %s", title, done, warning)
-            if done in snapshots:
-                weights = sharding.gather(trainee.export())
-                if is_main:
-                    store.save_weights(f"snapshot-{done:08d}", weights)
+            if done in snapshots and (weights := sharding.gather(trainee.export())):  # on the first rank
+                store.save_weights(f"snapshot-{done:08d}", weights)
             if saving:
                 store.save(done, trainee.state_dict(), **clock.read())
                 saved_at, num_saved = time.monotonic(), num_saved + 1
