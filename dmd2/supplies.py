@@ -41,7 +41,7 @@ def supplies(plan: Plan, jobs: Iterable[Job]) -> list[Supply]:
         path = Path(file.path)
         entry = catalogue.get(path.name) if path.parent == FOLDER else None
         advice = f"put it at {path}" if entry is None else None if entry.url else entry.advice(path.name)
-        size = entry and entry.bytes
+        size = None if entry is None else entry.bytes
         supply = Supply(what, file.path, file.sha256, path.exists(), entry is not None, advice, size)
         found.setdefault(file.path, supply)
 
