@@ -48,7 +48,7 @@ GPUS = {
 def gpu(key: str) -> Gpu:
     """The GPU called `key` here. Raises UserError for an unknown one."""
     if key not in GPUS:
-        close = difflib.get_close_matches(key, GPUS, n=1, cutoff=0.5)
+        close = [name for name in GPUS if name.startswith(key)] or difflib.get_close_matches(key, GPUS, 1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(f"--gpu {key}: not among the known GPUs; {hint}known: {', '.join(GPUS)}")
     return GPUS[key]

@@ -68,19 +68,26 @@ class Placement:
         return self.micro_batch <= self.largest
 
 
+def check_share(run: str, batch: int, gpus: int, micro: int | None) -> None:
+    """Raises UserError if the devices do not divide a run's batch, or `micro` not a device's share of it."""
+    share, rest = divmod(batch, gpus)
+    if rest:
+        below = f"{batch - rest} or " if share else ""
+        raise UserError(
+            f"run {run}: batch_size {batch} is not divisible by {gpus} GPUs; use {below}{batch + gpus - rest}"
+        )
+    if micro is not None and micro < share and share % micro:
+        raise UserError(
+            f"run {run}: micro_batch_size {micro} does not divide the {share} samples of each of {gpus} GPUs"
+        )
+
+
 def place(measured: Measured, room: float, layout: Layout, gpus: int, batch: int, micro: int | None) -> Placement:
     """The run with a global `batch` on `gpus` devices of `room` bytes, `micro` samples at a time, or as many as fit.
 
-    Where it does not fit `Placement.fits` says so. Raises UserError if the devices do not divide the batch, or `micro`
-    not a device's share of it.
+    Where it does not fit `Placement.fits` says so. The sizes must divide one another: see `check_share`.
     """
-    share, rest = divmod(batch, gpus)
-    if rest:
-        raise UserError(
-            f"batch_size {batch} is not divisible by {gpus} GPUs; use {batch - rest} or {batch + gpus - rest}"
-        )
-    if micro is not None and micro < share and share % micro:
-        raise UserError(f"micro_batch_size {micro} does not divide the {share} samples of each of {gpus} GPUs")
+    share = batch // gpus
 
     def held(parts: int) -> Memory:
         memory = measured(min(parts, 2))

@@ -11,10 +11,9 @@ from dmd2 import hours
 from dmd2.config import Train
 from dmd2.cost import pass_cost, step_cost
 from dmd2.devices import UTILISATION, gpu
-from dmd2.errors import UserError
 from dmd2.jobs import Job, Jobs, chain, rules
 from dmd2.memory import Memory, State, measure
-from dmd2.placement import Layout, Placement, capacity, place
+from dmd2.placement import Layout, Placement, capacity, check_share, place
 from dmd2.plan import Plan
 from dmd2.supplies import NetworkBytes, Supply, disk, supplies
 from dmd2.table_spec import FLOOR, Table
@@ -67,13 +66,15 @@ def tables(plan: Plan, names: Sequence[str], machines: Machines) -> Report:
     entries = dict.fromkeys(entry for table in loaded.values() for entry in needed(table, plan.preset.name))
     keys = {entry: jobs.metrics(entry).key for entry in entries}
     every, costs, rates = jobs.closure(keys.values()), hours.Costs(plan.preset), machines.rates()
+    runs = [job.spec.name for job in every if job.spec.stage == "train"]
+    for run in runs:
+        check_share(run, plan.run(run).train.batch_size, machines.gpus, _micro_batch(plan, machines))
+    placements = _placements(plan, runs, machines)
     taken = {job.key: rates.hours(hours.work(job, plan, costs)) for job in every}
     by_stage: dict[str, float] = {}
     for job in every:
         by_stage[job.spec.stage] = by_stage.get(job.spec.stage, 0.0) + taken[job.key]
     wanted = supplies(plan, every)
-    runs = [job.spec.name for job in every if job.spec.stage == "train"]
-    placements = _placements(plan, runs, machines)
     return {
         "preset": plan.preset.name,
         "machines": {**asdict(machines), "rates": asdict(rates), "rates_assumed": machines.tflops is None},
@@ -123,6 +124,11 @@ def _chain(plan: Plan, entry: str) -> list[str]:
     return [*(["pairs"] if any(plan.run(run).train.regression_weight for run in runs) else []), *runs]
 
 
+def _micro_batch(plan: Plan, machines: Machines) -> int | None:
+    """Samples passed at a time, as told or as the preset says; None for as many as fit."""
+    return machines.micro_batch or plan.preset.runtime.micro_batch_size
+
+
 def _placements(plan: Plan, runs: Iterable[str], machines: Machines) -> dict[str, Placement]:
     """How each run lies on the devices. Runs whose steps make the same tensors share a measurement."""
     teacher, data, room = plan.preset.teacher, plan.preset.data, capacity(gpu(machines.gpu))
@@ -136,12 +142,8 @@ def _placements(plan: Plan, runs: Iterable[str], machines: Machines) -> dict[str
     for run in runs:
         train = plan.run(run).train
         alike = hours.alike(train).model_dump_json()
-        size = plan.preset.runtime.micro_batch_size if machines.micro_batch is None else machines.micro_batch
-        memory = partial(measured, alike)
-        try:
-            found[run] = place(memory, room, machines.layout, machines.gpus, train.batch_size, size)
-        except UserError as error:
-            raise UserError(f"run {run}: {error}") from None
+        memory, size = partial(measured, alike), _micro_batch(plan, machines)
+        found[run] = place(memory, room, machines.layout, machines.gpus, train.batch_size, size)
     return found
 
 

@@ -128,6 +128,8 @@ def test_an_unknown_gpu_is_told_with_the_known_ones():
 
 
 def test_gpus_are_known_by_the_name_that_torch_gives():
+    with pytest.raises(UserError, match="did you mean 'h100-80gb'"):
+        gpu("h100")
     assert known("NVIDIA H100 80GB HBM3") == GPUS["h100-80gb"]
     assert known("Some other device") is None
     assert all(found.tf32 < found.bf16 for found in GPUS.values())

@@ -14,7 +14,7 @@ from dmd2 import passes
 from dmd2.config import Teacher, Train
 from dmd2.errors import UserError
 from dmd2.memory import LiveBytes, Memory, Turn, measure, saved_for_backward
-from dmd2.placement import place, sharded
+from dmd2.placement import check_share, place, sharded
 from dmd2.shadow import shadow_run, shadow_teacher, shadows
 from dmd2.training import Distillation
 
@@ -145,9 +145,12 @@ def test_the_largest_divisor_that_fits_is_chosen():
 
 
 def test_a_batch_that_cannot_be_divided_is_an_error():
-    memory = on_shadows(train())
-    with pytest.raises(UserError, match="batch_size 280 is not divisible by 16 GPUs; use 272 or 288"):
-        place(lambda parts: memory, 1e12, "replicate", 16, batch=280, micro=None)
+    with pytest.raises(UserError, match="run dmd2: batch_size 280 is not divisible by 16 GPUs; use 272 or 288"):
+        check_share("dmd2", 280, 16, None)
+    with pytest.raises(UserError, match="batch_size 8 is not divisible by 16 GPUs; use 16"):
+        check_share("dmd2", 8, 16, None)
     with pytest.raises(UserError, match="micro_batch_size 8 does not divide the 35 samples of each of 8 GPUs"):
-        place(lambda parts: memory, 1e12, "replicate", 8, batch=280, micro=8)
+        check_share("dmd2", 280, 8, 8)
+    check_share("dmd2", 280, 8, 40)
+    memory = on_shadows(train())
     assert place(lambda parts: memory, 1e12, "replicate", 8, batch=280, micro=40).micro_batch == 35
