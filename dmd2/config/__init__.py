@@ -1,0 +1,34 @@
+"""The keys of presets and runs, their types, ranges and defaults. No torch: the workflow plans its jobs with this.
+
+Defaults are the paper's for ImageNet-64 (arXiv 2405.14867, appendix F.2) unless a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+from dmd2.config.base import Beta, Model, Precision, Seed, WeightsFile
+from dmd2.config.data import Data
+from dmd2.config.evaluation import Evaluation, Features, Pairs, Sampler
+from dmd2.config.preset import Preset, Run, RunFile
+from dmd2.config.teacher import Network, Teacher, TeacherTraining
+from dmd2.config.train import Runtime, Train
+
+__all__ = [
+    "Beta",
+    "Data",
+    "Evaluation",
+    "Features",
+    "Model",
+    "Network",
+    "Pairs",
+    "Precision",
+    "Preset",
+    "Run",
+    "RunFile",
+    "Runtime",
+    "Sampler",
+    "Seed",
+    "Teacher",
+    "TeacherTraining",
+    "Train",
+    "WeightsFile",
+]

@@ -1,0 +1,79 @@
+"""The keys of samplers, pairs, features and the evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from dmd2.config.base import Model, Precision, Seed, WeightsFile
+from dmd2.protocols import Name as ProtocolName
+
+
+class Features(Model):
+    """The named feature extractor of the Frechet distance."""
+
+    kind: str = Field(description="key of metrics.EXTRACTORS")
+    weights: WeightsFile | None = None
+    seed: Seed = 0
+    epochs: int = Field(5, gt=0)
+    batch_size: int = Field(64, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
+    held_out: float = Field(0.2, gt=0, lt=1, description="share of the data kept back to measure accuracy")
+    reference: WeightsFile | None = Field(None, description="published statistics of the real images (EDM's .npz)")
+
+
+class Pairs(Model):
+    """Noise-image pairs of the teacher's deterministic sampler, for the original DMD's regression loss."""
+
+    num_pairs: int = Field(25_000, gt=0)
+    sampler: str = Field("ode", description="key of `samplers`")
+    seed: Seed = 20_000_000
+    shard_size: int = Field(1000, gt=0)
+
+
+class Sampler(Model):
+    """A sampler of the teacher (`heun`) or of a student (`few_step`, which has no settings)."""
+
+    kind: Literal["heun", "few_step"]
+    num_steps: int | None = Field(None, gt=1)
+    s_churn: float = Field(0.0, ge=0)
+    s_min: float = Field(0.0, ge=0)
+    s_max: float | None = None
+    s_noise: float = Field(1.0, gt=0)
+    precision: Precision = "fp32"  # of the network; the released code evaluates in fp32
+    checkpoint: Literal["last", "best"] = Field("last", description="of a student: best by FID on the curve, or last")
+
+    @model_validator(mode="after")
+    def _steps_belong_to_heun(self) -> Self:
+        if (self.kind == "heun") != (self.num_steps is not None):
+            raise ValueError("`num_steps` belongs to kind heun, and only there: a student's steps are its run's")
+        if self.kind == "few_step" and (self.s_churn, self.s_min, self.s_max, self.s_noise) != (0.0, 0.0, None, 1.0):
+            raise ValueError("`s_churn`, `s_min`, `s_max` and `s_noise` belong to kind heun, and only there")
+        if self.kind == "heun" and self.checkpoint == "best":
+            raise ValueError("`checkpoint` belongs to kind few_step: a teacher has one set of weights")
+        if self.s_max is not None and self.s_max < self.s_min:
+            raise ValueError(f"s_max {self.s_max} lies below s_min {self.s_min}: no step would be stochastic")
+        return self
+
+
+class Evaluation(Model):
+    """How samples are counted and compared."""
+
+    num_samples: int = Field(50_000, gt=0, description="samples per seed block")
+    num_blocks: int = Field(3, gt=0, description="independent blocks; tables give mean and standard deviation")
+    seed: Seed = 0
+    protocols: tuple[ProtocolName, ...] = Field(
+        ("edm",),
+        min_length=1,
+        description="protocols.PROTOCOLS; the first one's distance is `fid`, others stand beside it",
+    )
+    streamed: bool = Field(False, description="samples go to the statistics and only `num_shown` are stored as images")
+    num_shown: int = Field(100, gt=0, description="stored samples of a streamed evaluation, for the sheets")
+    curve_samples: int = Field(5_000, gt=0, description="samples per snapshot of the FID-against-training curve")
+
+    @model_validator(mode="after")
+    def _protocols_differ(self) -> Self:
+        if len(set(self.protocols)) < len(self.protocols):
+            raise ValueError(f"protocols {list(self.protocols)}: one stands twice")
+        return self

@@ -1,0 +1,82 @@
+"""The keys of presets and run files, and what must fit together in them."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from dmd2.config.base import Model, WeightsFile
+from dmd2.config.data import Data
+from dmd2.config.evaluation import Evaluation, Features, Pairs, Sampler
+from dmd2.config.teacher import Teacher
+from dmd2.config.train import Runtime, Train
+
+
+class Preset(Model):
+    """Data, teacher and scale, with the training defaults of every run on them."""
+
+    name: str
+    description: str
+    data: Data
+    teacher: Teacher
+    features: Features
+    pairs: Pairs = Pairs()
+    samplers: dict[str, Sampler]
+    evaluation: Evaluation = Evaluation()
+    train: Train
+    runs: dict[str, dict[str, Any]] = Field({}, description="adjustments of runs by name, over the run's own keys")
+    runtime: Runtime = Runtime()
+    gpus: int = Field(0, ge=0, description="devices that a training or teacher-sampling job asks for")
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        if self.pairs.sampler not in self.samplers:
+            raise ValueError(f"pairs.sampler: no sampler {self.pairs.sampler!r}; known: {', '.join(self.samplers)}")
+        if self.samplers[self.pairs.sampler].kind != "heun" or self.samplers[self.pairs.sampler].s_churn > 0:
+            raise ValueError(
+                f"pairs.sampler: {self.pairs.sampler!r} is not deterministic; name a heun sampler, s_churn 0"
+            )
+        self.check(self.train)
+        if self.teacher.training is not None:
+            self._check_share("teacher.training.batch_size", self.teacher.training.batch_size)
+        return self
+
+    def check(self, train: Train) -> None:
+        """Raises ValueError where a run asks for more than this preset's teacher has."""
+        last = self.teacher.num_levels - 1
+        for name in ("matching_levels", "critic_levels", "gan_levels"):
+            if (high := getattr(train, name)[1]) > last:
+                raise ValueError(f"{name}: {high} is beyond the teacher's last level {last}")
+        if train.num_steps > self.teacher.num_levels:
+            raise ValueError(f"num_steps {train.num_steps} exceeds the teacher's {self.teacher.num_levels} levels")
+        self._check_share("batch_size", train.batch_size)
+
+    def _check_share(self, key: str, batch_size: int) -> None:
+        if self.gpus > 1 and batch_size % self.gpus:
+            above = -(-batch_size // self.gpus) * self.gpus
+            raise ValueError(f"{key} {batch_size} is not divisible by {self.gpus} gpus; use {above}")
+        share, micro = batch_size // max(1, self.gpus), self.runtime.micro_batch_size
+        if micro is not None and share > micro and share % micro:
+            fitting = max(size for size in range(1, micro + 1) if share % size == 0)
+            raise ValueError(
+                f"{key} {batch_size} on {max(1, self.gpus)} device(s) is {share} samples each, which is not divisible "
+                f"by runtime.micro_batch_size {micro}; use runtime.micro_batch_size {fitting}"
+            )
+
+
+class RunFile(Model):
+    """The content of `workflow/runs/NAME.yaml` after `extends` was followed."""
+
+    description: str
+    train: dict[str, Any] = Field({}, description="over the preset's `train`")
+    weights: WeightsFile | None = Field(None, description="a released student to import instead of training one")
+
+
+class Run(Model):
+    """A run resolved on a preset."""
+
+    name: str
+    description: str
+    train: Train
+    weights: WeightsFile | None = None

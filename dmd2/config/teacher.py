@@ -1,0 +1,62 @@
+"""The keys of teachers and of their training."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from dmd2.config.base import Beta, Model, Seed, WeightsFile
+
+
+class Network(Model):
+    """EDM's U-Nets: ADM (Dhariwal and Nichol 2021, EDM's `DhariwalUNet`), or DDPM++ (Song et al. 2021, `SongUNet`)."""
+
+    arch: Literal["adm", "ddpmpp"] = "adm"
+    model_channels: int = Field(192, gt=0)
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    channel_mult_emb: int = Field(4, gt=0)
+    num_blocks: int = Field(3, gt=0)
+    attn_resolutions: tuple[int, ...] = (32, 16, 8)
+    channels_per_head: int = Field(64, gt=0, description="adm; ddpmpp has one head")
+    augment_dim: int = Field(0, ge=0, description="ddpmpp: width of EDM's augmentation input, which is always 0 here")
+    dropout: float = Field(0.0, ge=0, lt=1)  # 0.1 trained the published teacher; DMD2's networks use 0
+
+
+class TeacherTraining(Model):
+    """How a small EDM teacher is trained inside the workflow (Karras et al. 2022, table 1 and appendix F)."""
+
+    seed: Seed = 0
+    iterations: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    warmup_iterations: int = Field(100, ge=0)
+    decay_from: float = Field(0.5, ge=0, le=1, description="share of the run after which the rate falls linearly")
+    final_rate: float = Field(0.02, ge=0, le=1, description="share of the learning rate left at the end")
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    p_mean: float = -1.2
+    p_std: float = Field(1.2, gt=0)
+    grad_clip: float = Field(10.0, gt=0)
+
+
+class Teacher(Model):
+    """The many-step diffusion model that is distilled: trained here, or read from a file."""
+
+    kind: str = Field(description="key of teachers.TEACHERS")
+    network: Network = Network()
+    num_levels: int = Field(1000, gt=1)
+    sigma_min: float = Field(0.002, gt=0)
+    sigma_max: float = Field(80.0, gt=0)
+    rho: float = Field(7.0, gt=0)
+    sigma_data: float = Field(0.5, gt=0)
+    training: TeacherTraining | None = None
+    weights: WeightsFile | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.training is not None and self.weights is not None:
+            raise ValueError("set `training` or `weights`, not both")
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must lie below sigma_max {self.sigma_max}")
+        return self

@@ -1,0 +1,111 @@
+"""The keys of a run, and of how it is executed."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from dmd2.config.base import Beta, Model, Precision, Seed, WeightsFile
+
+
+class Train(Model):
+    """One DMD2 run (paper, algorithm 1; released ImageNet script for the numbers)."""
+
+    seed: Seed = 10
+    iterations: int = Field(200_000, gt=0, description="critic updates; the generator moves on every R-th")
+    batch_size: int = Field(280, gt=0, description="global, whatever the number of devices")
+    num_snapshots: int = Field(20, gt=0, description="evenly spaced exports for the FID-against-training curve")
+
+    critic_steps_per_generator: int = Field(5, gt=0, description="R of the two time-scale update rule")
+    matching_weight: float = Field(1.0, ge=0, description="0 leaves the GAN alone")
+    gan_generator_weight: float = Field(3e-3, ge=0)
+    gan_critic_weight: float = Field(1e-2, ge=0)
+    gan_loss: Literal["softplus", "hinge"] = "softplus"
+    r1_weight: float = Field(0.0, ge=0, description="approximate R1 on the noised real sample; not in the paper")
+    r1_sigma: float = Field(0.01, gt=0)
+    regression_weight: float = Field(0.0, ge=0, description="original DMD; needs pairs")
+    regression_loss: Literal["mse", "lpips"] = "mse"  # the original DMD's is LPIPS, which needs vgg_weights
+    vgg_weights: WeightsFile | None = Field(None, description="torchvision's VGG-16, the network behind LPIPS")
+    guidance_scale: float = Field(1.0, ge=1, description="of the real score")
+
+    num_steps: int = Field(1, gt=0, description="generator steps")
+    backward_simulation: bool = True
+    share_critic_pass: bool = Field(
+        False,
+        description="fake score and GAN see the same noised sample: one encoder pass less; not in the paper",
+    )
+    share_levels: bool = Field(False, description="matching and GAN see the same noised sample; as FastGen")
+    turns: Literal["both", "disjoint"] = Field(
+        "both", description="whether the critic also moves on a generator step; disjoint as FastGen"
+    )
+    gan_features: Literal["critic", "teacher"] = Field("critic", description="what the discriminator sees")
+    gan_taps: int = Field(1, gt=0, description="encoder levels with a discriminator head, from the coarsest")
+    denoising_weighting: Literal["edm", "uniform"] = Field("edm", description="of the fake score's loss over sigma")
+    precision: Precision = "fp32"  # the paper trains ImageNet in bf16
+    matching_levels: tuple[int, int] = (20, 980)
+    critic_levels: tuple[int, int] = (0, 999)
+    gan_levels: tuple[int, int] = (0, 999)
+
+    generator_learning_rate: float = Field(2e-6, gt=0)
+    critic_learning_rate: float = Field(2e-6, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_iterations: int = Field(72, ge=0)  # what 500 scheduler steps come to on the paper's 7 GPUs
+    grad_clip: float = Field(10.0, gt=0)
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # the paper keeps no average
+    init_run: str | None = Field(None, description="run whose networks this one starts from, instead of the teacher")
+
+    @property
+    def has_gan(self) -> bool:
+        """Whether real data and a discriminator take part."""
+        return self.gan_generator_weight > 0
+
+    @model_validator(mode="after")
+    def _terms_fit_together(self) -> Self:
+        if (self.gan_generator_weight > 0) != (self.gan_critic_weight > 0):
+            raise ValueError("gan_generator_weight and gan_critic_weight must both be 0 or both be positive")
+        if self.matching_weight == 0 and not self.has_gan:
+            raise ValueError("matching_weight and gan_generator_weight are both 0: nothing trains the generator")
+        if self.share_critic_pass and self.has_gan and self.critic_levels != self.gan_levels:
+            raise ValueError("share_critic_pass needs critic_levels and gan_levels to be equal")
+        if self.share_levels and self.matching_levels != self.gan_levels:
+            raise ValueError("share_levels needs matching_levels and gan_levels to be equal")
+        if self.turns == "disjoint" and self.critic_steps_per_generator == 1:
+            raise ValueError("turns disjoint needs critic_steps_per_generator above 1, or the critic never moves")
+        if self.regression_weight > 0 and self.regression_loss == "lpips" and self.vgg_weights is None:
+            raise ValueError("regression_loss lpips needs vgg_weights; name the file, or use mse")
+        if self.r1_weight > 0 and not self.has_gan:
+            raise ValueError("r1_weight needs a GAN: set gan_generator_weight and gan_critic_weight")
+        if self.num_snapshots > self.iterations:
+            raise ValueError(f"num_snapshots {self.num_snapshots} exceeds iterations {self.iterations}")
+        for name in ("matching_levels", "critic_levels", "gan_levels"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high:
+                raise ValueError(f"{name} must be [low, high] with 0 <= low <= high, got {[low, high]}")
+        return self
+
+    def snapshot_steps(self) -> list[int]:
+        """The iterations after which the generator is exported, the last one included."""
+        return [self.iterations * (i + 1) // self.num_snapshots for i in range(self.num_snapshots)]
+
+
+class Runtime(Model):
+    """What changes how a run is executed but not its result; not part of any digest."""
+
+    log_every: int = Field(50, gt=0, description="iterations between log rows")
+    checkpoint_every: int = Field(250, gt=0, description="iterations between checkpoints")
+    checkpoint_minutes: float = Field(10.0, gt=0, description="or sooner, after this many minutes")
+    keep_checkpoints: int = Field(2, ge=2, description="the newest, and the ones to fall back to")
+    sample_batch_size: int = Field(128, gt=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="samples that a device passes at a time; gradients of a batch's parts are summed"
+    )
+    layout: Literal["replicate", "shard"] = Field(
+        "replicate", description="whole networks on every device, or their weights and optimizers in parts (FSDP2)"
+    )
+    compile: bool = Field(False, description="torch.compile of the networks' blocks; equal up to rounding")
+    activation_checkpointing: bool = Field(False, description="recompute the networks' blocks instead of storing them")
+    async_checkpoints: bool = Field(True, description="write checkpoints beside the training")
+    collective_timeout_minutes: float = Field(10.0, gt=0, description="after which a silent rank ends the job")
