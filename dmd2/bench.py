@@ -22,18 +22,19 @@ import torch
 import typer
 from torch import Tensor
 
-from dmd2 import devices, distributed
+from dmd2 import distributed
 from dmd2.config import Train
-from dmd2.cost import step_cost
 from dmd2.datasets import write_shards
 from dmd2.datasets.loader import Loader, to_batch
 from dmd2.denoiser import Cond, Teacher
 from dmd2.errors import UserError
-from dmd2.hours import num_images
-from dmd2.memory import GIB
 from dmd2.metrics.perceptual import distance_by, without_values
-from dmd2.passes import DATA, PARTS, observed
 from dmd2.plan import Plan
+from dmd2.planning import devices
+from dmd2.planning.cost import step_cost
+from dmd2.planning.hours import num_images
+from dmd2.planning.memory import GIB
+from dmd2.planning.passes import DATA, PARTS, observed
 from dmd2.records import commit, versions
 from dmd2.teachers import load_teacher
 from dmd2.training import Distance, Distillation

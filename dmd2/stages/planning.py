@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
 
-from dmd2 import hours
 from dmd2.config import Train
-from dmd2.cost import pass_cost, step_cost
-from dmd2.devices import UTILISATION, gpu
-from dmd2.jobs import Job, Jobs, chain, rules
-from dmd2.memory import Memory, State, measure
-from dmd2.placement import Layout, Placement, capacity, check_share, place
 from dmd2.plan import Plan
-from dmd2.supplies import NetworkBytes, Supply, disk, supplies
+from dmd2.planning import hours
+from dmd2.planning.cost import pass_cost, step_cost
+from dmd2.planning.devices import UTILISATION, gpu
+from dmd2.planning.jobs import Job, Jobs, chain, rules
+from dmd2.planning.memory import Memory, State, measure
+from dmd2.planning.placement import Layout, Placement, capacity, check_share, place
+from dmd2.planning.supplies import NetworkBytes, Supply, disk, supplies
 from dmd2.table_spec import FLOOR, Table
 from dmd2.tables import load_table, needed
 

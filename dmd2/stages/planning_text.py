@@ -7,9 +7,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from dmd2.devices import UTILISATION
-from dmd2.memory import GIB
-from dmd2.placement import FRAGMENTATION, RESERVED_GIB
+from dmd2.planning.devices import UTILISATION
+from dmd2.planning.memory import GIB
+from dmd2.planning.placement import FRAGMENTATION, RESERVED_GIB
 
 TERA, GB = 1e12, 1e9
 

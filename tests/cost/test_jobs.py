@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from dmd2.config import Evaluation, Sampler
-from dmd2.cost import StepCost
-from dmd2.hours import Costs, Rates, work
-from dmd2.jobs import Jobs, chain, key_of, rules
 from dmd2.plan import Plan
-from dmd2.supplies import NetworkBytes, disk, supplies
+from dmd2.planning.cost import StepCost
+from dmd2.planning.hours import Costs, Rates, work
+from dmd2.planning.jobs import Jobs, chain, key_of, rules
+from dmd2.planning.supplies import NetworkBytes, disk, supplies
 from dmd2.tables import load_table, needed
 
 ROOT = Path(__file__).parents[2]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from dmd2.__main__ import main
-from dmd2.cost import StepCost
-from dmd2.devices import GPUS, UTILISATION, Gpu, gpu, known
 from dmd2.errors import UserError
-from dmd2.memory import Memory, State, Turn
-from dmd2.placement import FRAGMENTATION, RESERVED_GIB
 from dmd2.plan import Plan
+from dmd2.planning.cost import StepCost
+from dmd2.planning.devices import GPUS, UTILISATION, Gpu, gpu, known
+from dmd2.planning.memory import Memory, State, Turn
+from dmd2.planning.placement import FRAGMENTATION, RESERVED_GIB
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"teacher": {"network": {"channel_mult": [1], "attn_resolutions": [], "channels_per_head": 16}}}
@@ -98,7 +98,7 @@ def test_a_rate_that_is_given_scales_the_hours(told: dict[str, Any], capsys: pyt
 def test_a_run_that_cannot_fit_ends_the_plan_with_an_error(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    from dmd2 import hours
+    from dmd2.planning import hours
     from dmd2.stages import planning
 
     state = State(*[2**30] * 5, generator_gradients=2**30, critic_gradients=2**30, largest_unit=2**20)

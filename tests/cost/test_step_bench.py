@@ -17,11 +17,12 @@ import typer
 from counted import FLAT, real_run, train
 from typer.testing import CliRunner
 
-from dmd2 import bench, passes
+from dmd2 import bench
 from dmd2.bench import COLUMNS, TIMES, Feed, Stopwatch, append
-from dmd2.cost import step_cost
 from dmd2.errors import UserError
 from dmd2.plan import Plan
+from dmd2.planning import passes
+from dmd2.planning.cost import step_cost
 from dmd2.teachers import load_teacher
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from counted import DATA, DEEP, FLAT, NO_GAN, real_run, train
 
-from dmd2 import passes
-from dmd2.cost import Counter, StepCost, features_cost, inception_cost, pass_cost, step_cost
 from dmd2.plan import Plan
+from dmd2.planning import passes
+from dmd2.planning.cost import Counter, StepCost, features_cost, inception_cost, pass_cost, step_cost
 
 PIXELS, C, EMB = 64, 16, 64  # of FLAT: 8x8, its channels, the width of its embedding
 WORKFLOW = Path(__file__).parents[2] / "workflow"

@@ -10,12 +10,12 @@ import torch
 from counted import DATA, DEEP, FLAT, NO_GAN, real_run, train
 from torch import Tensor
 
-from dmd2 import passes
 from dmd2.config import Teacher, Train
 from dmd2.errors import UserError
-from dmd2.memory import LiveBytes, Memory, Turn, measure, saved_for_backward
-from dmd2.placement import check_share, place, sharded
-from dmd2.shadow import shadow_run, shadow_teacher, shadows
+from dmd2.planning import passes
+from dmd2.planning.memory import LiveBytes, Memory, Turn, measure, saved_for_backward
+from dmd2.planning.placement import check_share, place, sharded
+from dmd2.planning.shadow import shadow_run, shadow_teacher, shadows
 from dmd2.training import Distillation
 
 

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dmd2 import config
-from dmd2.passes import CRITIC_TURN, GENERATOR_TURN, OPTIMIZERS, observed
-from dmd2.shadow import shadow_run, shadow_teacher, shadows
+from dmd2.planning.passes import CRITIC_TURN, GENERATOR_TURN, OPTIMIZERS, observed
+from dmd2.planning.shadow import shadow_run, shadow_teacher, shadows
 from dmd2.sharding import blocks
 from dmd2.training import Distillation
 from dmd2_kernels import use

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from dmd2 import config
 from dmd2.config import Precision
-from dmd2.cost import PassCost, StepCost, features_cost, pass_cost, step_cost
-from dmd2.jobs import Job
 from dmd2.plan import Plan
+from dmd2.planning.cost import PassCost, StepCost, features_cost, pass_cost, step_cost
+from dmd2.planning.jobs import Job
 from dmd2.spec import Spec
 
 NUM_IMAGES = {

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from dmd2.devices import Gpu
 from dmd2.errors import UserError
-from dmd2.memory import GIB, Memory, State
-from dmd2.passes import CRITIC_TURN, GENERATOR_TURN, OPTIMIZERS
+from dmd2.planning.devices import Gpu
+from dmd2.planning.memory import GIB, Memory, State
+from dmd2.planning.passes import CRITIC_TURN, GENERATOR_TURN, OPTIMIZERS
 
 RESERVED_GIB = 2.0
 FRAGMENTATION = 0.05

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from dmd2 import config, sampling
 from dmd2.critic import RealismHead
 from dmd2.metrics.classifier import Classifier
-from dmd2.passes import PARTS, observed
-from dmd2.shadow import shadow_batch, shadow_run, shadow_teacher, shadows
+from dmd2.planning.passes import PARTS, observed
+from dmd2.planning.shadow import shadow_batch, shadow_run, shadow_teacher, shadows
 from dmd2.training import Distillation
 from dmd2_kernels import use
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dmd2.config import WeightsFile
 from dmd2.downloads import FOLDER, load_catalogue
-from dmd2.jobs import Job
 from dmd2.plan import Plan
+from dmd2.planning.jobs import Job
 
 TAR_OVERHEAD = 2560
 """Bytes of a sample in a shard beside its content: two members' headers and padding."""
