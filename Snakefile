@@ -17,6 +17,16 @@ include: "workflow/rules/tables.smk"
 include: "workflow/rules/report.smk"
 
 
+# Snakemake gives a job fewer devices where there are fewer; a batch that was checked for `gpus` might not divide then.
+onstart:
+    devices = workflow.global_resources.get("gpu").value
+    if devices is not None and devices < PRESET.gpus:
+        raise WorkflowError(
+            f"preset {PRESET.name}: gpus is {PRESET.gpus}, but {devices} can be used here;"
+            f" say `--config gpus={devices}`, or `--resources gpu={PRESET.gpus}` if there are more"
+        )
+
+
 rule all:
     default_target: True
     input:

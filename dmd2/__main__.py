@@ -78,6 +78,7 @@ def downloads(
     workflow: Annotated[Path, typer.Option(help="the folder with presets, runs and downloads.yaml")] = Path("workflow"),
     fetch: Annotated[bool, typer.Option("--fetch", help="fetch and check what the preset needs first")] = False,
     mirror: MirrorOption = None,
+    configfile: Annotated[Path | None, typer.Option(help="YAML over the preset, as for Snakemake")] = None,
 ) -> None:
     """List what a preset needs from outside, and whether it is there."""
     from dmd2.stages import download as stage
@@ -86,9 +87,9 @@ def downloads(
         raise UserError("--fetch needs the name of a preset")
     try:
         if fetch and preset is not None:
-            stage.fetch(workflow, preset, mirror)
+            stage.fetch(workflow, preset, mirror, configfile)
     finally:
-        typer.echo(stage.listing(workflow, preset))
+        typer.echo(stage.listing(workflow, preset, configfile))
 
 
 @app.command()

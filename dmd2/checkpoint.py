@@ -149,7 +149,9 @@ class CheckpointStore:
         write_json(self.folder / "newest.json", {"step": step})
         for rank in others:
             self._part(step, rank).with_suffix(".part").unlink()
-        for old in self._steps()[: -self._keep]:
+        steps = self._steps()
+        passed_over = [old for old in steps if old > step]  # damaged, or `load` would have gone on from them
+        for old in [*passed_over, *[old for old in steps if old <= step][: -self._keep]]:
             self._manifest(old).unlink()
             for file in self.folder.glob(f"{self._manifest(old).stem}-*.safetensors"):
                 file.unlink()

@@ -39,7 +39,9 @@ def device_of(choice: str) -> torch.device:
         raise UserError("runtime.device is cuda, but torch finds no CUDA device; use auto or cpu")
     if choice == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)  # or what asks for the current device would use the first one on every rank
+    return device
 
 
 @contextmanager

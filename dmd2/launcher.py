@@ -95,14 +95,16 @@ class Workers:
 
     def wait(self) -> int:
         """The exit status: 0, or of the first process that failed; by then all have ended."""
-        status, end = 0, float("inf")
+        status, end, asked = 0, float("inf"), False
         while running := [process for process in self._processes if process.poll() is None]:
             while self._signals:
                 self._send(self._signals.pop(0))
+                asked = True
             failed = status or self._failure()
             if failed and not status:
                 status, end = failed, time.monotonic() + self._grace_s
-                self._send(signal.SIGTERM)
+                if not asked:  # those that are saving already need not hear it twice
+                    self._send(signal.SIGTERM)
             if time.monotonic() > end:
                 self._kill(running)
                 end = float("inf")

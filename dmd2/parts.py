@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dmd2 import distributed
-from dmd2.errors import UserError
+from dmd2.config import largest_part
 from dmd2.noise import step_rng
 
 
@@ -30,20 +30,13 @@ class Parts:
 
     @classmethod
     def of(cls, batch_size: int, micro_batch_size: int | None) -> Parts:
-        """Parts of `micro_batch_size` samples; one part where a rank's share is no more, or there is no such limit.
+        """The fewest equal parts of at most `micro_batch_size` samples; one part where there is no such limit.
 
-        Raises UserError if the ranks do not divide the batch, or parts of that size not a rank's share of it.
+        Raises UserError if the ranks do not divide the batch.
         """
         share = distributed.local_share(batch_size)
-        if micro_batch_size is None or micro_batch_size >= share:
-            return cls(1, share)
-        if share % micro_batch_size:
-            fitting = max(size for size in range(1, micro_batch_size + 1) if share % size == 0)
-            raise UserError(
-                f"batch_size {batch_size} on {distributed.world_size()} rank(s) is {share} samples each, which is not "
-                f"divisible by micro_batch_size {micro_batch_size}; use micro_batch_size {fitting}"
-            )
-        return cls(share // micro_batch_size, micro_batch_size)
+        size = largest_part(share, micro_batch_size)
+        return cls(share // size, size)
 
     def is_last(self, part: int) -> bool:
         """Whether no part comes after this one."""

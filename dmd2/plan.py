@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dmd2.config import Data, Evaluation, Features, Preset, Run, Teacher
+from dmd2.config import Data, Evaluation, Features, Preset, Run, Teacher, Train
 from dmd2.errors import UserError
 from dmd2.presets import load_preset, load_run
 from dmd2.spec import Spec
@@ -135,7 +135,8 @@ class Plan:
         content: dict[str, Any] = {"data": self._data, "teacher": self._teacher, "sampler": sampler}
         if model == "teacher":
             return content | {"upstream": {"model": self.teacher}, "seed": seed}
-        content["train"] = self.run(model).train
+        train = self.run(model).train
+        content["train"] = Train(num_steps=train.num_steps) if self.run(model).weights else train
         if sampler.checkpoint == "best":
             return content | {"upstream": {"model": self.select(model)}, "seed": (seed + APART) % 2**32}
         return content | {"upstream": {"model": self.train(model)}, "seed": seed}

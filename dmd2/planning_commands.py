@@ -10,7 +10,7 @@ import typer
 
 from dmd2.errors import UserError
 from dmd2.plan import Plan
-from dmd2.presets import read_yaml
+from dmd2.presets import overrides, read_yaml
 
 WORKFLOW = Path(__file__).parent.parent / "workflow"
 
@@ -23,7 +23,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="for programs instead o
 
 def _plan(workflow: Path, preset: str, configfile: Path | None) -> Plan:
     over = read_yaml(configfile) if configfile else {}
-    return Plan(workflow, preset, {key: value for key, value in over.items() if key != "preset"})
+    return Plan(workflow, preset, overrides(over))
 
 
 def _tell(report: dict[str, Any], text: str, as_json: bool) -> None:
@@ -51,7 +51,9 @@ def plan(
     gpus: Annotated[int | None, typer.Option(min=1, help="of a training job; the preset's by default")] = None,
     layout: Annotated[Layout | None, typer.Option(help="of networks on several GPUs; the preset's by default")] = None,
     tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s that a GPU sustains in bf16")] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="samples passed at a time, not as many as fit")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="samples passed at a time, at most; the preset's by default")
+    ] = None,
     workflow: WorkflowOption = WORKFLOW,
     configfile: OverOption = None,
     as_json: JsonOption = False,

@@ -91,6 +91,11 @@ def parse(model: type[M], content: Mapping[str, Any], where: str) -> M:
         raise UserError(f"{where}: " + f"\n{where}: ".join(problems)) from None
 
 
+def overrides(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys over the preset's in what a user gives Snakemake; the others choose the preset, or how it is run."""
+    return {key: value for key, value in content.items() if key not in ("preset", "mirror", "pending")}
+
+
 def load_preset(folder: Path | str, name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
     """The preset `name` from `folder`/presets, with the user's overrides on top."""
     for key in overrides or {}:

@@ -21,8 +21,7 @@ TRAINING = ("train_cpu_s", "train_wall_s", "gpu_s")
 class PaperData(Model):
     """What the paper's figures were measured on."""
 
-    source: str
-    resolution: int
+    presets: tuple[str, ...] = Field((), description="presets on the paper's own data")
     description: str
 
 

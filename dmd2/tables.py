@@ -190,8 +190,7 @@ def _caption(table: Table, table_rows: Sequence[Cells], has_measured: bool) -> s
     if not has_measured:
         return paper
     place = next(row for row in table_rows if row["preset"])
-    here = f"{table.paper_data.source} {table.paper_data.resolution}x{table.paper_data.resolution}"
-    if place["dataset"] == here:
+    if place["preset"] in table.paper_data.presets:
         remark = "They are comparable with the paper's only at its number of samples and with its features."
     else:
         remark = "They are figures of other data, not the paper's, and comparable only with one another."

@@ -62,7 +62,8 @@ class TeacherFit:
         """The loss of one part; adds its gradient to the network's."""
         training = self.training
         rng = self.parts.rng(training.seed, index, part, self.device)
-        torch.manual_seed(rng.initial_seed())  # the network's dropout draws from torch's global generator
+        # The network's dropout draws from torch's global generator; its stream must not be that of the noise.
+        torch.manual_seed(rng.initial_seed() ^ 0x5DEECE66D)
         x0, cond = self._data(index, part)
         sigma = (training.p_mean + training.p_std * normal((x0.shape[0],), rng)).exp()
         x = add_noise(x0, sigma, normal(x0.shape, rng))

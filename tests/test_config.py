@@ -153,10 +153,6 @@ def test_contradictory_or_impossible_training_key_is_refused(keys: dict[str, Any
         ({"teacher": {"sigma_min": 90}}, "sigma_min 90.0 must lie below sigma_max 80.0"),
         ({"teacher": {"training": None, "weights": {"path": "x", "sha256": "12"}}}, "sha256"),
         ({"gpus": 3}, "batch_size 64 is not divisible by 3 gpus; use 66"),
-        (
-            {"gpus": 2, "runtime": {"micro_batch_size": 24}},
-            r"batch_size 64 on 2 device\(s\) is 32 samples each.*micro_batch_size 24; use runtime.micro_batch_size 16",
-        ),
         ({"data": {"channels": 2}}, "data.channels"),
         ({"data": {"levels": 1}}, "data.levels"),
     ],

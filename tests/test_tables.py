@@ -335,11 +335,11 @@ def test_markdown_of_a_table_nothing_is_measured_for_has_the_papers_columns_alon
 
 
 def test_markdown_on_the_papers_data_does_not_call_the_figures_foreign(tmp_path: Path):
-    data = PRESET.data.model_copy(update={"source": "imagenet", "resolution": 64})
+    data = load_preset(ROOT / "workflow", "imagenet64").data
     table = load(1)
     write_markdown(table, rows(table, {}, "imagenet64", data), tmp_path / "table1.md")
     text = (tmp_path / "table1.md").read_text()
-    assert "**imagenet 64x64** (preset `imagenet64`)" in text
+    assert "**imagenet_tar 64x64** (preset `imagenet64`)" in text
     assert "figures of other data" not in text
 
 

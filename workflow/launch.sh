@@ -2,6 +2,10 @@
 # Starts a stage: launch.sh NUM_GPUS ARGUMENTS... runs `python -m dmd2 ARGUMENTS...` once, or once for each GPU when there
 # are several (`dmd2.launcher`). Works in an environment without this project installed.
 #
+# Jobs that run side by side on one machine take different GPUs: as many free ones of CUDA_VISIBLE_DEVICES, or of all, as
+# NUM_GPUS says, each held by a lock while the stage runs; with 0 a stage sees none and runs once, on any number of
+# machines. In a Slurm job the devices are Slurm's to deal out.
+#
 # Several machines: DMD2_NODES is their number, NUM_GPUS is a machine's. In a Slurm job the launchers are started by
 # srun, which tells them the rest; DMD2_CPUS are the processors that it gives each. Without Slurm, run the same command
 # on each machine with
@@ -19,10 +23,42 @@ export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 gpus=$1
 shift
 nodes=${DMD2_NODES:-1}
-if [ "$gpus" -le 1 ] && [ "$nodes" -le 1 ]; then
+
+devices() {  # the numbers of this machine's GPUs, or those that the user allows
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        tr ',' ' ' <<<"$CUDA_VISIBLE_DEVICES"
+    else
+        find "${DMD2_DEV:-/dev}" -maxdepth 1 -name 'nvidia[0-9]*' | sed 's/.*nvidia//' | sort -n
+    fi
+}
+
+take() {  # holds NUM free devices by locks that end with this process, and shows no others
+    local wanted=$1 taken=() device lock
+    for _ in $(seq 30); do  # a job that has just ended may hold its locks a moment longer
+        for device in $(devices); do
+            [[ " ${taken[*]-} " != *" $device "* ]] || continue
+            [ "${#taken[@]}" -lt "$wanted" ] || break
+            exec {lock}>"${TMPDIR:-/tmp}/dmd2-gpu-$(id -u)-$device.lock"
+            if flock --nonblock "$lock"; then taken+=("$device"); else exec {lock}>&-; fi
+        done
+        [ "${#taken[@]}" -lt "$wanted" ] || break
+        sleep 1
+    done
+    if [ "${#taken[@]}" -lt "$wanted" ]; then
+        echo "error: $wanted free GPUs wanted, ${#taken[@]} found; wait for other jobs, or limit this workflow's with" \
+            "\`--resources gpu=N\`" >&2
+        exit 2
+    fi
+    CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${taken[*]-}")
+    export CUDA_VISIBLE_DEVICES
+}
+
+if [ -z "${SLURM_JOB_ID:-}" ] && [ -n "$(devices)" ]; then
+    take "$gpus"
+fi
+if [ "$gpus" -eq 0 ] || { [ "$gpus" -eq 1 ] && [ "$nodes" -le 1 ]; }; then
     exec python -m dmd2 "$@"
 fi
-[ "$gpus" -ge 1 ] || gpus=1
 if [ "$nodes" -gt 1 ] && [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${DMD2_NODE:-}" ]; then
     exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
         ${DMD2_CPUS:+--cpus-per-task="$DMD2_CPUS"} python -m dmd2.launcher "$gpus" "$@"

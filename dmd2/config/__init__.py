@@ -10,7 +10,7 @@ from dmd2.config.data import Data
 from dmd2.config.evaluation import Evaluation, Features, Pairs, Sampler
 from dmd2.config.preset import Preset, Run, RunFile
 from dmd2.config.teacher import Network, Teacher, TeacherTraining
-from dmd2.config.train import Runtime, Train
+from dmd2.config.train import Runtime, Train, largest_part
 
 __all__ = [
     "Beta",
@@ -31,4 +31,5 @@ __all__ = [
     "TeacherTraining",
     "Train",
     "WeightsFile",
+    "largest_part",
 ]

@@ -56,13 +56,6 @@ class Preset(Model):
         if self.gpus > 1 and batch_size % self.gpus:
             above = -(-batch_size // self.gpus) * self.gpus
             raise ValueError(f"{key} {batch_size} is not divisible by {self.gpus} gpus; use {above}")
-        share, micro = batch_size // max(1, self.gpus), self.runtime.micro_batch_size
-        if micro is not None and share > micro and share % micro:
-            fitting = max(size for size in range(1, micro + 1) if share % size == 0)
-            raise ValueError(
-                f"{key} {batch_size} on {max(1, self.gpus)} device(s) is {share} samples each, which is not divisible "
-                f"by runtime.micro_batch_size {micro}; use runtime.micro_batch_size {fitting}"
-            )
 
 
 class RunFile(Model):

@@ -100,12 +100,24 @@ class Runtime(Model):
     sample_batch_size: int = Field(128, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     micro_batch_size: int | None = Field(
-        None, gt=0, description="samples that a device passes at a time; gradients of a batch's parts are summed"
+        None,
+        gt=0,
+        description="samples that a device passes at a time, at most: its share of a batch is cut into equal parts",
     )
     layout: Literal["replicate", "shard"] = Field(
         "replicate", description="whole networks on every device, or their weights and optimizers in parts (FSDP2)"
+    )
+    deterministic: bool = Field(
+        True, description="on CUDA ask for sums in a fixed order, so that a resumed run is the same bit for bit"
     )
     compile: bool = Field(False, description="torch.compile of the networks' blocks; equal up to rounding")
     activation_checkpointing: bool = Field(False, description="recompute the networks' blocks instead of storing them")
     async_checkpoints: bool = Field(True, description="write checkpoints beside the training")
     collective_timeout_minutes: float = Field(10.0, gt=0, description="after which a silent rank ends the job")
+
+
+def largest_part(share: int, at_most: int | None) -> int:
+    """The largest size of equal parts of `share` samples that is not above `at_most`."""
+    if at_most is None or at_most >= share:
+        return share
+    return next(size for size in range(at_most, 0, -1) if share % size == 0)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from dmd2.config import largest_part
 from dmd2.errors import UserError
 from dmd2.planning.devices import Gpu
 from dmd2.planning.memory import GIB, Memory, State
@@ -68,24 +69,20 @@ class Placement:
         return self.micro_batch <= self.largest
 
 
-def check_share(run: str, batch: int, gpus: int, micro: int | None) -> None:
-    """Raises UserError if the devices do not divide a run's batch, or `micro` not a device's share of it."""
+def check_share(run: str, batch: int, gpus: int) -> None:
+    """Raises UserError if the devices do not divide a run's batch."""
     share, rest = divmod(batch, gpus)
     if rest:
         below = f"{batch - rest} or " if share else ""
         raise UserError(
             f"run {run}: batch_size {batch} is not divisible by {gpus} GPUs; use {below}{batch + gpus - rest}"
         )
-    if micro is not None and micro < share and share % micro:
-        raise UserError(
-            f"run {run}: micro_batch_size {micro} does not divide the {share} samples of each of {gpus} GPUs"
-        )
 
 
 def place(measured: Measured, room: float, layout: Layout, gpus: int, batch: int, micro: int | None) -> Placement:
-    """The run with a global `batch` on `gpus` devices of `room` bytes, `micro` samples at a time, or as many as fit.
+    """The run with a global `batch` on `gpus` devices of `room` bytes, at most `micro` samples at a time.
 
-    Where it does not fit `Placement.fits` says so. The sizes must divide one another: see `check_share`.
+    Where it does not fit `Placement.fits` says so. The devices must divide the batch: see `check_share`.
     """
     share = batch // gpus
 
@@ -95,5 +92,5 @@ def place(measured: Measured, room: float, layout: Layout, gpus: int, batch: int
 
     sizes = [n for n in range(share, 0, -1) if share % n == 0]
     largest = next((n for n in sizes if held(share // n).peak(n) <= room), 0)
-    chosen = min(micro or largest or 1, share)
+    chosen = largest_part(share, micro)
     return Placement(share, chosen, largest, held(share // chosen), measured(1).state)

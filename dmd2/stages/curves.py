@@ -17,7 +17,7 @@ from dmd2.records import atomic, read_json, read_record, write_json, write_recor
 from dmd2.spec import Spec
 from dmd2.stages.measure import open_extractor
 from dmd2.stages.sample import maker, open_model
-from dmd2.stages.shares import Shares
+from dmd2.stages.shares import Shares, patience
 from dmd2.stages.weights import checked_record
 
 STUDENT = Sampler(kind="few_step")
@@ -45,7 +45,7 @@ def curve(
         count(1)
     if distributed.rank() > 0:
         return
-    shares.wait(runtime.collective_timeout_minutes)
+    shares.wait(patience(runtime), read_json)
     _write_rows(out, [read_json(path) for path in shares.paths])
     write_record(out, spec, num_samples=evaluation.curve_samples, seed=evaluation.seed)
     shares.clear()

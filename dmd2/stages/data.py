@@ -44,6 +44,7 @@ def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
     settings, sampler = spec.need("pairs"), spec.need("sampler")
     device = distributed.device_of(runtime.device)
     teacher = open_teacher(spec, weights).to(device)
+    teacher.denoiser.precision = sampler.precision
     record = checked_record(weights, spec.upstream["teacher"])
 
     def make(ids: range) -> PairBatch:

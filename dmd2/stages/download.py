@@ -8,7 +8,7 @@ from dmd2.config import Run
 from dmd2.downloads import FOLDER, Download, load_catalogue, needed, provide, state
 from dmd2.errors import UserError
 from dmd2.plan import Plan
-from dmd2.presets import parse, read_mapping
+from dmd2.presets import overrides, parse, read_mapping, read_yaml
 from dmd2.table_spec import FLOOR
 from dmd2.tables import load_table
 from dmd2.tables import needed as needed_entries
@@ -21,12 +21,12 @@ def download(name: str, entry: str, record: Path, mirror: str | None) -> None:
     provide(name, parse(Download, read_mapping(entry, "--entry"), f"--entry {name}"), mirror, record.parent)
 
 
-def listing(workflow: Path, preset: str | None) -> str:
+def listing(workflow: Path, preset: str | None, over: Path | None = None) -> str:
     """A line for each file from outside: its state, its place, and the keys that name it; then what to do."""
     catalogue = load_catalogue(workflow / "downloads.yaml")
     paths = {str(FOLDER / name): [entry.what] for name, entry in catalogue.items()}
     if preset is not None:
-        paths = _needed(workflow, preset)
+        paths = _needed(workflow, preset, over)
     states = {path: state(path, catalogue) for path in paths}
     width, left = (max(map(len, column), default=0) for column in (states.values(), paths))
     lines = [f"{states[path]:{width}}  {path:{left}}  {', '.join(dict.fromkeys(keys))}" for path, keys in paths.items()]
@@ -38,14 +38,14 @@ def listing(workflow: Path, preset: str | None) -> str:
     return "\n".join([*lines, *advice]) if lines else f"preset {preset} needs nothing from outside"
 
 
-def fetch(workflow: Path, preset: str, mirror: str | None) -> None:
+def fetch(workflow: Path, preset: str, mirror: str | None, over: Path | None = None) -> None:
     """Fetches and checks what a preset needs, as its jobs would: for machines that have no connection while they run.
 
     Raises UserError at the end for what could not be had, a line each.
     """
     catalogue = load_catalogue(workflow / "downloads.yaml")
     problems = []
-    for path in map(Path, _needed(workflow, preset)):
+    for path in map(Path, _needed(workflow, preset, over)):
         if path.parent == FOLDER and path.name in catalogue:
             try:
                 provide(path.name, catalogue[path.name], mirror)
@@ -55,8 +55,9 @@ def fetch(workflow: Path, preset: str, mirror: str | None) -> None:
         raise UserError("\n".join(problems))
 
 
-def _needed(workflow: Path, preset: str) -> dict[str, list[str]]:
-    plan = Plan(workflow, preset)
+def _needed(workflow: Path, preset: str, over: Path | None) -> dict[str, list[str]]:
+    """What a preset needs, with the keys of a user's file over it."""
+    plan = Plan(workflow, preset, overrides(read_yaml(over)) if over else {})
     return needed(plan.preset, _runs(plan, workflow))
 
 

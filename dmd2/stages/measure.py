@@ -34,7 +34,7 @@ from dmd2.protocols import describe
 from dmd2.records import atomic, provenance, read_record, sha256, write_json, write_record
 from dmd2.spec import Spec
 from dmd2.stages.sample import fields_of, maker, model_facts, open_model
-from dmd2.stages.shares import Shares
+from dmd2.stages.shares import Shares, patience
 from dmd2.stages.weights import checked_record
 from dmd2.teachers.weights import check_sha256
 
@@ -66,7 +66,12 @@ def features(spec: Spec, images: Path | None, weights: Path) -> None:
 
 
 def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runtime: Runtime) -> None:
-    """Statistics of the real images; the moments of their features from a published file if one is configured."""
+    """Statistics of the real images; the moments of their features from a published file if one is configured.
+
+    It is the first rank's work, should there be several.
+    """
+    if distributed.rank() > 0:
+        return
     reader, device = ShardReader(images, spec.upstream["shards"]), distributed.device_of(runtime.device)
     extractor = open_extractor(spec, extractor_weights, runtime, device)
     file, published = spec.need("features").reference, None
@@ -172,7 +177,7 @@ def _of_stream(
         progress(len(chunks[number]))
     if distributed.rank() > 0:
         return {}, {}
-    shares.wait(runtime.collective_timeout_minutes)
+    shares.wait(patience(runtime), Tally.load)
     size, blocks = evaluation.num_samples, []
     for block in range(evaluation.num_blocks):
         paths = [path for ids, path in zip(chunks, shares.paths, strict=True) if ids.start // size == block]

@@ -31,7 +31,7 @@ class Machines:
     gpus: int
     layout: Layout
     tflops: float | None = None  # sustained in bf16; None takes the assumed share of the peak
-    micro_batch: int | None = None  # samples passed at a time; None takes as many as fit
+    micro_batch: int | None = None  # samples passed at a time; None is the preset's
 
     def rates(self) -> hours.Rates:
         """What a GPU sustains; in fp32 it is less by the ratio of its peaks."""
@@ -68,7 +68,7 @@ def tables(plan: Plan, names: Sequence[str], machines: Machines) -> Report:
     every, costs, rates = jobs.closure(keys.values()), hours.Costs(plan.preset), machines.rates()
     runs = [job.spec.name for job in every if job.spec.stage == "train"]
     for run in runs:
-        check_share(run, plan.run(run).train.batch_size, machines.gpus, _micro_batch(plan, machines))
+        check_share(run, plan.run(run).train.batch_size, machines.gpus)
     placements = _placements(plan, runs, machines)
     taken = {job.key: rates.hours(hours.work(job, plan, costs)) for job in every}
     by_stage: dict[str, float] = {}

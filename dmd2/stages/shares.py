@@ -16,11 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dmd2 import distributed
+from dmd2.config import Runtime
 from dmd2.errors import UserError
 from dmd2.spec import Spec
 
 log = logging.getLogger(__name__)
+SLOW_BATCH_MINUTES = 60.0
+"""A process says that it is alive once a batch, and a batch of a teacher's 511 passes may take many minutes."""
 POLL_S = 0.2
+
+
+def patience(runtime: Runtime) -> float:
+    """Minutes after which a process that makes samples and says nothing counts as hung."""
+    return max(runtime.collective_timeout_minutes, SLOW_BATCH_MINUTES)
 
 
 class Shares:
@@ -56,16 +64,23 @@ class Shares:
         """Tells the first process that this one is alive; to be called every few minutes at least."""
         self._alive.touch()
 
-    def wait(self, timeout_minutes: float) -> None:
-        """Waits, on the first process, for the files of the others.
+    def wait(self, timeout_minutes: float, is_whole: Callable[[Path], object] = Path.exists) -> None:
+        """Waits, on the first process, for the files of the others; one that `is_whole` raises for is made again.
 
         Raises UserError if a file is missing and the process that makes it has not moved for `timeout_minutes`.
         """
+
+        def is_there(path: Path) -> bool:
+            try:
+                return path.exists() and is_whole(path) is not False
+            except UserError:
+                return False
+
         seen: dict[Path, tuple[float, float]] = {}  # beat, and when it was first seen by this process's clock
         world = distributed.world_size()
         for number, path in enumerate(self.paths):
             alive = self.folder / f"rank-{number % world}.alive"
-            while not path.exists():
+            while not is_there(path):
                 beat = alive.stat().st_mtime if alive.exists() else 0.0
                 if seen.get(alive, (-1.0, 0.0))[0] != beat:
                     seen[alive] = beat, time.monotonic()

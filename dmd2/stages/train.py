@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,6 +34,10 @@ COLLAPSE = 0.15
 
 
 def _group(device: torch.device, runtime: Runtime) -> AbstractContextManager[None]:
+    if device.type == "cuda" and runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined,unused-ignore]
     return distributed.process_group(device, runtime.collective_timeout_minutes)
 
 
@@ -55,20 +60,21 @@ def teacher(
     if latents is None:
         raise UserError("--latents is missing: this teacher is trained on them")
     read = {"latents": content_id(read_manifest(latents, spec.upstream["latents"]))}
-    with _group(device, runtime), state_store(state_root, spec, runtime, read) as store:
-        data = data_batches(spec, latents, initial, training.batch_size, training.seed, device)
-        trainee = TeacherFit(
-            initial,
-            training,
-            data,
-            micro_batch_size=runtime.micro_batch_size,
-            layout=runtime.layout,
-            device=device,
-        )
-        _prepare(runtime, trainee.network)
-        check_teachers_room(trainee, store.folder, weights.parent, runtime)
-        took = fit(trainee, training.iterations, store, runtime, title="teacher")
-        trained = sharding.gather(trainee.export())
+    with state_store(state_root, spec, runtime, read) as store:
+        with _group(device, runtime):
+            data = data_batches(spec, latents, initial, training.batch_size, training.seed, device)
+            trainee = TeacherFit(
+                initial,
+                training,
+                data,
+                micro_batch_size=runtime.micro_batch_size,
+                layout=runtime.layout,
+                device=device,
+            )
+            _prepare(runtime, trainee.network)
+            check_teachers_room(trainee, store.folder, weights.parent, runtime)
+            took = fit(trainee, training.iterations, store, runtime, title="teacher")
+            trained = sharding.gather(trainee.export())
         if distributed.rank() == 0:
             save_weights(weights, trained)
             _publish_log(store, train_log)
@@ -80,7 +86,6 @@ def teacher(
             }
             write_record(weights, spec, **facts)
             store.clear()
-        distributed.barrier()
 
 
 class TrainOutputs(NamedTuple):
@@ -106,26 +111,27 @@ def train(
     config, device = spec.need("train"), distributed.device_of(runtime.device)
     frozen, distance = open_teacher(spec, teacher_weights), _regression_distance(config, device)
     read = checksums(spec, teacher_weights, latents, pairs, start)
-    with _group(device, runtime), state_store(state_root, spec, runtime, read) as store:
-        run = Distillation(
-            frozen,
-            config,
-            data=data_batches(spec, latents, frozen, config.batch_size, config.seed, device),
-            pairs=pair_batches(spec, pairs, config.batch_size, config.seed, device) if pairs is not None else None,
-            regression_distance=distance,
-            start=open_weights(start, spec.upstream["start"]) if start is not None else None,
-            micro_batch_size=runtime.micro_batch_size,
-            layout=runtime.layout,
-            device=device,
-        )
-        _prepare(runtime, run.generator, run.critic.fake, run.teacher.denoiser)
-        check_students_room(run, store.folder, out.generator.parent, runtime)
-        kernels = implementation(next(run.generator.parameters()))
-        log.info("%s: digest %s on %s, losses by the %s kernels", spec.name, spec.digest, device, kernels)
-        steps = config.snapshot_steps()
-        took = fit(run, config.iterations, store, runtime, title=spec.name, snapshots=steps, alarm=_collapse_alarm)
-        networks, generator = sharding.gather(run.networks()), sharding.gather(run.export())
-        if distributed.rank() == 0:
+    with state_store(state_root, spec, runtime, read) as store:
+        with _group(device, runtime):
+            run = Distillation(
+                frozen,
+                config,
+                data=data_batches(spec, latents, frozen, config.batch_size, config.seed, device),
+                pairs=pair_batches(spec, pairs, config.batch_size, config.seed, device) if pairs is not None else None,
+                regression_distance=distance,
+                start=open_weights(start, spec.upstream["start"]) if start is not None else None,
+                micro_batch_size=runtime.micro_batch_size,
+                layout=runtime.layout,
+                device=device,
+            )
+            _prepare(runtime, run.generator, run.critic.fake, run.teacher.denoiser)
+            check_students_room(run, store.folder, out.generator.parent, runtime)
+            kernels = implementation(next(run.generator.parameters()))
+            log.info("%s: digest %s on %s, losses by the %s kernels", spec.name, spec.digest, device, kernels)
+            steps = config.snapshot_steps()
+            took = fit(run, config.iterations, store, runtime, title=spec.name, snapshots=steps, alarm=_alarm)
+            networks, generator = sharding.gather(run.networks()), sharding.gather(run.export())
+        if distributed.rank() == 0:  # the others have ended: what follows may take longer than ranks wait
             facts = {
                 "run": spec.name,
                 "seed": config.seed,
@@ -143,7 +149,6 @@ def train(
             save_weights(out.generator, generator)
             write_record(out.generator, spec, **facts)
             store.clear()
-        distributed.barrier()
 
 
 def _prepare(runtime: Runtime, *networks: Denoiser) -> None:
@@ -167,7 +172,9 @@ def _train_seconds(took: dict[str, float], device: str) -> dict[str, Any]:
     return {**seconds, "num_processes": distributed.world_size(), "device": device}
 
 
-def _collapse_alarm(row: dict[str, float]) -> str | None:
+def _alarm(row: dict[str, float]) -> str | None:
+    if row.get("num_nonfinite", 0.0) > 0:
+        return "the matching gradient holds values that are not finite, which count as 0: the teacher may be damaged"
     ratio = row.get("neighbour_ratio")
     if ratio is None or ratio >= COLLAPSE:
         return None

@@ -108,12 +108,13 @@ def test_a_run_that_cannot_fit_ends_the_plan_with_an_error(
     monkeypatch.setattr(hours, "step_cost", lambda *_: StepCost({"critic": 1.0}))
     monkeypatch.setitem(GPUS, "small", Gpu("Small", 1.0, 0.5, memory_gib=RESERVED_GIB + 10 / (1 - FRAGMENTATION)))
     monkeypatch.setitem(GPUS, "tiny", Gpu("Tiny", 1.0, 0.5, memory_gib=RESERVED_GIB + 5))
-    status, text = run(capsys, *PLAN, "--gpu", "small", "--json")  # a share of 32, two samples at a time: 9 of 10 GiB
+    # A share of 32, two samples at a time: 9 of 10 GiB.
+    status, text = run(capsys, *PLAN, "--gpu", "small", "--micro-batch", "3", "--json")
     assert status == 0
     assert {(m["largest_micro_batch"], m["parts"], m["peak"]) for m in json.loads(text)["memory"].values()} == {
         (2, 16, 9 * 2**30)
     }
-    status, text = run(capsys, *PLAN, "--gpu", "small", "--micro-batch", "4")
+    status, text = run(capsys, *PLAN, "--gpu", "small")
     assert status == 2
     assert "more memory than a small has; set runtime.micro_batch_size to at most 2" in caplog.text
     status, text = run(capsys, *PLAN, "--gpu", "tiny", "--json")

@@ -206,19 +206,29 @@ def test_batches_are_read_once_a_step_and_must_be_a_ranks_share():
 
 
 @pytest.mark.parametrize(
-    ("world", "batch_size", "micro", "message"),
+    ("world", "batch_size", "micro", "parts"),
     [
-        (1, 280, 48, "batch_size 280 on 1 rank.* 280 samples each.* micro_batch_size 48; use micro_batch_size 40"),
-        (7, 280, 16, "batch_size 280 on 7 rank.* 40 samples each.* micro_batch_size 16; use micro_batch_size 10"),
-        (8, 286, 16, "batch_size 286 is not divisible by 8 ranks; use 280 or 288"),
+        (1, 280, 48, (7, 40)),
+        (7, 280, 16, (4, 10)),
+        (8, 280, 20, (5, 7)),
+        (8, 336, 20, (3, 14)),
+        (8, 512, 20, (4, 16)),
+        (8, 280, 40, (1, 35)),
+        (8, 280, None, (1, 35)),
+        (8, 280, 1, (35, 1)),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused_with_a_remedy(
-    world: int, batch_size: int, micro: int, message: str, monkeypatch: pytest.MonkeyPatch
+def test_a_share_is_cut_into_the_fewest_equal_parts_within_the_limit(
+    world: int, batch_size: int, micro: int | None, parts: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    with pytest.raises(UserError, match=message):
-        Parts.of(batch_size, micro)
+    assert Parts.of(batch_size, micro) == Parts(*parts)
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="batch_size 286 is not divisible by 8 ranks; use 280 or 288"):
+        Parts.of(286, 16)
 
 
 def test_teachers_gradient_too_is_the_mean_of_those_of_single_slots(monkeypatch: pytest.MonkeyPatch):

@@ -16,7 +16,7 @@ ROW = "measure: dmd2/student}"
 
 KEYS = {
     "unknown section": ({"trian": {"iterations": 5}}, "unknown key `trian`; did you mean 'train'?"),
-    "unknown option": ({"prest": "smoke"}, "unknown key `prest`; known: data, description, evaluation"),
+    "unknown option": ({"prest": "smoke"}, "unknown key `prest`; did you mean 'preset'?"),
     "unknown key": ({"train": {"iteratoins": 5}}, "unknown key `train.iteratoins`; did you mean 'iterations'?"),
     "unknown key of a run": (
         {"runs": {"gan": {"seeds": 5}}},
@@ -67,7 +67,7 @@ def complaint(folder: Path, overlay: dict[str, Any]) -> str:
 def plan_tables(folder: Path, overlay: dict[str, Any]) -> None:
     plan = Plan(folder, "smoke", overlay)
     for path in sorted((folder / "tables").glob("*.yaml")):
-        for entry in needed(load_table(path)):
+        for entry in needed(load_table(path), "smoke"):
             plan.metrics(entry)
 
 

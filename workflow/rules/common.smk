@@ -10,7 +10,7 @@ from dmd2.downloads import FOLDER as DOWNLOADS
 from dmd2.downloads import load_catalogue, requirement
 from dmd2.errors import UserError
 from dmd2.plan import Plan
-from dmd2.presets import read_chain
+from dmd2.presets import overrides, read_chain
 from dmd2.spec import files_in
 from dmd2.tables import check_presets, load_table, needed
 
@@ -28,9 +28,9 @@ def or_stop(function, *arguments):
         raise WorkflowError(str(error)) from None
 
 
-OVERRIDES = {
-    key: value for key, value in config.items() if key not in ("preset", "mirror")
-}
+OVERRIDES = overrides(config)
+# With `--config pending=true` a table is made of what is measured already; its other rows say `pending`.
+MEASURED_ALREADY = str(config.get("pending", False)).lower() == "true"
 PLAN = or_stop(Plan, FOLDER, config.get("preset", "digits"), OVERRIDES)
 PRESET = PLAN.preset
 RUNS = sorted(path.stem for path in (FOLDER / "runs").glob("*.yaml"))
@@ -152,4 +152,12 @@ def metrics_file(entry):
 
 def metrics_files(wildcards):
     """The records that a table reads."""
-    return [metrics_file(entry) for entry in ENTRIES[wildcards.table]]
+    return [metrics_file(entry) for entry in entries_of(wildcards)]
+
+
+def entries_of(wildcards):
+    """The entries that a table measures: all of it, or those that are there."""
+    entries = ENTRIES[wildcards.table]
+    if MEASURED_ALREADY:
+        return [entry for entry in entries if Path(metrics_file(entry)).exists()]
+    return entries

@@ -25,7 +25,7 @@ rule table:
         ).hexdigest()[:16],
         metrics=lambda wildcards: [
             f"--metrics {entry}={metrics_file(entry)}"
-            for entry in ENTRIES[wildcards.table]
+            for entry in entries_of(wildcards)
         ],
     shell:
         "launch.sh 0 --log {log} table --spec {params.spec:q} --source {input.source} {params.metrics}"
