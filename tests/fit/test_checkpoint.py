@@ -253,3 +253,16 @@ def test_weights_come_back_as_they_were(tmp_path: Path):
     weights = {"a": torch.randn(3, 4).T, "b": torch.tensor(1.5), "c": torch.ones(2, dtype=torch.bfloat16)}
     save_weights(tmp_path / "w.safetensors", weights)
     assert_same_state(load_file(tmp_path / "w.safetensors"), weights)
+
+
+def test_checkpoint_below_damaged_ones_stays_and_they_go(tmp_path: Path):
+    with store(tmp_path, keep=2) as found:
+        for step in (3, 6, 9):
+            found.save(step, state(step))
+        for step in (6, 9):
+            truncate(found.folder / f"step-{step:08d}-0.safetensors")
+        found.save(4, state(4))  # the run began anew, say, and was stopped soon
+        loaded = found.load()
+    assert loaded is not None
+    assert loaded[1]["step"] == 4
+    assert [path.name for path in found.folder.glob("step-*.json")] == ["step-00000004.json"]
