@@ -36,6 +36,7 @@ rule pairs:
     input:
         weights=rules.teacher.output.weights,
         record=rules.teacher.output.record,
+        images=ancient(rules.shards.output.manifest),  # no GPU hour before the images are known to be good
     output:
         manifest=f"{DATA}/pairs/manifest.json",
     log:
