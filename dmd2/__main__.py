@@ -25,9 +25,6 @@ RuntimeOption = Annotated[
     str, typer.Option(envvar="DMD2_RUNTIME", help="how to execute, as JSON or YAML (config.Runtime)")
 ]
 PathOption = Annotated[Path, typer.Option()]
-MirrorOption = Annotated[
-    str | None, typer.Option(envvar="DMD2_MIRROR", help="address asked for MIRROR/NAME before any other")
-]
 OptionalPath = Annotated[Path | None, typer.Option()]
 
 
@@ -57,39 +54,6 @@ def settings(
     if threads is not None:
         share = max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of this machine's processes
         os.environ["OMP_NUM_THREADS"] = str(share)  # read when torch is imported, by the stage
-
-
-@app.command()
-def download(
-    name: str,
-    entry: Annotated[str, typer.Option(help="the file's entry in workflow/downloads.yaml, as JSON or YAML")],
-    record: PathOption,
-    mirror: MirrorOption = None,
-) -> None:
-    """Check a file from outside, or fetch it."""
-    from dmd2.stages import download as stage
-
-    stage.download(name, entry, record, mirror)
-
-
-@app.command()
-def downloads(
-    preset: Annotated[str | None, typer.Argument(help="name of a preset; none: every known file")] = None,
-    workflow: Annotated[Path, typer.Option(help="the folder with presets, runs and downloads.yaml")] = Path("workflow"),
-    fetch: Annotated[bool, typer.Option("--fetch", help="fetch and check what the preset needs first")] = False,
-    mirror: MirrorOption = None,
-    configfile: Annotated[Path | None, typer.Option(help="YAML over the preset, as for Snakemake")] = None,
-) -> None:
-    """List what a preset needs from outside, and whether it is there."""
-    from dmd2.stages import download as stage
-
-    if fetch and preset is None:
-        raise UserError("--fetch needs the name of a preset")
-    try:
-        if fetch and preset is not None:
-            stage.fetch(workflow, preset, mirror, configfile)
-    finally:
-        typer.echo(stage.listing(workflow, preset, configfile))
 
 
 @app.command()
@@ -292,8 +256,13 @@ def table(
     tables.table(_spec(spec, "table"), source, _named(metrics or []), csv, markdown)
 
 
-app.command()(planning_commands.cost)
-app.command()(planning_commands.plan)
+for command in (
+    planning_commands.download,
+    planning_commands.downloads,
+    planning_commands.cost,
+    planning_commands.plan,
+):
+    app.command()(command)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Commands that plan before anything is queued: `dmd2 cost` and `dmd2 plan`."""
+"""Commands of what comes before the stages: `dmd2 cost`, `dmd2 plan`, and files from outside."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ WORKFLOW = Path(__file__).parent.parent / "workflow"
 PresetOption = Annotated[str, typer.Option(help="a file of workflow/presets")]
 WorkflowOption = Annotated[Path, typer.Option(help="folder with presets, runs and tables")]
 OverOption = Annotated[Path | None, typer.Option("--configfile", help="YAML over the preset, as for Snakemake")]
+MirrorOption = Annotated[
+    str | None, typer.Option(envvar="DMD2_MIRROR", help="address asked for MIRROR/NAME before any other")
+]
 Layout = Literal["replicate", "shard"]
 JsonOption = Annotated[bool, typer.Option("--json", help="for programs instead of readers")]
 
@@ -76,3 +79,34 @@ def _remedy(report: dict[str, Any], cramped: list[str], layout: str, gpus: int) 
     if layout == "replicate":
         return f"use --layout shard{'' if gpus > 1 else ' with several --gpus'}, or a larger --gpu"
     return "use more --gpus, or a larger --gpu"
+
+
+def download(
+    name: str,
+    entry: Annotated[str, typer.Option(help="the file's entry in workflow/downloads.yaml, as JSON or YAML")],
+    record: Annotated[Path, typer.Option()],
+    mirror: MirrorOption = None,
+) -> None:
+    """Check a file from outside, or fetch it."""
+    from dmd2.stages import download as stage
+
+    stage.download(name, entry, record, mirror)
+
+
+def downloads(
+    preset: Annotated[str | None, typer.Argument(help="name of a preset; none: every known file")] = None,
+    workflow: WorkflowOption = WORKFLOW,
+    fetch: Annotated[bool, typer.Option("--fetch", help="fetch and check what the preset needs first")] = False,
+    mirror: MirrorOption = None,
+    configfile: OverOption = None,
+) -> None:
+    """List what a preset needs from outside, and whether it is there."""
+    from dmd2.stages import download as stage
+
+    if fetch and preset is None:
+        raise UserError("--fetch needs the name of a preset")
+    try:
+        if fetch and preset is not None:
+            stage.fetch(workflow, preset, mirror, configfile)
+    finally:
+        typer.echo(stage.listing(workflow, preset, configfile))

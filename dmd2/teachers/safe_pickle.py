@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dmd2.errors import UserError
-from dmd2.teachers.torch_file import brief, check_old_file
+from dmd2.teachers.torch_file import check_old_file, reading
 
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 STORAGE = "torch.storage._load_from_bytes"
@@ -132,18 +132,8 @@ def read_edm_pickle(path: Path | str) -> dict[str, Tensor]:
     Raises UserError naming the file, and the blocked global if there is one.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such weight file; put it there or correct the configured path")
-    try:
-        with path.open("rb") as file:
-            content = _Unpickler(file).load()
-        return _network(content, path.stat().st_size)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # whatever damaged bytes make of the reader
-        raise UserError(
-            f"{path}: not a pickle in EDM's format, or truncated ({brief(error)}); fetch it again"
-        ) from None
+    with reading(path, "a pickle in EDM's format"), path.open("rb") as file:
+        return _network(_Unpickler(file).load(), path.stat().st_size)
 
 
 def _network(content: Any, size: int) -> dict[str, Tensor]:

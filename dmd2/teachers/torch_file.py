@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import pickletools
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,9 +49,7 @@ def read_torch_file(path: Path | str) -> dict[str, Tensor]:
     file, and the blocked global if there is one.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such weight file; put it there or correct the configured path")
-    try:
+    with reading(path, "a state dict of torch.save"):
         with path.open("rb") as file:
             zipped = file.read(len(ZIP)) == ZIP
             file.seek(0)
@@ -59,12 +58,19 @@ def read_torch_file(path: Path | str) -> dict[str, Tensor]:
         if zipped:
             _check_archive(path)
         return _state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Whatever goes wrong in the block as a UserError of one line that names the file; `kind` is what it should be."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such weight file; put it there or correct the configured path")
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # whatever damaged bytes make of the reader
-        raise UserError(
-            f"{path}: not a state dict of torch.save, or truncated ({brief(error)}); fetch it again"
-        ) from None
+    except Exception as error:  # what damaged bytes make of a reader is not one family
+        raise UserError(f"{path}: not {kind}, or truncated ({brief(error)}); fetch it again") from None
 
 
 def brief(error: Exception) -> str:
