@@ -161,3 +161,14 @@ def test_where_the_data_lies_and_how_much_of_it_may_be_unreadable_is_in_no_param
     for stage in ("shards", "latents", "features", "reference", "teacher", "pairs"):
         assert getattr(plans[0], stage).to_json() == getattr(plans[1], stage).to_json()
     assert plans[0].train("dmd2").to_json() == plans[1].train("dmd2").to_json()
+
+
+def test_released_student_is_measured_anew_for_no_key_of_training():
+    def of_released(train: dict[str, Any]) -> set[str]:
+        plan = Plan(FOLDER, "imagenet64", {"train": train})
+        entry = "released_dmd2/student"
+        return {plan.train("released_dmd2").digest, plan.sample(entry).digest, plan.metrics(entry).digest}
+
+    before = of_released({})
+    assert of_released({"seed": 1, "iterations": 100_000, "ema_decay": 0.5}) == before
+    assert of_released({"num_steps": 2}) != before

@@ -108,3 +108,29 @@ def test_process_that_moves_is_waited_for(tmp_path: Path, as_rank, monkeypatch: 
     monkeypatch.setattr("dmd2.stages.shares.time.monotonic", lambda: next(clock))
     mine.wait(0.5)
     assert next(beats) > 30
+
+
+def test_damaged_file_of_another_process_is_waited_for_like_a_missing_one(
+    tmp_path: Path, as_rank, monkeypatch: pytest.MonkeyPatch
+):
+    as_rank(0, 2)
+    mine = shares(tmp_path)
+    for _, path in mine.mine(exists):
+        path.write_text("whole")
+    for number in (1, 3):
+        mine.paths[number].write_text("cut off")
+
+    def whole(path: Path) -> None:
+        if path.read_text() != "whole":
+            raise UserError(f"{path}: damaged")
+
+    waits = iter(range(100))
+
+    def other_works(_: float) -> None:
+        if next(waits) == 5:
+            mine.paths[1].write_text("whole")
+            mine.paths[3].write_text("whole")
+
+    monkeypatch.setattr("dmd2.stages.shares.time.sleep", other_works)
+    mine.wait(10.0, whole)
+    assert next(waits) == 6

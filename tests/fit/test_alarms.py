@@ -1,0 +1,21 @@
+"""What a row of the log warns of."""
+
+import pytest
+
+from dmd2.stages.train import _alarm
+
+HEALTHY = {"neighbour_ratio": 0.5, "num_nonfinite": 0.0, "matching_loss": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (HEALTHY, None),
+        ({"denoising_loss": 0.6}, None),
+        (HEALTHY | {"neighbour_ratio": 0.1}, "nearly alike (neighbour ratio 0.100)"),
+        (HEALTHY | {"num_nonfinite": 3.0}, "not finite, which count as 0"),
+    ],
+)
+def test_collapse_and_values_that_are_not_finite_are_told(row: dict[str, float], words: str | None):
+    told = _alarm(row)
+    assert told is None if words is None else told is not None and words in told
