@@ -12,15 +12,10 @@ from dmd2.planning.cost import PassCost, StepCost, features_cost, pass_cost, ste
 from dmd2.planning.jobs import Job
 from dmd2.spec import Spec
 
-NUM_IMAGES = {
-    "digits": 1_797,
-    "cifar10": 50_000,
-    "image_folder": 1_281_167,
-    "image_zip": 1_281_167,
-    "imagenet_tar": 1_281_167,
-    "webdataset": 1_281_167,
-}
-"""Images of a source before its shards are there to be counted; a folder or archive is taken for ImageNet."""
+NUM_IMAGES = {"digits": 1_797, "cifar10": 50_000}
+"""Images of a source before its shards are there to be counted."""
+IMAGENET = 1_281_167
+"""What any other source is taken for."""
 
 Work = Mapping[Precision, float]
 """FLOPs by the precision of the network."""
@@ -78,7 +73,7 @@ def alike(train: config.Train) -> config.Train:
 
 def num_images(plan: Plan) -> int:
     """Images of the data set."""
-    return NUM_IMAGES.get(plan.preset.data.source, 0)
+    return NUM_IMAGES.get(plan.preset.data.source, IMAGENET)
 
 
 def passes(sampler: config.Sampler, train: config.Train | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -26,21 +26,23 @@ class Loader(Protocol):
     ) -> Teacher: ...
 
 
-TEACHERS: dict[str, Loader] = {
-    "edm": load_edm,
-    "mixture": load_mixture,
+class Kind(NamedTuple):
+    """How a kind of teacher is built, and what turns data into its latents and conditions without its network."""
+
+    load: Loader
+    space: Callable[[config.Data], tuple[Codec, Conditioner]]
+
+
+TEACHERS: dict[str, Kind] = {
+    "edm": Kind(load_edm, pixel_space),
+    "mixture": Kind(load_mixture, pixel_space),
 }
-SPACES: dict[str, Callable[[config.Data], tuple[Codec, Conditioner]]] = {
-    "edm": pixel_space,
-    "mixture": pixel_space,
-}
-"""What turns data into a teacher's latents and conditions, without its network."""
 
 
 def load_space(teacher: config.Teacher, data: config.Data) -> tuple[Codec, Conditioner]:
     """The codec and the conditioner of the teacher that a configuration describes."""
     _check_kind(teacher.kind)
-    return SPACES[teacher.kind](data)
+    return TEACHERS[teacher.kind].space(data)
 
 
 def load_teacher(
@@ -58,7 +60,7 @@ def load_teacher(
     if configured is not None and (path is None or path.resolve() == Path(configured.path).resolve()):
         path = Path(configured.path)
         check_sha256(path, configured.sha256)
-    return TEACHERS[teacher.kind](teacher, data, path, seed=seed)
+    return TEACHERS[teacher.kind].load(teacher, data, path, seed=seed)
 
 
 def outline(teacher: config.Teacher, data: config.Data) -> Denoiser:
