@@ -36,7 +36,9 @@ rule pairs:
     input:
         weights=rules.teacher.output.weights,
         record=rules.teacher.output.record,
-        images=ancient(rules.shards.output.manifest),  # no GPU hour before the images are known to be good
+        # No GPU hour before the images are known to be good. The path anew: `ancient` marks the very object it is given,
+        # and with the shards rule's own output every job that reads the shards would be left alone when they change.
+        images=ancient(f"{DATA}/shards/manifest.json"),
     output:
         manifest=f"{DATA}/pairs/manifest.json",
     log:
