@@ -192,9 +192,9 @@ def curve(
 
 @app.command()
 def select(
-    spec: SpecOption, curve: PathOption, snapshots: PathOption, generator: PathOption, weights: PathOption
+    spec: SpecOption, snapshots: PathOption, generator: PathOption, weights: PathOption, curve: OptionalPath = None
 ) -> None:
-    """Take a run's best snapshot by its curve."""
+    """Take a run's snapshot of one iteration, or its best by its curve."""
     from dmd2.stages import curves
 
     curves.select(_spec(spec, "select"), curve, snapshots, generator, weights)

@@ -121,9 +121,13 @@ class Plan:
             upstream["start"] = self.train(train.init_run)
         return Spec.of("train", run, upstream, data=self._data, teacher=self._teacher, train=train)
 
-    def select(self, run: str) -> Spec:
-        """The choice of a run's best snapshot by the FID of its curve."""
-        return Spec.of("select", run, {"curve": self.curve(run), "model": self.train(run)})
+    def select(self, entry: str) -> Spec:
+        """The choice of the snapshot behind an entry: that of an iteration, or the best by FID on the run's curve."""
+        run, name = self.split(entry)
+        sampler, upstream = self.preset.samplers[name], {"model": self.train(run)}
+        if sampler.checkpoint == "best":
+            upstream["curve"] = self.curve(run)
+        return Spec.of("select", entry, upstream, sampler=sampler)
 
     def _model(self, entry: str) -> dict[str, Any]:
         """What the samples of an entry are made from, as keywords of `Spec.of`.
@@ -137,9 +141,9 @@ class Plan:
             return content | {"upstream": {"model": self.teacher}, "seed": seed}
         train = self.run(model).train
         content["train"] = Train(num_steps=train.num_steps) if self.run(model).weights else train
-        if sampler.checkpoint == "best":
-            return content | {"upstream": {"model": self.select(model)}, "seed": (seed + APART) % 2**32}
-        return content | {"upstream": {"model": self.train(model)}, "seed": seed}
+        made = self.train(model) if sampler.checkpoint == "last" else self.select(entry)
+        apart = APART if sampler.checkpoint == "best" else 0
+        return content | {"upstream": {"model": made}, "seed": (seed + apart) % 2**32}
 
     def sample(self, entry: str) -> Spec:
         """The samples of an entry: all of them, or those that a streamed evaluation shows."""
@@ -198,6 +202,12 @@ class Plan:
             raise UserError(f"entry {entry}: {model} needs {wanted}, but {name} is {kind}")
         if model == "teacher":
             return model, name
-        if self._asked(model, f"entry {entry}").weights and self.preset.samplers[name].checkpoint == "best":
-            raise UserError(f"entry {entry}: {model} is imported, with no snapshots to choose the best of; use another")
+        run, checkpoint = self._asked(model, f"entry {entry}"), self.preset.samplers[name].checkpoint
+        if run.weights and checkpoint != "last":
+            raise UserError(f"entry {entry}: {model} is imported, with no snapshots to choose from; use another")
+        if isinstance(checkpoint, int) and checkpoint not in (steps := run.train.snapshot_steps()):
+            raise UserError(
+                f"entry {entry}: samplers.{name}.checkpoint is {checkpoint}, but {model} has snapshots after "
+                f"{', '.join(map(str, steps))} iterations; name one of them, or change num_snapshots"
+            )
         return model, name

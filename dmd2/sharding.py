@@ -2,21 +2,24 @@
 
 A sharded tensor is a `DTensor` in one dimension: each rank holds a run of its rows (the first dimension), as
 `torch.chunk` deals them. What is here is the same for tensors that every rank holds whole.
+
+FSDP and DTensor take a second to import, a third of a short stage's start: only what shards a network imports them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from dmd2 import distributed
 from dmd2.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Layout = Literal["replicate", "shard"]
 
@@ -34,6 +37,9 @@ def place(network: nn.Module, layout: Layout, *, entry_points: tuple[str, ...] =
     """
     if layout == "replicate" or distributed.world_size() == 1:
         return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(next(network.parameters()).device.type, (distributed.world_size(),))
     for block in blocks(network):
         fully_shard(block, mesh=mesh)
@@ -42,14 +48,18 @@ def place(network: nn.Module, layout: Layout, *, entry_points: tuple[str, ...] =
         register_fsdp_forward_method(network, name)
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether this rank holds some rows of the tensor only."""
+    if "torch.distributed.tensor" not in sys.modules:  # nothing has made a DTensor in this process
+        return False
+    from torch.distributed.tensor import DTensor
+
     return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, in the same memory: the tensor itself where it is whole."""
-    return _detached(tensor).to_local() if isinstance(tensor, DTensor) else tensor
+    return _detached(tensor).to_local() if is_sharded(tensor) else tensor
 
 
 def _detached(tensor: DTensor) -> DTensor:
@@ -59,8 +69,10 @@ def _detached(tensor: DTensor) -> DTensor:
 
 def as_part_of(part: Tensor, whole: Tensor) -> Tensor:
     """This rank's `part` of a tensor that is dealt like `whole`; `part` itself where `whole` is no sharded one."""
-    if not isinstance(whole, DTensor):
+    if not is_sharded(whole):
         return part
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
@@ -80,7 +92,7 @@ def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for name, value in state.items():
-        if isinstance(value, DTensor):
+        if is_sharded(value):
             with torch.no_grad(), distributed.exchange(f"gathering {name}"):
                 value = _detached(value).full_tensor()
             value = value.cpu() if distributed.rank() == 0 else value
@@ -91,5 +103,8 @@ def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def synchronise(network: nn.Module, on: bool) -> None:
     """Whether the next backward passes of a sharded network exchange gradients; without it they add up on each rank."""
-    if isinstance(network, FSDPModule):
+    if is_sharded(next(network.parameters())):  # all of them, or none
+        from torch.distributed.fsdp import FSDPModule
+
+        assert isinstance(network, FSDPModule)
         network.set_requires_gradient_sync(on)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +16,7 @@ FURTHER_FIDS = tuple(f"fid_{name}" for name in PROTOCOLS)  # those of protocols 
 WITH_SD = ("fid", *FURTHER_FIDS, "inception_score", "pixel_fd")
 PLAIN = ("precision", "recall", "accuracy", "nearest_distance", "diversity")
 TRAINING = ("train_cpu_s", "train_wall_s", "gpu_s")
+Entry = Annotated[str, Field(pattern=r"^(floor|[A-Za-z0-9_-]+/[A-Za-z0-9_-]+)$")]
 
 
 class PaperData(Model):
@@ -34,7 +35,8 @@ class Row(Model):
     nfe: int | None = Field(None, gt=0, description="forward passes, as the paper counts them")
     paper: dict[Metric, float] = Field(default_factory=dict)
     ticks: tuple[str, ...] = ()
-    measure: str | None = Field(None, pattern=r"^(floor|[A-Za-z0-9_-]+/[A-Za-z0-9_-]+)$", description="MODEL/SAMPLER")
+    measure: Entry | None = Field(None, description="MODEL/SAMPLER, or floor")
+    instead: dict[str, Entry] = Field({}, description="presets on which another entry stands for the row")
     only: tuple[str, ...] = Field((), description="presets that have this row; none means all")
     pending: str | None = Field(None, description="why this project cannot measure the row yet")
 
@@ -42,7 +44,13 @@ class Row(Model):
     def _measured_or_pending(self) -> Self:
         if self.measure and self.pending:
             raise ValueError("set `measure` or `pending`, not both")
+        if self.instead and not self.measure:
+            raise ValueError("`instead` needs `measure`, which it replaces on some presets")
         return self
+
+    def entry(self, preset: str) -> str | None:
+        """What stands for the row on `preset`: MODEL/SAMPLER, `floor`, or nothing."""
+        return self.instead.get(preset, self.measure)
 
 
 class Table(Model):
@@ -132,7 +140,7 @@ class ModelUsed(_Read):
     iterations: int | None = None
     generator_updates: int | None = None
     checkpoint_step: int | None = None
-    selection: Literal["last", "best"] | None = None
+    selection: Literal["last", "best", "snapshot"] | None = None
     seed: int | None = None
     train_cpu_s: float | None = None
     train_wall_s: float | None = None

@@ -50,16 +50,18 @@ def load_table(path: Path | str) -> Table:
 
 def needed(table: Table, preset: str) -> list[str]:
     """The entries `MODEL/SAMPLER`, and perhaps `floor`, whose metric records the table reads; each once, in order."""
-    return list(dict.fromkeys(row.measure for row in table.rows_of(preset) if row.measure))
+    entries = [row.entry(preset) for row in table.rows_of(preset)]
+    return list(dict.fromkeys(entry for entry in entries if entry))
 
 
 def check_presets(table: Table, presets: Sequence[str], where: str) -> None:
-    """Raises UserError, beginning with `where`, for a row that is `only` of a preset that does not exist."""
+    """Raises UserError, beginning with `where`, for a row that names a preset that does not exist."""
     for row in table.rows:
-        if unknown := [name for name in row.only if name not in presets]:
-            raise UserError(
-                f"{where}: row {row.id}: `only`: no preset {unknown[0]!r}; known: {', '.join(sorted(presets))}"
-            )
+        for key, names in (("only", row.only), ("instead", row.instead)):
+            if unknown := [name for name in names if name not in presets]:
+                raise UserError(
+                    f"{where}: row {row.id}: `{key}`: no preset {unknown[0]!r}; known: {', '.join(sorted(presets))}"
+                )
 
 
 def read_records(files: Mapping[str, Path]) -> dict[str, dict[str, Any] | None]:
@@ -96,11 +98,12 @@ def _cells(table: Table, records: Mapping[str, MetricsRecord], where: Cells) -> 
         cells: Cells = {"row_id": row.id, "group": row.group, "method": row.method, "paper_nfe": row.nfe}
         cells |= {f"paper_{metric}": value for metric, value in row.paper.items()}
         cells |= {tick: "yes" if tick in row.ticks else "no" for tick in table.ticks if row.measure != FLOOR}
-        record = records.get(row.measure or "")
+        entry = row.entry(where["preset"])
+        record = records.get(entry or "")
         if record is not None:
             cells |= {"source": "measured"} | where | _measured(record)
-        elif row.measure:
-            cells |= {"source": "pending", "note": f"no metrics of {row.measure}"} | where
+        elif entry:
+            cells |= {"source": "pending", "note": f"no metrics of {entry}"} | where
         elif row.pending:
             cells |= {"source": "pending", "note": row.pending}
         else:
@@ -180,7 +183,9 @@ def _markdown_columns(table: Table, table_rows: Sequence[Cells], has_measured: b
         shown = [name for name in measures if name == "fid" or any(row[name] is not None for row in table_rows)]
         columns += [("passes", "nfe"), *((TITLES[name], name) for name in shown)]
         columns += [("checkpoint", "selection")] if any(row["selection"] == "best" for row in table_rows) else []
-        columns += [("iterations", "iterations"), ("generator updates", "generator_updates")] if table.compute else []
+        columns += (
+            [("iterations", "checkpoint_step"), ("generator updates", "generator_updates")] if table.compute else []
+        )
         columns += [("training CPU-s", "train_cpu_s")] if table.compute else []
     return [*columns, ("source", "source")]
 

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 
 from dmd2.plan import Plan
+from dmd2.presets import merge
 from dmd2.spec import VERSIONS, Spec
 
 FOLDER = Path(__file__).parent.parent / "workflow"
 RUNS = ("dmd", "noreg_ttur", "dmd2", "dmd2_long", "gan")
 TEACHER_ENTRIES = ("teacher/ode", "teacher/sde")
-ENTRIES = (*TEACHER_ENTRIES, *(f"{run}/student" for run in RUNS))
+CHOSEN = ("dmd2/best", "dmd2/ablation")
+ENTRIES = (*TEACHER_ENTRIES, *(f"{run}/student" for run in RUNS), *CHOSEN)
+BEST = {"samplers": {"best": {"kind": "few_step", "checkpoint": "best"}}}
 
 
 def digests(plan: Plan) -> dict[str, str]:
@@ -21,29 +24,31 @@ def digests(plan: Plan) -> dict[str, str]:
     specs["floor"] = plan.metrics("floor")
     for run in RUNS:
         specs[f"train {run}"], specs[f"curve {run}"] = plan.train(run), plan.curve(run)
-        specs[f"select {run}"] = plan.select(run)
+    for entry in CHOSEN:
+        specs[f"select {entry}"] = plan.select(entry)
     for entry in ENTRIES:
         specs[f"sample {entry}"], specs[f"metrics {entry}"] = plan.sample(entry), plan.metrics(entry)
     return {name: spec.digest for name, spec in specs.items()}
 
 
-BEFORE = digests(Plan(FOLDER, "digits"))
+def digits(folder: Path = FOLDER, overrides: dict[str, Any] | None = None) -> dict[str, str]:
+    return digests(Plan(folder, "digits", merge(BEST, overrides or {})))
+
+
+BEFORE = digits()
 
 
 def changed(overrides: dict[str, Any]) -> set[str]:
-    after = digests(Plan(FOLDER, "digits", overrides))
+    after = digits(overrides=overrides)
     return {name for name in BEFORE if BEFORE[name] != after[name]}
 
 
 def of_runs(*runs: str) -> set[str]:
-    return {
-        stage
-        for run in runs
-        for stage in (
-            *(f"{stage} {run}" for stage in ("train", "curve", "select")),
-            *(f"{stage} {run}/student" for stage in ("sample", "metrics")),
-        )
-    }
+    return {name for name in BEFORE if name.split()[-1].partition("/")[0] in runs}
+
+
+def of_entries(*entries: str) -> set[str]:
+    return {name for name in BEFORE if name.split()[-1] in entries}
 
 
 def all_of(*stages: str) -> set[str]:
@@ -51,7 +56,8 @@ def all_of(*stages: str) -> set[str]:
 
 
 TEACHER = {"teacher", "pairs", *of_runs(*RUNS)} | {f"{s} {e}" for s in ("sample", "metrics") for e in TEACHER_ENTRIES}
-MEASURES = all_of("metrics", "curve", "select", "floor")
+BY_CURVE = {"select dmd2/best", "sample dmd2/best", "metrics dmd2/best"}
+MEASURES = all_of("metrics", "curve", "floor") | BY_CURVE
 
 TABLE: list[tuple[dict[str, Any], set[str]]] = [
     # Words, and how to execute: nothing.
@@ -74,13 +80,14 @@ TABLE: list[tuple[dict[str, Any], set[str]]] = [
     # Pairs: the run that reads them.
     ({"pairs": {"num_pairs": 2500}}, {"pairs", *of_runs("dmd")}),
     # Samplers: the entries they make, and the pairs of the one that makes pairs.
-    ({"samplers": {"sde": {"s_churn": 30}}}, {"sample teacher/sde", "metrics teacher/sde"}),
+    ({"samplers": {"sde": {"s_churn": 30}}}, of_entries("teacher/sde")),
     (
         {"samplers": {"ode": {"num_steps": 20}}},
         {"sample teacher/ode", "metrics teacher/ode", "pairs", *of_runs("dmd")},
     ),
     ({"samplers": {"new": {"kind": "heun", "num_steps": 5}}}, set()),
     ({"samplers": {"student": {"precision": "bf16"}}}, {s for s in all_of("sample", "metrics") if "student" in s}),
+    ({"samplers": {"ablation": {"checkpoint": 1250}}}, of_entries("dmd2/ablation")),
     # Evaluation: each stage by the keys that it reads; nothing is trained.
     ({"evaluation": {"num_samples": 1797}}, all_of("sample", "metrics", "floor")),
     ({"evaluation": {"num_blocks": 2}}, all_of("sample", "metrics", "floor")),
@@ -89,7 +96,7 @@ TABLE: list[tuple[dict[str, Any], set[str]]] = [
     ({"evaluation": {"protocols": ["edm", "dmd2"]}}, all_of("sample", "metrics")),
     ({"evaluation": {"num_shown": 10}}, set()),
     ({"evaluation": {"streamed": True}}, all_of("sample", "metrics")),
-    ({"evaluation": {"curve_samples": 599}}, all_of("curve", "select")),
+    ({"evaluation": {"curve_samples": 599}}, all_of("curve") | BY_CURVE),
     # Training: all runs, or the one, with those that start from it.
     ({"train": {"batch_size": 32}}, of_runs(*RUNS)),
     ({"train": {"gan_loss": "hinge"}}, of_runs(*RUNS)),
@@ -97,7 +104,7 @@ TABLE: list[tuple[dict[str, Any], set[str]]] = [
     ({"runs": {"noreg_ttur": {"critic_learning_rate": 3e-3}}}, of_runs("noreg_ttur", "dmd2_long")),
     ({"runs": {"dmd2_long": {"iterations": 1100}}}, of_runs("dmd2_long")),
     # The same thing in other words: nothing.
-    ({"train": {"gan_generator_weight": "3e-2", "iterations": 2500, "seed": 10}}, set()),
+    ({"train": {"gan_generator_weight": "3e-2", "iterations": 1500, "seed": 10}}, set()),
     ({"train": {"generator_learning_rate": 0.0005}}, set()),
 ]
 
@@ -112,9 +119,9 @@ def test_edit_of_a_runs_file_changes_that_run_and_its_children(tmp_path: Path):
         shutil.copytree(FOLDER / part, tmp_path / part)
     path = tmp_path / "runs" / "noreg_ttur.yaml"
     path.write_text(path.read_text() + "# a comment\n")
-    assert digests(Plan(tmp_path, "digits")) == BEFORE, "a comment runs nothing"
+    assert digits(tmp_path) == BEFORE, "a comment runs nothing"
     path.write_text(path.read_text().replace("train: {", "train: {weight_decay: 0.02, "))
-    after = digests(Plan(tmp_path, "digits"))
+    after = digits(tmp_path)
     # dmd extends noreg, which extends noreg_ttur; dmd2_long starts from its networks.
     assert {name for name in BEFORE if BEFORE[name] != after[name]} == of_runs("noreg_ttur", "dmd", "dmd2_long")
 
@@ -139,7 +146,7 @@ def test_file_is_known_by_its_checksum_and_else_by_its_place():
         return {"teacher": {"training": None, "weights": {"path": path, "sha256": sha256}}}
 
     def at(path: str, sha256: str | None) -> dict[str, str]:
-        return digests(Plan(FOLDER, "digits", imported(path, sha256)))
+        return digits(overrides=imported(path, sha256))
 
     assert at("a.pkl", "0" * 64) == at("b.pkl", "0" * 64)
     assert at("a.pkl", "0" * 64)["teacher"] != at("a.pkl", "1" * 64)["teacher"]

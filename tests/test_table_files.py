@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from table_records import NUMBERS, PRESET, ROOT, load
+from table_records import NUMBERS, PRESET, ROOT, load, record
 
 from dmd2.errors import UserError
 from dmd2.plan import Plan
@@ -87,6 +87,17 @@ def test_rows_of_the_same_model_measure_the_same_run(number):
     assert all(measured[a] == measured[b] is not None for a, b in shared.items())
 
 
+@pytest.mark.parametrize("preset", ["digits", "smoke", "cifar10"])
+def test_rows_of_the_ablation_are_measured_after_equal_iterations(preset):
+    plan, steps = Plan(ROOT / "workflow", preset), set()
+    for row in load(3).rows_of(preset):
+        if row.ticks and row.group != "Figure 9":
+            run, _, sampler = row.entry(preset).partition("/")
+            checkpoint = plan.preset.samplers[sampler].checkpoint
+            steps.add(plan.run(run).train.iterations if checkpoint == "last" else checkpoint)
+    assert len(steps) == 1, steps
+
+
 def table_with(tmp_path: Path, *lines: str):
     """Table 1 with rows added at its end."""
     path = tmp_path / "table1.yaml"
@@ -115,6 +126,18 @@ def test_row_of_a_preset_that_does_not_exist_is_named(tmp_path: Path):
     check_presets(table, ["digits", "imagenet64", "cifar10"], "table1.yaml")
     with pytest.raises(UserError, match=r"table1\.yaml: row t1\.dmd2_best: `only`: no preset 'cifar10'; known: digits"):
         check_presets(table, ["digits", "imagenet64"], "table1.yaml")
+    with pytest.raises(UserError, match=r"table3\.yaml: row t3\.full: `instead`: no preset 'smoke'; known: cifar10"):
+        check_presets(load(3), ["digits", "imagenet64", "cifar10"], "table3.yaml")
+
+
+def test_row_is_filled_by_the_entry_that_stands_for_it_on_the_preset():
+    def full(preset):
+        records = {"dmd2/student": record(0.2), "dmd2/ablation": record(0.4, checkpoint_step=1500)}
+        return next(row for row in rows(load(3), records, preset, PRESET.data) if row["row_id"] == "t3.full")
+
+    assert ("dmd2/ablation" in needed(load(3), "digits"), "dmd2/student" in needed(load(3), "digits")) == (True, False)
+    assert (full("digits")["fid"], full("digits")["checkpoint_step"]) == (0.4, 1500)
+    assert (full("imagenet64")["fid"], full("imagenet64")["checkpoint_step"]) == (0.2, 2500)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +146,7 @@ def test_row_of_a_preset_that_does_not_exist_is_named(tmp_path: Path):
         (lambda t: t["rows"][0].update(mesure="a/b"), r"unknown key `rows\.0\.mesure`; did you mean 'measure'"),
         (lambda t: t["rows"][0].update(measure="dmd2"), r"`rows\.0\.measure` is 'dmd2'"),
         (lambda t: t["rows"][0].update(measure="a/b", pending="later"), "`measure` or `pending`, not both"),
+        (lambda t: t["rows"][0].update(instead={"smoke": "a/b"}), "`instead` needs `measure`"),
         (lambda t: t["rows"][0].update(paper={"fit": 1}), r"rows\.0\.paper\.fit"),
         (lambda t: t["rows"][0].update(id="t2.adm"), r"'t2\.adm' does not start with t1\."),
         (lambda t: t["rows"].append(t["rows"][0]), r"'t1\.biggan_deep' stands twice"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -42,7 +42,9 @@ class Sampler(Model):
     s_max: float | None = None
     s_noise: float = Field(1.0, gt=0)
     precision: Precision = "fp32"  # of the network; the released code evaluates in fp32
-    checkpoint: Literal["last", "best"] = Field("last", description="of a student: best by FID on the curve, or last")
+    checkpoint: Literal["last", "best"] | Annotated[int, Field(gt=0)] = Field(
+        "last", description="of a student: the last, the best snapshot by FID on the curve, or that of an iteration"
+    )
 
     @model_validator(mode="after")
     def _steps_belong_to_heun(self) -> Self:
@@ -50,7 +52,7 @@ class Sampler(Model):
             raise ValueError("`num_steps` belongs to kind heun, and only there: a student's steps are its run's")
         if self.kind == "few_step" and (self.s_churn, self.s_min, self.s_max, self.s_noise) != (0.0, 0.0, None, 1.0):
             raise ValueError("`s_churn`, `s_min`, `s_max` and `s_noise` belong to kind heun, and only there")
-        if self.kind == "heun" and self.checkpoint == "best":
+        if self.kind == "heun" and self.checkpoint != "last":
             raise ValueError("`checkpoint` belongs to kind few_step: a teacher has one set of weights")
         if self.s_max is not None and self.s_max < self.s_min:
             raise ValueError(f"s_max {self.s_max} lies below s_min {self.s_min}: no step would be stochastic")

@@ -67,12 +67,14 @@ class Jobs:
 
     def _needed(self, spec: Spec, role: str) -> Spec:
         """The spec that `spec` builds on as its `role`: the one of its digest."""
-        plan, (model, _, _) = self.plan, spec.name.partition("/")
+        plan, (model, _, name) = self.plan, spec.name.partition("/")
         candidates: Iterable[Spec]
         if role == "samples":
             candidates = [plan.sample(spec.name)]
         elif role == "model":
-            candidates = [plan.teacher] if model == "teacher" else [plan.train(model), plan.select(model)]
+            candidates = [plan.teacher] if model == "teacher" else [plan.train(model)]
+            if name and plan.preset.samplers[name].checkpoint != "last":
+                candidates = [*candidates, plan.select(spec.name)]
         elif role == "start":
             candidates = [plan.train(parent) for parent in chain(plan, model)[:-1]]
         elif role == "curve":

@@ -94,7 +94,7 @@ def disk(plan: Plan, jobs: Iterable[Job], images: int, networks: NetworkBytes) -
             add("data", stage, images * (raw + TAR_OVERHEAD))
         elif stage == "pairs":
             add("data", stage, preset.pairs.num_pairs * (2 * 4 * raw + TAR_OVERHEAD))
-        elif stage in ("teacher", "import"):
+        elif stage in ("teacher", "import", "select"):
             add("results", "weights", networks.generator)
         elif stage == "train":
             snapshots = job.spec.need("train").num_snapshots * networks.generator

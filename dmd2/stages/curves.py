@@ -21,6 +21,8 @@ from dmd2.stages.shares import Shares, patience
 from dmd2.stages.weights import checked_record
 
 STUDENT = Sampler(kind="few_step")
+OF_THE_FILE = ("artifact", "sha256", "bytes", "provenance")
+"""What a record says of the file that it stands beside, and not of the model in it."""
 
 
 def curve(
@@ -63,24 +65,28 @@ def _write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def select(spec: Spec, curve: Path, snapshots: Path, generator: Path, out: Path) -> None:
-    """A copy of the snapshot with the lowest FID of a run's curve, the earliest of equal ones, and why it was taken.
+def select(spec: Spec, curve: Path | None, snapshots: Path, generator: Path, out: Path) -> None:
+    """A copy of a run's snapshot, after the iteration that the sampler names or the best by the curve, and why.
 
-    `generator` is the last one, whose record says what the training took.
+    `generator` is the last one, whose record says of the run what the snapshot's does not.
     """
-    measured = checked_record(curve, spec.upstream["curve"])
-    facts = checked_record(generator, spec.upstream["model"])
-    rows = {int(row["step"]): row["fid"] for row in read_curve(curve)}
-    best = min(rows, key=lambda step: (rows[step], step))
     files = {item["step"]: snapshots.parent / item["file"] for item in read_json(snapshots)["snapshots"]}
-    if set(files) != set(rows):
-        raise UserError(f"{curve}: has other steps than {snapshots}; delete it and run the workflow again")
-    checked_record(files[best], spec.upstream["model"])
+    facts = checked_record(generator, spec.upstream["model"])
+    step, why = spec.need("sampler").checkpoint, {"selection": "snapshot"}
+    if curve is not None:
+        step, why = _best(curve, checked_record(curve, spec.upstream["curve"]), set(files))
+    own = checked_record(files[step], spec.upstream["model"])
     with atomic(out) as temporary:
-        shutil.copyfile(files[best], temporary)
-    chosen = f"by the FID of {measured['num_samples']} samples, seed {measured['seed']}, over {len(rows)} snapshots"
-    own = ("artifact", "sha256", "bytes", "provenance")
-    kept = {name: value for name, value in facts.items() if name not in own}
-    write_record(
-        out, spec, **{**kept, "checkpoint_step": best, "selection": "best", "chosen": chosen, "curve_fid": rows[best]}
-    )
+        shutil.copyfile(files[step], temporary)
+    kept = {name: value for name, value in {**facts, **own}.items() if name not in OF_THE_FILE}
+    write_record(out, spec, **{**kept, **why})
+
+
+def _best(curve: Path, record: dict[str, Any], steps: set[int]) -> tuple[int, dict[str, Any]]:
+    """The step of the lowest FID on a run's curve, the earliest of equal ones, and why it was taken."""
+    rows = {int(row["step"]): row["fid"] for row in read_curve(curve)}
+    if set(rows) != steps:
+        raise UserError(f"{curve}: has other steps than the run's snapshots; delete it and run the workflow again")
+    best = min(rows, key=lambda step: (rows[step], step))
+    chosen = f"by the FID of {record['num_samples']} samples, seed {record['seed']}, over {len(rows)} snapshots"
+    return best, {"selection": "best", "chosen": chosen, "curve_fid": rows[best]}

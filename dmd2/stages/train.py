@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,21 +130,19 @@ def train(
             check_students_room(run, store.folder, out.generator.parent, runtime)
             kernels = implementation(next(run.generator.parameters()))
             log.info("%s: digest %s on %s, losses by the %s kernels", spec.name, spec.digest, device, kernels)
-            steps = config.snapshot_steps()
-            took = fit(run, config.iterations, store, runtime, title=spec.name, snapshots=steps, alarm=_alarm)
+            snapshots = config.snapshot_steps()
+            took = fit(run, config.iterations, store, runtime, title=spec.name, snapshots=snapshots, alarm=_alarm)
             networks, generator = sharding.gather(run.networks()), sharding.gather(run.export())
         if distributed.rank() == 0:  # the others have ended: what follows may take longer than ranks wait
             facts = {
                 "run": spec.name,
                 "seed": config.seed,
                 "iterations": config.iterations,
-                "generator_updates": -(-config.iterations // config.critic_steps_per_generator),
-                "checkpoint_step": config.iterations,
                 "kernels": kernels,
                 "ema_decay": config.ema_decay,
-                **_train_seconds(took, device.type),
+                **_progress(config, config.iterations, took, device.type),
             }
-            _publish_snapshots(store, steps, out.snapshots, spec)
+            _publish_snapshots(store, facts, out.snapshots, spec)
             _publish_log(store, out.train_log)
             save_weights(out.networks, networks)
             write_record(out.networks, spec, **facts)
@@ -164,7 +164,13 @@ def _regression_distance(config: Train, device: torch.device) -> Distance:
     return load_lpips(config.vgg_weights, device)
 
 
-def _train_seconds(took: dict[str, float], device: str) -> dict[str, Any]:
+def _progress(train: Train, step: int, took: Mapping[str, float], device: str) -> dict[str, Any]:
+    """What a run has done and taken after iteration `step`."""
+    updates = -(-step // train.critic_steps_per_generator)
+    return {"checkpoint_step": step, "generator_updates": updates, **_train_seconds(took, device)}
+
+
+def _train_seconds(took: Mapping[str, float], device: str) -> dict[str, Any]:
     """Wall and processor seconds of the main process, over all attempts, and GPU seconds of all processes."""
     seconds = {"train_wall_s": took["wall_s"], "train_cpu_s": took["cpu_s"]}
     if device == "cuda":
@@ -190,14 +196,18 @@ def _publish_log(store: CheckpointStore, out: Path) -> None:
         shutil.copytree(store.folder / "tensorboard", board)
 
 
-def _publish_snapshots(store: CheckpointStore, steps: list[int], manifest: Path, spec: Spec) -> None:
-    """Moves the exported generators beside `manifest`, which lists them with their checksums, written last."""
-    folder = manifest.parent / "snapshots"
+def _publish_snapshots(store: CheckpointStore, facts: dict[str, Any], manifest: Path, spec: Spec) -> None:
+    """Copies the exported generators beside `manifest`, which is written last and lists them.
+
+    Each has a record of its own: the run's `facts`, but the updates and seconds that it took up to there.
+    """
+    folder, train = manifest.parent / "snapshots", spec.need("train")
+    clock = {row["step"]: row for row in map(json.loads, (store.folder / "log.jsonl").read_text().splitlines())}
     listed = []
-    for step in steps:
+    for step in train.snapshot_steps():
         target = folder / f"{step:08d}.safetensors"
         with atomic(target) as temporary:
             shutil.copyfile(store.folder / f"snapshot-{step:08d}.safetensors", temporary)
-        write_record(target, spec, checkpoint_step=step)
+        write_record(target, spec, **facts | _progress(train, step, clock[step], facts["device"]))
         listed.append({"step": step, "file": f"snapshots/{target.name}"})
     write_json(manifest, {"snapshots": listed, "digest": spec.digest})

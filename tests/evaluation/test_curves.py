@@ -110,7 +110,7 @@ def test_two_processes_share_the_snapshots(
 
 
 def chosen(world: World, curve: Path, out: Path) -> dict[str, Any]:
-    curves.select(world.plan().select("dmd2"), curve, world.snapshots, world.student, out)
+    curves.select(world.plan().select("dmd2/best"), curve, world.snapshots, world.student, out)
     return read_record(out)
 
 
@@ -162,6 +162,28 @@ def test_best_and_last_are_entries_apart_and_say_so(world: World, curve: Path, t
         sample(plan.sample("dmd2/best"), world.student, tmp_path / "mixed/manifest.json", RUNTIME)
 
 
+def test_snapshot_of_an_iteration_needs_no_curve_and_keeps_what_the_run_says_of_itself(world: World, tmp_path: Path):
+    plan, out = (
+        world.plan(samplers={"early": {"kind": "few_step", "checkpoint": 10}}),
+        tmp_path / "snapshot.safetensors",
+    )
+    spec = plan.select("dmd2/early")
+    assert set(spec.upstream) == {"model"}
+    curves.select(spec, None, world.snapshots, world.student, out)
+    assert out.read_bytes() == (world.folder / "snapshot-10.safetensors").read_bytes()
+    found = read_record(out)
+    assert (found["run"], found["checkpoint_step"], found["selection"]) == ("dmd2", 10, "snapshot")
+    assert plan.sample("dmd2/early").need("evaluation").seed == 0, "nothing was chosen by these samples"
+
+
+def test_iteration_without_a_snapshot_stops_the_planning(world: World):
+    plan = world.plan(samplers={"early": {"kind": "few_step", "checkpoint": 7}})
+    with pytest.raises(
+        UserError, match=r"samplers\.early\.checkpoint is 7, but dmd2 has snapshots after 5, 10, 15, 20 it"
+    ):
+        plan.metrics("dmd2/early")
+
+
 def test_noise_that_chose_the_best_does_not_measure_it(world: World, monkeypatch: pytest.MonkeyPatch):
     plan = world.plan()
     seeds = {name: spec.need("evaluation").seed for name, spec in
@@ -184,5 +206,6 @@ def test_imported_run_has_no_best(world: World, tmp_path: Path, monkeypatch: pyt
     (workflow / "runs/released.yaml").write_text(json.dumps(released))
     plan = Plan(workflow, "smoke", {"samplers": {"best": {"kind": "few_step", "checkpoint": "best"}}})
     assert plan.split("released/student") == ("released", "student")
-    with pytest.raises(UserError, match="entry released/best: released is imported, with no snapshots"):
-        plan.split("released/best")
+    for entry in ("released/best", "released/ablation"):
+        with pytest.raises(UserError, match=f"entry {entry}: released is imported, with no snapshots to choose from"):
+            plan.split(entry)

@@ -23,7 +23,7 @@ NUM, BLOCKS = 96, 2
 BASE = {
     "evaluation": {"num_samples": NUM, "num_blocks": BLOCKS, "curve_samples": 60, "num_shown": 20},
     "samplers": {"ode": {"kind": "heun", "num_steps": 3}, "best": {"kind": "few_step", "checkpoint": "best"}},
-    "train": {"num_snapshots": 4},
+    "runs": {"dmd2": {"num_snapshots": 4}},
 }
 
 

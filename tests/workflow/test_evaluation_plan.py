@@ -17,7 +17,7 @@ def test_streamed_metrics_are_made_from_the_weights(fresh: Checkout):
 
 
 def test_best_is_chosen_by_the_curve(fresh: Checkout):
-    chosen = {"curve dmd2", "select dmd2", "sample dmd2/best", "metrics dmd2/best"}
+    chosen = {"curve dmd2", "select dmd2/best", "sample dmd2/best", "metrics dmd2/best"}
     assert fresh.planned("results/smoke/dmd2/best/metrics.json", overlay=BEST) == STUDENT | chosen
 
 

@@ -90,12 +90,21 @@ def test_measured_row_says_how_it_came_about(finished: Checkout, number: int):
 
 def test_ablation_rows_state_their_training(finished: Checkout):
     """Rows of table 3 have the same iterations; one update in five moves the generator, or each of them."""
-    updates = {row["row_id"]: row["generator_updates"] for row in table(finished, 3) if row["run"] != "data"}
-    assert updates == {
-        **dict.fromkeys(("t3.noreg_ttur", "t3.full", "t3.gan_ttur"), "4"),
-        **dict.fromkeys(("t3.dmd", "t3.noreg", "t3.gan"), "20"),
+    rows = {row["row_id"]: row for row in table(finished, 3) if row["run"] != "data"}
+    assert {name: row["generator_updates"] for name, row in rows.items()} == {
+        **dict.fromkeys(("t3.noreg_ttur", "t3.full", "t3.gan_ttur"), "2"),
+        **dict.fromkeys(("t3.dmd", "t3.noreg", "t3.gan"), "10"),
     }
-    assert {row["iterations"] for row in table(finished, 3) if row["run"] != "data"} == {"20"}
+    assert {row["checkpoint_step"] for row in rows.values()} == {"10"}
+    assert {name for name, row in rows.items() if row["selection"] == "snapshot"} == {"t3.full"}
+
+
+def test_snapshot_in_the_ablation_took_less_than_the_whole_run(finished: Checkout):
+    part = next(row for row in table(finished, 3) if row["row_id"] == "t3.full")
+    whole = next(row for row in table(finished, 1) if row["row_id"] == "t1.dmd2")
+    assert (whole["checkpoint_step"], whole["generator_updates"], whole["selection"]) == ("20", "4", "last")
+    assert 0 < float(part["train_cpu_s"]) < float(whole["train_cpu_s"])
+    assert part["fid"] != whole["fid"]
 
 
 @pytest.mark.parametrize("number", range(1, 7))
@@ -119,7 +128,7 @@ def test_records_and_metrics_name_commit_digest_and_versions(finished: Checkout)
 
 def test_every_entry_has_a_sheet_of_all_classes(finished: Checkout):
     sheets = sorted((finished / "results/smoke").glob("*/*/grid.png"))
-    assert len(sheets) == NUM_RUNS + 2  # the teacher's two samplers
+    assert len(sheets) == NUM_RUNS + 3  # the teacher's two samplers, and a snapshot of dmd2
     for path in [*sheets, finished / "results/smoke/figures/real.png"]:
         with Image.open(path) as image:
             image.load()

@@ -129,8 +129,15 @@ def weights_of(wildcards):
     """The weights behind an entry."""
     if wildcards.model == "teacher":
         return f"{RESULTS}/teacher/teacher.safetensors"
+    last = PRESET.samplers[wildcards.sampler].checkpoint == "last"
+    file = "generator" if last else f"{wildcards.sampler}/snapshot"
+    return f"{RESULTS}/{wildcards.model}/{file}.safetensors"
+
+
+def curve_of(wildcards):
+    """What the best snapshot is chosen by; that of an iteration needs nothing."""
     best = PRESET.samplers[wildcards.sampler].checkpoint == "best"
-    return f"{RESULTS}/{wildcards.model}/{'best' if best else 'generator'}.safetensors"
+    return f"{RESULTS}/{wildcards.run}/curve.csv" if best else []
 
 
 def pairs_of(wildcards):

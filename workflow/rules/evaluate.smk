@@ -147,18 +147,21 @@ rule curve:
 
 rule select:
     input:
-        curve=rules.curve.output,
+        curve=curve_of,
         snapshots=rules.train.output.snapshots,
         generator=rules.train.output.generator,
     output:
-        weights=f"{RESULTS}/{{run}}/best.safetensors",
-        record=f"{RESULTS}/{{run}}/best.json",
+        weights=f"{RESULTS}/{{run}}/{{sampler}}/snapshot.safetensors",
+        record=f"{RESULTS}/{{run}}/{{sampler}}/snapshot.json",
     log:
-        f"{LOGS}/select/{{run}}.log",
+        f"{LOGS}/select/{{run}}-{{sampler}}.log",
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: or_stop(PLAN.select, wildcards.run).to_json(),
+        spec=lambda wildcards: or_stop(
+            PLAN.select, f"{wildcards.run}/{wildcards.sampler}"
+        ).to_json(),
+        curve=lambda wildcards, input: f"--curve {input.curve}" if input.curve else "",
     shell:
-        "launch.sh 0 --log {log} select --spec {params.spec:q} --curve {input.curve} --snapshots {input.snapshots}"
+        "launch.sh 0 --log {log} select --spec {params.spec:q} {params.curve} --snapshots {input.snapshots}"
         " --generator {input.generator} --weights {output.weights}"
