@@ -2,18 +2,18 @@
 
 Networks have initial weights and the images are noise, so nothing has to be made first; they come from shards by the
 loader of a real run. On a GPU times are those of its own clock, taken without waiting for it; the data's is the host's,
-which reads while the GPU computes. On a shared machine compare rows of one run, not runs. Several GPUs:
+which reads while the GPU computes. On a shared machine compare rows of one run, not runs; the step in units of a
+bare pass of the network depends little on the machine. Several GPUs:
 `torchrun --nproc-per-node 8 -m dmd2.bench --preset imagenet64 --layout shard`.
 """
 
 from __future__ import annotations
 
-import csv
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
@@ -23,40 +23,22 @@ import typer
 from torch import Tensor
 
 from dmd2 import distributed
+from dmd2.bench_rows import Row, append, row_of, text_of
 from dmd2.config import Train
 from dmd2.datasets import write_shards
 from dmd2.datasets.loader import Loader, to_batch
-from dmd2.denoiser import Cond, Teacher
-from dmd2.errors import UserError
+from dmd2.denoiser import Cond, Teacher, move
 from dmd2.metrics.perceptual import distance_by, without_values
+from dmd2.noise import normal, step_rng
 from dmd2.plan import Plan
-from dmd2.planning import devices
-from dmd2.planning.cost import step_cost
 from dmd2.planning.hours import num_images
-from dmd2.planning.memory import GIB
-from dmd2.planning.passes import DATA, PARTS, observed
-from dmd2.records import commit, versions
+from dmd2.planning.passes import DATA, observed
 from dmd2.teachers import load_teacher
 from dmd2.training import Distance, Distillation
 
 WORKFLOW = Path(__file__).parent.parent / "workflow"
 CACHE_BYTES = 256 * 2**20
 """A data set up to this size is held in memory by the loader, here as in a run."""
-Row = dict[str, Any]
-
-
-def column(part: str) -> str:
-    """The column with the milliseconds of a part."""
-    return f"ms_{part.replace(chr(39), '').replace(' ', '_')}"
-
-
-TIMES = {part: column(part) for part in (*PARTS, "rest")}
-COLUMNS = (
-    *("preset", "run", "device", "ranks", "threads", "precision", "layout", "compile", "recompute", "batch"),
-    *("micro_batch", "iterations", "ms", "images_per_s", "tflop_per_image", "tflops", "percent_of_peak"),
-    *("peak_memory_gib", *TIMES.values()),
-    *("torch", "triton", "commit", "timestamp"),
-)
 
 
 class Stopwatch:
@@ -147,6 +129,18 @@ class Feed:
         self._loader.close()
 
 
+def bare_pass(run: Distillation, times: int) -> float:
+    """Milliseconds, the median, of a forward and backward pass of the generator on as many samples as it is given."""
+    num, rng, watch, found = run.parts.size, step_rng(0, 0, device=run.device), Stopwatch(run.device), []
+    x, cond = normal((num, *run.teacher.sample_shape), rng), move(run.teacher.conditioner.draw(num, rng), run.device)
+    for _ in range(times):
+        start = watch.now()
+        run.generator(x, torch.ones(num, device=run.device), cond).square().mean().backward()
+        found.append(watch.now() - start)
+        run.generator.zero_grad()
+    return 1000 * median(found)
+
+
 def measure(run: Distillation, feed: Feed, iterations: int, warmup: int) -> tuple[float, float, dict[str, float]]:
     """Milliseconds per iteration of the step as it is, of the step under the watch, and of each part."""
     for index in range(warmup):
@@ -165,68 +159,6 @@ def measure(run: Distillation, feed: Feed, iterations: int, warmup: int) -> tupl
         whole = watch.now() - start
     scale = 1000 / iterations
     return plain * scale, whole * scale, {part: s * scale for part, s in watch.seconds().items()}
-
-
-def row_of(
-    plan: Plan, name: str, train: Train, run: Distillation, times: tuple[float, float, Mapping[str, float]]
-) -> Row:
-    """What was measured of a run, by column; empty where nothing is known."""
-    plain, whole, parts = times
-    device, flops = run.device, step_cost(plan.preset.teacher, plan.preset.data, train).total
-    label = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    rate = run.parts.num * run.parts.size / plain * 1000  # of this rank
-    gpu, tflops = devices.known(label), flops * rate / 1e12
-    beside = parts.get(DATA, 0.0) if device.type == "cuda" else 0.0
-    return {
-        "preset": plan.preset.name,
-        "run": name,
-        "device": label,
-        "ranks": distributed.world_size(),
-        "threads": torch.get_num_threads(),
-        "precision": train.precision,
-        "batch": train.batch_size,
-        "micro_batch": run.parts.size,
-        "ms": f"{plain:.2f}",
-        "images_per_s": f"{rate * distributed.world_size():.1f}",
-        "tflop_per_image": f"{flops / 1e12:.6g}",
-        "tflops": f"{tflops:.4g}",
-        "percent_of_peak": f"{100 * tflops / gpu.peak(train.precision):.1f}" if gpu else "",
-        "peak_memory_gib": f"{torch.cuda.max_memory_allocated(device) / GIB:.2f}" if device.type == "cuda" else "",
-        **{TIMES[part]: f"{ms:.3f}" for part, ms in parts.items()},
-        "ms_rest": f"{max(whole - sum(parts.values()) + beside, 0.0):.3f}",
-        "torch": torch.__version__,
-        "triton": versions().get("triton", ""),
-        "commit": commit(),
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def text_of(row: Row) -> str:
-    """A row for reading."""
-    share = f" ({row['percent_of_peak']} % of its peak)" if row["percent_of_peak"] else ""
-    memory = f", peak memory {row['peak_memory_gib']} GiB" if row["peak_memory_gib"] else ""
-    lines = [
-        f"{row['preset']}/{row['run']} on {row['ranks']} x {row['device']}, {row['threads']} thread(s), "
-        f"{row['precision']}, batch {row['batch']}, {row['micro_batch']} at a time: {row['ms']} ms/iteration, "
-        f"{row['images_per_s']} images/s, {row['tflops']} TFLOP/s{share}{memory}"
-    ]
-    times = {part: float(row[name]) for part, name in TIMES.items() if row.get(name)}
-    whole = sum(times.values())
-    lines += [f"  {part:24s}{ms:10.2f} ms {100 * ms / whole:6.1f} %" for part, ms in times.items()]
-    return "\n".join(lines)
-
-
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to a CSV. Raises UserError where it has other columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    if not new and path.read_text().partition("\n")[0] != ",".join(COLUMNS):
-        raise UserError(f"{path}: has other columns than this version writes; move it away")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def trainee(
@@ -283,7 +215,7 @@ def main(
             built, num = trainee(teacher, train, feed, where, how, micro_batch), -(-iterations // period) * period
             times = measure(built, feed, num, warmup=2 * period)
             feed.close()
-            rows.append({**how, "iterations": num, **row_of(plan, name, train, built, times)})
+            rows.append({**how, "iterations": num, **row_of(plan, name, train, built, times, bare_pass(built, num))})
             if distributed.rank() == 0:
                 print(text_of(rows[-1]), flush=True)
     if out is not None and distributed.rank() == 0:

@@ -64,7 +64,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def _detached(tensor: DTensor) -> DTensor:
     """The same without a graph, in the same memory; a parameter's local tensor would else be one of the graph's."""
-    return cast(DTensor, tensor.detach())
+    return cast("DTensor", tensor.detach())
 
 
 def as_part_of(part: Tensor, whole: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from counted import FLAT, real_run, train
 from typer.testing import CliRunner
 
 from dmd2 import bench
-from dmd2.bench import COLUMNS, TIMES, Feed, Stopwatch, append
+from dmd2.bench import Feed, Stopwatch
+from dmd2.bench_rows import COLUMNS, TIMES, append
 from dmd2.errors import UserError
 from dmd2.plan import Plan
 from dmd2.planning import passes
@@ -56,6 +57,7 @@ def test_rows_tell_what_ran_and_how_fast(rows: list[dict[str, str]]):
         assert float(row["tflops"]) == pytest.approx(flops * 8 / seconds / 1e12, rel=0.01)
         assert (row["device"], row["percent_of_peak"], row["peak_memory_gib"]) == ("cpu", "", "")
         assert row["torch"] == torch.__version__
+        assert 1 < float(row["ms"]) / float(row["ms_pass"]) / (8 / int(row["micro_batch"])) < 20
 
 
 def test_every_part_of_the_step_has_its_time(rows: list[dict[str, str]]):
