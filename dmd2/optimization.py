@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +71,26 @@ class FiniteGuard:
         )
 
 
+class Moments(NamedTuple):
+    """What AdamW keeps beside a tensor of weights."""
+
+    step: Tensor  # (), float32, as the kernel wants it
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @classmethod
+    def of(cls, weights: Tensor) -> Moments:
+        """Those of weights that have not moved yet."""
+        step = torch.zeros((), dtype=torch.float32, device=weights.device)
+        return cls(step, torch.zeros_like(weights), torch.zeros_like(weights))
+
+
 class Descent:
     """AdamW on a network with a global-norm clip and a learning-rate schedule (paper, appendix F; released code).
 
-    The network must be in its layout already (`sharding.place`). Its gradients become means over the ranks.
+    The network must be in its layout already (`sharding.place`). Its gradients become means over the ranks. The update
+    is the kernel behind `torch.optim.AdamW(fused=True)`, called without the class around it, which imports
+    torch._dynamo: two seconds of each training's start.
     """
 
     def __init__(
@@ -90,18 +106,14 @@ class Descent:
         self._network = network
         named = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self._names, self.params = list(named), list(named.values())
-        # AdamW sees plain tensors: a rank's rows share their memory with the sharded parameter.
+        # The kernel sees plain tensors: a rank's rows share their memory with the sharded parameter.
         self._held = [nn.Parameter(sharding.local(p)) if sharding.is_sharded(p) else p for p in self.params]
         self._is_sharded = any(sharding.is_sharded(p) for p in self.params)
         several = distributed.world_size() > 1
         self._buckets = Buckets(self.params) if several and not self._is_sharded else None
         self._base, self._rate, self._clip = learning_rate, rate, grad_clip
-        self._adamw = torch.optim.AdamW(
-            self._held, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
-        )
-        for p in self._held:  # what AdamW would make at its first step; a checkpoint may ask for it before
-            step = torch.zeros((), dtype=torch.float32, device=p.device)
-            self._adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        self._betas, self._weight_decay = betas, weight_decay
+        self._moments = [Moments.of(p) for p in self._held]
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
@@ -120,31 +132,52 @@ class Descent:
         finally:
             sharding.synchronise(self._network, True)
 
+    @torch.no_grad()
     def step(self, index: int, guard: FiniteGuard, terms: Mapping[str, Tensor], name: str) -> Tensor:
         """One update at iteration `index` from the gradients that are there; they are dropped. Returns their norm ().
 
         `terms` and the norm (as `name`) are watched by `guard`. The clip coefficient and the guard's flag go into the
         fused kernel (its `grad_scale` divides, `found_inf` skips): no pass of their own, no wait for the device.
         """
-        norm = self._norm(self._collect())
+        held, moments, grads = self._collect()
+        norm = self._norm(grads)
         guard.watch(index, {**terms, name: norm})
-        self._adamw.grad_scale = (norm / self._clip).clamp(min=1.0)  # type: ignore[attr-defined]
-        self._adamw.found_inf = guard.tripped  # type: ignore[attr-defined]
-        for group in self._adamw.param_groups:
-            group["lr"] = self._base * self._rate(index)
-        self._adamw.step()
+        steps = [own.step for own in moments]
+        torch._foreach_add_(steps, [1 - guard.tripped] * len(steps))  # lists: a tensor alone would be waited for
+        torch._fused_adamw_(
+            held,
+            grads,
+            [own.exp_avg for own in moments],
+            [own.exp_avg_sq for own in moments],
+            [],
+            steps,
+            lr=self._base * self._rate(index),
+            beta1=self._betas[0],
+            beta2=self._betas[1],
+            weight_decay=self._weight_decay,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=(norm / self._clip).clamp(min=1.0),
+            found_inf=guard.tripped,
+        )
         for p in (*self._held, *self.params):
             p.grad = None
         return norm
 
-    def _collect(self) -> list[Tensor]:
-        """What this rank holds of the gradients, which are means over the ranks from now on."""
+    def _collect(self) -> tuple[list[Tensor], list[Moments], list[Tensor]]:
+        """What this rank holds of the weights that have a gradient, their moments, and the gradients.
+
+        These are means over the ranks from now on.
+        """
         if self._buckets is not None:
             self._buckets.finish()
         if self._is_sharded:
             for p, held in zip(self.params, self._held, strict=True):
                 held.grad = None if p.grad is None else sharding.local(p.grad)
-        return [p.grad for p in self._held if p.grad is not None]
+        pairs = [(p, moments) for p, moments in zip(self._held, self._moments, strict=True) if p.grad is not None]
+        grads = [p.grad for p, _ in pairs if p.grad is not None]
+        return [p for p, _ in pairs], [moments for _, moments in pairs], grads
 
     def _norm(self, grads: list[Tensor]) -> Tensor:
         norm = torch.nn.utils.get_total_norm(grads)
@@ -152,27 +185,21 @@ class Descent:
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's moments by parameter, and its counts of steps in the order of the parameters."""
-        states = [self._adamw.state[p] for p in self._held]
-
-        def moments(key: str) -> dict[str, Tensor]:
-            named = zip(self._names, self.params, states, strict=True)
-            return {name: sharding.as_part_of(state[key], p) for name, p, state in named}
-
+        named = list(zip(self._names, self.params, self._moments, strict=True))
         return {
-            "steps": torch.stack([state["step"] for state in states]),
-            "exp_avg": moments("exp_avg"),
-            "exp_avg_sq": moments("exp_avg_sq"),
+            "steps": torch.stack([state.step for state in self._moments]),
+            "exp_avg": {name: sharding.as_part_of(state.exp_avg, p) for name, p, state in named},
+            "exp_avg_sq": {name: sharding.as_part_of(state.exp_avg_sq, p) for name, p, state in named},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave; every name must fit."""
         if list(state["exp_avg"]) != self._names or list(state["exp_avg_sq"]) != self._names:
             raise ValueError("the optimizer's state is of other parameters than the network's")
-        for p, name, step in zip(self._held, self._names, state["steps"], strict=True):
-            own = self._adamw.state[p]
-            own["step"].copy_(step)
-            for key in ("exp_avg", "exp_avg_sq"):
-                own[key].copy_(sharding.local(state[key][name]))
+        for own, name, step in zip(self._moments, self._names, state["steps"], strict=True):
+            own.step.copy_(step)
+            own.exp_avg.copy_(sharding.local(state["exp_avg"][name]))
+            own.exp_avg_sq.copy_(sharding.local(state["exp_avg_sq"][name]))
 
 
 class Average:

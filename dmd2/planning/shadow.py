@@ -15,7 +15,6 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
@@ -64,8 +63,6 @@ def shadows() -> Iterator[None]:
         stack.enter_context(patch.object(distributed, "world_size", lambda: 1))
         stack.enter_context(patch.object(distributed, "rank", lambda: 0))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
-        # AdamW's fused update is defined for shadows, though its list of devices leaves theirs out.
-        stack.enter_context(patch.object(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"]))
         stack.enter_context(_OnMeta())
         yield
 
