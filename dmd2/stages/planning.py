@@ -94,17 +94,18 @@ def _rows(
     seen: set[str] = set()
     rows = []
     for table in loaded.values():
-        for row in table.rows:
-            if row.measure is None or row.measure not in keys:
+        for row in table.rows_of(plan.preset.name):
+            entry = row.entry(plan.preset.name)
+            if entry is None:
                 continue
-            closure = [job.key for job in jobs.closure([keys[row.measure]])]
+            closure = [job.key for job in jobs.closure([keys[entry]])]
             rows.append(
                 {
                     "row": row.id,
                     "method": row.method,
                     "paper_fid": row.paper.get("fid"),
-                    "entry": row.measure,
-                    "chain": _chain(plan, row.measure),
+                    "entry": entry,
+                    "chain": _chain(plan, entry),
                     "gpu_hours": sum(taken[key] for key in closure),
                     "added_gpu_hours": sum(taken[key] for key in closure if key not in seen),
                 }
