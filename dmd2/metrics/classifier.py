@@ -21,6 +21,7 @@ from dmd2 import config
 from dmd2.errors import UserError
 from dmd2.metrics.extractor import Observed
 from dmd2.metrics.images import Images, Labels, batches, check_images
+from dmd2.progress import Progress
 
 DIM = 64
 FORWARD_BATCH = 256
@@ -191,10 +192,12 @@ def _fit(network: Classifier, x: Tensor, y: Tensor, features: config.Features, r
     num_batches = math.ceil(len(x) / features.batch_size)
     optimizer = torch.optim.Adam(network.parameters(), lr=features.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, features.epochs * num_batches)
-    for _ in range(features.epochs):
+    progress = Progress("features", features.epochs)
+    for epoch in range(features.epochs):
         for batch in torch.randperm(len(x), generator=rng).split(features.batch_size):
             loss = F.cross_entropy(network(x[batch]), y[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
+        progress.update(epoch + 1, loss.item())

@@ -154,9 +154,11 @@ def _of_stored(spec: Spec, manifest: Path, meter: Meter) -> tuple[dict[str, Any]
     """Measures and facts of stored samples, which are read a batch at a time."""
     reader = ShardReader(manifest, spec.upstream["samples"])
     names = [field.removesuffix(".png") for field in fields_of(meter.protocols)]
+    progress = Counter(f"metrics {spec.name}", len(reader))
 
     def make(ids: range) -> tuple[list[Images], Labels]:
         content = reader.read(ids, [*names, "cls"])
+        progress(len(ids))
         return [content[name] for name in names], content["cls"]
 
     found = measure(meter, make, spec.need("evaluation").num_blocks)

@@ -163,7 +163,7 @@ def test_curve_has_a_row_per_snapshot(finished: Checkout):
 
 
 def test_long_stages_tell_progress_and_time_left(finished: Checkout):
-    for name in ("teacher", "train/dmd2"):
+    for name in ("features", "teacher", "train/dmd2", "sample/dmd2-student", "metrics/dmd2-student"):
         log = (finished / f"logs/smoke/{name}.log").read_text()
         assert re.search(r"100%.*\[\d\d:\d\d<00:00", log), log
 
