@@ -1,6 +1,6 @@
 # One command each, on a fresh machine: sets up the environment in .venv if it is not there, then does the job.
 #   make table1   results/table1.csv on the embedded digits      make test    the test suite
-#   make tables   all six tables, figures and the report         make lint    style, types, layers, workflow
+#   make tables   all six tables and figures                     make lint    style, types, layers, workflow
 # Choose another preset or number of cores: make table1 PRESET=smoke CORES=1
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -12,7 +12,7 @@ RUN := source .venv/bin/activate &&
 SNAKEMAKE := $(RUN) snakemake --cores $(CORES) --config preset=$(PRESET)
 
 TABLES := table1 table2 table3 table4 table5 table6
-.PHONY: help setup $(TABLES) tables report test fast-test lint aot format dag bench plan
+.PHONY: help setup $(TABLES) tables report unlock test fast-test lint aot format dag bench plan
 help:
 	@sed -n '1,4p' Makefile | cut -c3-
 
@@ -31,6 +31,9 @@ $(TABLES): $(SETUP)
 
 tables: $(SETUP)
 	@$(SNAKEMAKE)
+
+unlock: $(SETUP)
+	@$(SNAKEMAKE) --unlock
 
 report: tables
 	@$(SNAKEMAKE) --report results/report.html

@@ -282,7 +282,7 @@ def main() -> None:
             sys.exit(stop.status)
         _fail(str(stop), stop.status)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted; run the same command to go on", 130)
 
 
 def _fail(message: str, status: int) -> None:

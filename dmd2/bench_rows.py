@@ -73,6 +73,12 @@ def row_of(
     }
 
 
+def _in_passes(row: Row) -> float:
+    """The step in units of a bare pass over all samples that it takes on this rank."""
+    parts = row["batch"] // row["ranks"] // row["micro_batch"]
+    return float(row["ms"]) / (parts * float(row["ms_pass"]))
+
+
 def text_of(row: Row) -> str:
     """A row for reading."""
     share = f" ({row['percent_of_peak']} % of its peak)" if row["percent_of_peak"] else ""
@@ -81,8 +87,8 @@ def text_of(row: Row) -> str:
         f"{row['preset']}/{row['run']} on {row['ranks']} x {row['device']}, {row['threads']} thread(s), "
         f"{row['precision']}, batch {row['batch']}, {row['micro_batch']} at a time: {row['ms']} ms/iteration, "
         f"{row['images_per_s']} images/s, {row['tflops']} TFLOP/s{share}{memory}",
-        f"  {float(row['ms']) / float(row['ms_pass']):.2f} times a bare forward and backward pass of the generator, "
-        f"which takes {row['ms_pass']} ms",
+        f"  {_in_passes(row):.2f} times a bare forward and backward pass of the generator over the same samples; "
+        f"{row['micro_batch']} take it {row['ms_pass']} ms",
     ]
     times = {part: float(row[name]) for part, name in TIMES.items() if row.get(name)}
     whole = sum(times.values())

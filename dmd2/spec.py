@@ -25,7 +25,7 @@ VERSIONS = {
     "sample": 1,
     "metrics": 2,
     "curve": 1,
-    "select": 2,
+    "select": 3,
     "table": 1,
 }
 """The algorithm version of each stage: raise it when a change of code changes what the stage writes."""

@@ -182,10 +182,9 @@ def _markdown_columns(table: Table, table_rows: Sequence[Cells], has_measured: b
         measures = (*WITH_SD, *PLAIN)
         shown = [name for name in measures if name == "fid" or any(row[name] is not None for row in table_rows)]
         columns += [("passes", "nfe"), *((TITLES[name], name) for name in shown)]
-        columns += [("checkpoint", "selection")] if any(row["selection"] == "best" for row in table_rows) else []
-        columns += (
-            [("iterations", "checkpoint_step"), ("generator updates", "generator_updates")] if table.compute else []
-        )
+        chosen = any(row["selection"] not in (None, "last") for row in table_rows)
+        columns += [("checkpoint", "selection")] if chosen else []
+        columns += [("iterations", "iterations"), ("generator updates", "generator_updates")] if table.compute else []
         columns += [("training CPU-s", "train_cpu_s")] if table.compute else []
     return [*columns, ("source", "source")]
 

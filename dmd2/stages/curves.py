@@ -79,7 +79,7 @@ def select(spec: Spec, curve: Path | None, snapshots: Path, generator: Path, out
     with atomic(out) as temporary:
         shutil.copyfile(files[step], temporary)
     kept = {name: value for name, value in {**facts, **own}.items() if name not in OF_THE_FILE}
-    write_record(out, spec, **{**kept, **why})
+    write_record(out, spec, **{**kept, "iterations": step, **why})
 
 
 def _best(curve: Path, record: dict[str, Any], steps: set[int]) -> tuple[int, dict[str, Any]]:

@@ -31,6 +31,7 @@ from dmd2.teachers import load_teacher
 from dmd2.training import Distance, Distillation
 from dmd2_kernels import implementation
 
+SECONDS = ("train_wall_s", "train_cpu_s", "gpu_s")
 COLLAPSE = 0.15
 """Mean nearest-neighbour over mean pair distance in a batch below which the log warns of a collapse."""
 
@@ -164,10 +165,11 @@ def _regression_distance(config: Train, device: torch.device) -> Distance:
     return load_lpips(config.vgg_weights, device)
 
 
-def _progress(train: Train, step: int, took: Mapping[str, float], device: str) -> dict[str, Any]:
-    """What a run has done and taken after iteration `step`."""
+def _progress(train: Train, step: int, took: Mapping[str, float] | None, device: str) -> dict[str, Any]:
+    """What a run has done and, where that is known, taken after iteration `step`."""
     updates = -(-step // train.critic_steps_per_generator)
-    return {"checkpoint_step": step, "generator_updates": updates, **_train_seconds(took, device)}
+    seconds = _train_seconds(took, device) if took is not None else {}
+    return {"checkpoint_step": step, "generator_updates": updates, **seconds}
 
 
 def _train_seconds(took: Mapping[str, float], device: str) -> dict[str, Any]:
@@ -199,7 +201,8 @@ def _publish_log(store: CheckpointStore, out: Path) -> None:
 def _publish_snapshots(store: CheckpointStore, facts: dict[str, Any], manifest: Path, spec: Spec) -> None:
     """Copies the exported generators beside `manifest`, which is written last and lists them.
 
-    Each has a record of its own: the run's `facts`, but the updates and seconds that it took up to there.
+    Each has a record of its own: the run's `facts`, but the updates and seconds that it took up to there; no seconds
+    where a power cut has taken the log's row of that time.
     """
     folder, train = manifest.parent / "snapshots", spec.need("train")
     clock = {row["step"]: row for row in map(json.loads, (store.folder / "log.jsonl").read_text().splitlines())}
@@ -208,6 +211,7 @@ def _publish_snapshots(store: CheckpointStore, facts: dict[str, Any], manifest: 
         target = folder / f"{step:08d}.safetensors"
         with atomic(target) as temporary:
             shutil.copyfile(store.folder / f"snapshot-{step:08d}.safetensors", temporary)
-        write_record(target, spec, **facts | _progress(train, step, clock[step], facts["device"]))
+        known = {name: value for name, value in facts.items() if name not in SECONDS}
+        write_record(target, spec, **known | _progress(train, step, clock.get(step), facts["device"]))
         listed.append({"step": step, "file": f"snapshots/{target.name}"})
     write_json(manifest, {"snapshots": listed, "digest": spec.digest})

@@ -99,7 +99,7 @@ def test_work_of_a_job_is_passes_times_samples():
     stored = Plan(WORKFLOW, "digits")
     assert flops(stored, "sample teacher/ode") == {"fp32": 35 * 3 * 3 * 5391}
     assert flops(stored, "metrics teacher/ode") == {"fp32": 2 * 3 * 5391}
-    assert flops(stored, "teacher") == {"fp32": 3 * 3 * 1200 * 64}
+    assert flops(stored, "teacher") == {"fp32": 3 * 3 * 2400 * 64}
 
 
 def test_gpu_hours_are_work_over_rate():

@@ -1,10 +1,11 @@
 """The whole method on a teacher that is known in closed form: a student must find the modes of a mixture."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from dmd2.config import Train
-from dmd2.noise import SampleNoise
+from dmd2.noise import SampleNoise, step_rng
 from dmd2.sampling import few_step
 from dmd2.teachers.mixture import GaussianMixture, mixture_teacher
 from dmd2.training import Distillation
@@ -31,19 +32,29 @@ def modes(x0: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     return shares, (distance.min(1).values < 3 * STD).float().mean()
 
 
-def test_student_finds_both_modes_of_each_class_in_their_shares():
-    teacher = mixture_teacher(GaussianMixture(MEANS, torch.full((2, 2), STD), WEIGHTS), SHAPE)
+MIXTURE = GaussianMixture(MEANS, torch.full((2, 2), STD), WEIGHTS)
+
+
+def data(index: int) -> tuple[Tensor, dict[str, Tensor]]:
+    rng = step_rng(7, index)
+    label = torch.randint(2, (64,), generator=rng)
+    return MIXTURE.sample(label, rng).view(64, *SHAPE), {"label": label}
+
+
+@pytest.mark.parametrize(("gan_generator_weight", "gan_critic_weight"), [(0, 0), (3e-3, 1e-2)], ids=["no GAN", "GAN"])
+def test_student_finds_both_modes_of_each_class_in_their_shares(gan_generator_weight: float, gan_critic_weight: float):
+    teacher = mixture_teacher(MIXTURE, SHAPE)
     train = Train(
         batch_size=64,
         num_snapshots=1,
         warmup_iterations=20,
         generator_learning_rate=2e-3,
         critic_learning_rate=2e-3,
-        gan_generator_weight=0,
-        gan_critic_weight=0,
+        gan_generator_weight=gan_generator_weight,
+        gan_critic_weight=gan_critic_weight,
         ema_decay=0.95,
     )
-    run = Distillation(teacher, train)
+    run = Distillation(teacher, train, data=data)
     x0, label = samples(run)
     shares, _ = modes(x0, label)
     assert float(shares.max(1).values.min()) > 0.99, "one step of the teacher itself gives the mean of each class"

@@ -12,7 +12,7 @@ from dmd2.plan import Plan
 from dmd2.tables import load_table, needed
 
 RUN, TABLE = "runs/gan.yaml", "tables/table3.yaml"
-ROW = "measure: dmd2/student}"
+ROW = "measure: noreg_ttur/student}"
 
 KEYS = {
     "unknown section": ({"trian": {"iterations": 5}}, "unknown key `trian`; did you mean 'train'?"),
@@ -52,7 +52,7 @@ FILES = {
     "model of a row": (TABLE, ROW, "measure: dmd3/student}", "entry dmd3/student: "),
     "sampler of a row": (TABLE, ROW, "measure: dmd2/stdent}", "entry dmd2/stdent: no sampler 'stdent' in preset smoke"),
     "wrong sampler": (TABLE, ROW, "measure: teacher/student}", "entry teacher/student: teacher needs a heun sampler"),
-    "key of a row": (TABLE, ROW, "mesure: dmd2/student}", "unknown key `rows.3.mesure`; did you mean 'measure'?"),
+    "key of a row": (TABLE, ROW, "mesure: dmd2/student}", "unknown key `rows.2.mesure`; did you mean 'measure'?"),
     "id of a row": (TABLE, "id: t3.full", "id: t3.noreg", "row id 't3.noreg' stands twice"),
 }
 

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 from checkout import Checkout
 
 RUN = "dmd2"
@@ -50,6 +51,10 @@ def assert_resumes_to_the_same_end(checkout: Checkout, finished: Checkout, at_le
     log = (checkout / f"logs/smoke/train/{RUN}.log").read_text()
     resumed = int(log.partition(f"{RUN}: resuming after iteration ")[2].partition(f" of {ITERATIONS}")[0])
     assert at_least <= resumed < ITERATIONS
+    assert_the_same_end(checkout, finished)
+
+
+def assert_the_same_end(checkout: Checkout, finished: Checkout) -> None:
     for name in OUTPUTS:
         path = f"results/smoke/{RUN}/{name}"
         assert (checkout / path).read_bytes() == (finished / path).read_bytes(), f"{path} differs"
@@ -69,6 +74,22 @@ def test_workflow_killed_with_all_its_jobs_resumes_bit_for_bit(finished: Checkou
     assert "--unlock" in locked.stdout
     assert checkout.snakemake(TARGET, "--unlock").returncode == 0
     assert_resumes_to_the_same_end(checkout, finished, at_least=saved)
+
+
+def test_training_that_was_told_to_end_is_retried_by_the_same_call(finished: Checkout, tmp_path: Path):
+    """What a scheduler does to a job that it wants to stop: the workflow itself goes on."""
+    checkout = without_the_student(finished, tmp_path / "dmd2")
+    process = checkout.start(TARGET, "--cores", "2", "--retries", "1", overlay=OFTEN)
+    in_the_middle(checkout, process)
+    (training,) = (
+        child for child in psutil.Process(process.pid).children(recursive=True) if "train" in child.cmdline()
+    )
+    training.terminate()
+    said, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, said
+    assert "SIGTERM: saved after iteration" in said
+    assert f"{RUN}: resuming after iteration" in (checkout / f"logs/smoke/train/{RUN}.log").read_text()
+    assert_the_same_end(checkout, finished)
 
 
 def test_interrupted_workflow_ends_in_order_and_goes_on(finished: Checkout, tmp_path: Path):

@@ -95,7 +95,7 @@ def test_ablation_rows_state_their_training(finished: Checkout):
         **dict.fromkeys(("t3.noreg_ttur", "t3.full", "t3.gan_ttur"), "2"),
         **dict.fromkeys(("t3.dmd", "t3.noreg", "t3.gan"), "10"),
     }
-    assert {row["checkpoint_step"] for row in rows.values()} == {"10"}
+    assert {(row["iterations"], row["checkpoint_step"]) for row in rows.values()} == {("10", "10")}
     assert {name for name, row in rows.items() if row["selection"] == "snapshot"} == {"t3.full"}
 
 

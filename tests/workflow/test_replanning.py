@@ -9,16 +9,17 @@ import yaml
 from checkout import Checkout
 
 ABLATIONS = ("noreg", "noreg_ttur", "gan", "gan_ttur")
-TABLES = {"dmd": (1, 3), "dmd2": (1, 3), "dmd2_long": (1,), **dict.fromkeys(ABLATIONS, (3,)), "teacher": (1,)}
+ABLATION = "dmd2/ablation"  # a snapshot of the run in table 1
+TABLES = {"dmd": (1, 3), "dmd2": (1,), "dmd2_long": (1,), **dict.fromkeys(ABLATIONS, (3,)), "teacher": (1,)}
 """The tables of the paper in which a model stands."""
 RUNS = set(TABLES) - {"teacher"}
 SIDE_BY_SIDE = {"teacher/ode", "dmd2/student", "noreg/student"}
 STUDENTS = {f"{run}/student" for run in RUNS}
-ENTRIES = STUDENTS | {"teacher/ode", "teacher/sde"}
+ENTRIES = STUDENTS | {"teacher/ode", "teacher/sde", ABLATION}
 
 
 def tables_with(*entries: str) -> set[str]:
-    numbers = {number for entry in entries for number in TABLES[entry.partition("/")[0]]}
+    numbers = {number for entry in entries for number in ((3,) if entry == ABLATION else TABLES[entry.split("/")[0]])}
     return {f"table table{number}" for number in numbers}
 
 
@@ -30,8 +31,11 @@ def sampled(*entries: str) -> set[str]:
 
 def trained(*runs: str) -> set[str]:
     """The jobs that follow a change of the runs' training."""
-    own = {f"{rule} {run}" for run in runs for rule in ("train", "curve")}
-    return own | sampled(*(f"{run}/student" for run in runs)) | {"curves"}
+    own = {f"{rule} {run}" for run in runs for rule in ("train", "curve")} | {"curves"}
+    entries = [f"{run}/student" for run in runs]
+    if "dmd2" in runs:
+        own, entries = own | {f"select {ABLATION}"}, [*entries, ABLATION]
+    return own | sampled(*entries)
 
 
 MEASURED = {f"metrics {entry}" for entry in ENTRIES} | {f"curve {run}" for run in RUNS} | {"curves", "floor"}
