@@ -24,7 +24,8 @@ OVERRIDES: dict[str, Any] = {
     "teacher": {
         "network": {"model_channels": 8, "channel_mult": [1, 2], "attn_resolutions": [4], "channels_per_head": 8}
     },
-    "train": {"iterations": ITERATIONS, "batch_size": 8, "num_snapshots": 2, "ema_decay": 0.9},
+    "train": {"batch_size": 8, "ema_decay": 0.9},
+    "runs": {"dmd2": {"iterations": ITERATIONS, "num_snapshots": 2}},
 }
 PLAN = Plan(ROOT / "workflow", "smoke", OVERRIDES)
 RUN = "dmd2"
