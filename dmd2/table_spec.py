@@ -15,7 +15,7 @@ FLOOR = "floor"  # `measure: floor` asks for what the real images themselves wou
 FURTHER_FIDS = tuple(f"fid_{name}" for name in PROTOCOLS)  # those of protocols that stand beside the first
 WITH_SD = ("fid", *FURTHER_FIDS, "inception_score", "pixel_fd")
 PLAIN = ("precision", "recall", "accuracy", "nearest_distance", "diversity")
-TRAINING = ("train_cpu_s", "train_wall_s", "gpu_s")
+TRAINING = ("train_cpu_s", "train_wall_s", "gpu_s")  # what records say of the seconds that a model took
 Entry = Annotated[str, Field(pattern=r"^(floor|[A-Za-z0-9_-]+/[A-Za-z0-9_-]+)$")]
 
 

@@ -19,6 +19,7 @@ from dmd2.stages.measure import open_extractor
 from dmd2.stages.sample import maker, open_model
 from dmd2.stages.shares import Shares, patience
 from dmd2.stages.weights import checked_record
+from dmd2.table_spec import TRAINING
 
 STUDENT = Sampler(kind="few_step")
 OF_THE_FILE = ("artifact", "sha256", "bytes", "provenance")
@@ -78,7 +79,8 @@ def select(spec: Spec, curve: Path | None, snapshots: Path, generator: Path, out
     own = checked_record(files[step], spec.upstream["model"])
     with atomic(out) as temporary:
         shutil.copyfile(files[step], temporary)
-    kept = {name: value for name, value in {**facts, **own}.items() if name not in OF_THE_FILE}
+    of_the_run = {name: value for name, value in facts.items() if name not in TRAINING}  # the snapshot took less
+    kept = {name: value for name, value in {**of_the_run, **own}.items() if name not in OF_THE_FILE}
     write_record(out, spec, **{**kept, "iterations": step, **why})
 
 

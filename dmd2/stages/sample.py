@@ -21,6 +21,7 @@ from dmd2.progress import Counter
 from dmd2.protocols import PROTOCOLS
 from dmd2.spec import Spec
 from dmd2.stages.weights import checked_record, open_teacher
+from dmd2.table_spec import TRAINING
 
 SHARD = 4096
 """Samples in one shard of generated images."""
@@ -129,12 +130,11 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
 def model_facts(spec: Spec, sampler: Sampler, record: dict[str, Any]) -> dict[str, Any]:
     """What a table says of the model behind a set of samples, and of the passes that each took."""
     counts = ("run", "iterations", "generator_updates", "checkpoint_step", "selection", "seed")
-    seconds = ("train_wall_s", "train_cpu_s", "gpu_s")
     selection = {"selection": "last"} if "checkpoint_step" in record else {}
     model = {
         "run": "teacher",
         **selection,
-        **{name: record[name] for name in (*counts, *seconds) if name in record},
+        **{name: record[name] for name in (*counts, *TRAINING) if name in record},
         "sha256": record["sha256"],
         "digest": record["provenance"]["digest"],
     }

@@ -26,12 +26,12 @@ from dmd2.stages import imports
 from dmd2.stages.batches import data_batches, pair_batches
 from dmd2.stages.state import check_students_room, check_teachers_room, checksums, state_store
 from dmd2.stages.weights import open_teacher, open_weights
+from dmd2.table_spec import TRAINING
 from dmd2.teacher_training import TeacherFit
 from dmd2.teachers import load_teacher
 from dmd2.training import Distance, Distillation
 from dmd2_kernels import implementation
 
-SECONDS = ("train_wall_s", "train_cpu_s", "gpu_s")
 COLLAPSE = 0.15
 """Mean nearest-neighbour over mean pair distance in a batch below which the log warns of a collapse."""
 
@@ -211,7 +211,7 @@ def _publish_snapshots(store: CheckpointStore, facts: dict[str, Any], manifest: 
         target = folder / f"{step:08d}.safetensors"
         with atomic(target) as temporary:
             shutil.copyfile(store.folder / f"snapshot-{step:08d}.safetensors", temporary)
-        known = {name: value for name, value in facts.items() if name not in SECONDS}
+        known = {name: value for name, value in facts.items() if name not in TRAINING}
         write_record(target, spec, **known | _progress(train, step, clock.get(step), facts["device"]))
         listed.append({"step": step, "file": f"snapshots/{target.name}"})
     write_json(manifest, {"snapshots": listed, "digest": spec.digest})

@@ -173,6 +173,7 @@ def test_snapshot_of_an_iteration_needs_no_curve_and_keeps_what_the_run_says_of_
     assert out.read_bytes() == (world.folder / "snapshot-10.safetensors").read_bytes()
     found = read_record(out)
     assert (found["run"], found["checkpoint_step"], found["selection"]) == ("dmd2", 10, "snapshot")
+    assert (found["iterations"], "train_cpu_s" in found) == (10, False), "seconds of the whole run are not its own"
     assert plan.sample("dmd2/early").need("evaluation").seed == 0, "nothing was chosen by these samples"
 
 

@@ -46,7 +46,9 @@ class World:
         measure.features(plan.features, self.shards, self.extractor)
         measure.reference(plan.reference, self.shards, self.extractor, self.reference, RUNTIME)
         self.teacher = self.model("teacher", plan.teacher, seed=0, iterations=100)
-        self.student = self.model("generator", plan.train("dmd2"), seed=1, run="dmd2", checkpoint_step=20)
+        self.student = self.model(
+            "generator", plan.train("dmd2"), seed=1, run="dmd2", checkpoint_step=20, train_cpu_s=9.0
+        )
         self.snapshots = folder / "snapshots.json"
         steps = plan.run("dmd2").train.snapshot_steps()
         for step in steps:
