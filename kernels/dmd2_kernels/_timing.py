@@ -11,7 +11,7 @@ L2_BYTES = 256 * 2**20  # more than any L2; writing it evicts what a previous ru
 
 def kernel_us(run: Callable[[], object]) -> tuple[float, float, float]:
     """(median, 20th, 80th percentile) in microseconds, L2 flushed, launch overhead of short kernels included."""
-    median, low, high = triton.testing.do_bench(run, quantiles=[0.5, 0.2, 0.8])
+    median, low, high = triton.testing.do_bench(run, warmup=10, rep=50, quantiles=[0.5, 0.2, 0.8])
     return 1000 * median, 1000 * low, 1000 * high
 
 

@@ -3,9 +3,10 @@
     python -m dmd2_kernels.bench --csv results/bench/kernels.csv
     python -m dmd2_kernels.bench --static --arch 90 --csv results/bench/kernels.csv
 
-A row is one op at one shape by one provider in one mode; rerunning replaces the row of the same key and keeps the rest.
-Without a GPU (or with --static) the columns of time stay empty and `timing` says that they are pending. The providers:
-eager torch, torch.compile, the fused op and, where importable, Liger's and apex's GroupNorm.
+A row is one op at one shape by one provider in one mode; rerunning replaces the row of the same key and keeps the rest,
+and what is measured before an interruption is written. Without a GPU (or with --static) the columns of time stay empty
+and `timing` says that they are pending. The providers: eager torch, torch.compile, the fused op and, where importable,
+Liger's and apex's GroupNorm. --jobs compiles everything first in that many processes, into the compilers' caches.
 """
 
 import argparse
@@ -13,9 +14,11 @@ import csv
 import datetime
 import importlib.metadata
 import importlib.util
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ COLUMNS = (
     *("pct_of_copy", "pct_of_step", "launches", "peak_MB", "max_error", "registers", "spills", "widest_load_bits"),
     *("timing", "arch", "driver", "torch", "triton", "commit", "timestamp"),
 )
+MODES = ("forward", "backward", "full")
 PENDING = "pending: no GPU"
 Row = dict[str, Any]
 
@@ -67,21 +71,24 @@ def _apex(case: Case) -> Forward | None:
 
 def providers(case: Case) -> Iterator[tuple[str, Forward]]:
     """Name and function of everything that computes the case on a GPU."""
+    torch.compiler.reset()  # or one function at many shapes would run into the limit of recompilations
     yield "eager", case.eager
-    yield "compile", torch.compile(case.eager, fullgraph=True)
+    yield "compile", torch.compile(case.eager, fullgraph=True, dynamic=False)
     yield "fused", case.fused
     for name, provider in (("liger", _liger(case)), ("apex", _apex(case))):
         if provider is not None:
             yield name, provider
 
 
-def modes(case: Case, run: Forward) -> dict[str, tuple[Callable[[], object], Tensor]]:
-    """What is timed: forward, backward and both, and the result that is checked."""
-    inputs = list(case.inputs("cuda"))
-    leaves = inputs[: case.num_leaves]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    out = run(*inputs)
+def _leaves(case: Case, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The inputs that want gradients."""
+    return [leaf.requires_grad_() for leaf in inputs[: case.num_leaves]]
+
+
+def modes(case: Case, run: Forward) -> dict[str, Callable[[], object]]:
+    """What is timed: forward, backward, and both."""
+    inputs = case.inputs("cuda")
+    leaves, out = _leaves(case, inputs), run(*inputs)
     go = torch.ones_like(out)
 
     def backward() -> object:
@@ -93,7 +100,15 @@ def modes(case: Case, run: Forward) -> dict[str, tuple[Callable[[], object], Ten
     def forward() -> object:
         return run(*inputs)
 
-    return {"forward": (forward, out), "backward": (backward, out), "full": (full, out)}
+    return dict(zip(MODES, (forward, backward, full), strict=True))
+
+
+def compile_case(index: int) -> None:
+    """Runs every provider of a case once, so that what it compiles is in the caches on disk."""
+    case = cases()[index]
+    with dk.use("auto"):
+        for _, run in providers(case):
+            modes(case, run)["full"]()
 
 
 def _max_error(case: Case, run: Forward) -> float:
@@ -101,6 +116,7 @@ def _max_error(case: Case, run: Forward) -> float:
     torch.manual_seed(0)
     inputs = case.inputs("cuda")
     exact = case.eager(*(t.double() for t in inputs))
+    _leaves(case, inputs)
     error = (run(*inputs).double() - exact).abs().max() / exact.abs().max()
     return error.item()
 
@@ -110,7 +126,9 @@ def measure(case: Case, step_ms: float | None) -> Iterator[Row]:
     floor, copy_rate = _bench_static.floor_bytes(case), _timing.copy_gb_per_s()
     for provider, run in providers(case):
         error = _max_error(case, run)
-        for mode, (call, _) in modes(case, run).items():
+        for mode, call in modes(case, run).items():
+            if mode == "backward" and provider == "compile":
+                continue  # a compiled graph reuses its memory and runs once
             median, low, high = _timing.kernel_us(call)
             row: Row = {"provider": provider, "mode": mode, "timing": "measured", "max_error": f"{error:.2e}"}
             row |= {"median_us": f"{median:.2f}", "p20_us": f"{low:.2f}", "p80_us": f"{high:.2f}"}
@@ -152,6 +170,16 @@ def _environment(on_gpu: bool) -> Row:
     }
 
 
+def _key(case: Case) -> Row:
+    return {
+        "op": case.op,
+        "case": case.name,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "memory_format": case.memory_format,
+        "shape": "x".join(map(str, case.inputs("meta")[0].shape)),
+    }
+
+
 def merge(path: Path, rows: list[Row]) -> None:
     """Write the rows into the CSV: same key replaced, others kept, sorted by key."""
     kept: dict[tuple[str, ...], Row] = {}
@@ -174,26 +202,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--static", action="store_true", help="no times, even with a GPU")
     parser.add_argument("--arch", type=int, default=90, help="what the static rows compile for")
     parser.add_argument("--step-ms", type=float, help="measured time of a training step, for pct_of_step")
+    parser.add_argument("--jobs", type=int, default=0, help="compile first, in this many processes")
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available() and not args.static
-    environment, rows = _environment(on_gpu), []
-    for case in cases():
-        if args.op in case.op:
-            shape = "x".join(map(str, case.inputs("meta")[0].shape))
-            dtype = str(case.dtype).removeprefix("torch.")
-            where = {
-                "op": case.op,
-                "case": case.name,
-                "dtype": dtype,
-                "memory_format": case.memory_format,
-                "shape": shape,
-            }
-            with dk.use("auto"):
-                found = list(measure(case, args.step_ms) if on_gpu else static(case, args.arch))
-            rows += [environment | where | row for row in found]
-            print(f"{case.op} {case.name} {dtype} {case.memory_format}", flush=True)
-    merge(args.csv, rows)
-    print(f"{len(rows)} rows into {args.csv}, {'measured on ' + environment['gpu'] if on_gpu else PENDING}")
+    wanted = [index for index, case in enumerate(cases()) if args.op in case.op]
+    if on_gpu and args.jobs:
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(compile_case, wanted))
+    environment, count = _environment(on_gpu), 0
+    for case in map(cases().__getitem__, wanted):
+        with dk.use("auto"):
+            found = list(measure(case, args.step_ms) if on_gpu else static(case, args.arch))
+        merge(args.csv, [environment | _key(case) | row for row in found])
+        count += len(found)
+        print(f"{case.op} {case.name} {_key(case)['dtype']} {case.memory_format}", flush=True)
+    print(f"{count} rows into {args.csv}, {'measured on ' + environment['gpu'] if on_gpu else PENDING}")
     return 0
 
 

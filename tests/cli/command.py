@@ -33,7 +33,20 @@ OVERRIDES: dict[str, Any] = {
     "samplers": {"ode": {"num_steps": 3}},
 }
 PLAN = Plan(ROOT / "workflow", "smoke", OVERRIDES)
-RUNTIME = '{"log_every": 1, "checkpoint_every": 50, "sample_batch_size": 64, "device": "cpu"}'
+
+
+def runtime(device: str = "cpu", **keys: Any) -> str:
+    return json.dumps({"log_every": 1, "checkpoint_every": 50, "sample_batch_size": 64, "device": device, **keys})
+
+
+RUNTIME = runtime()
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
 
 
 def dmd2(*arguments: Any) -> int:
@@ -49,19 +62,21 @@ def options(**paths: Any) -> list[str]:
     return [text for name, path in paths.items() for text in (f"--{name.replace('_', '-')}", str(path))]
 
 
-def train_options(folder: Path, run: str, out: str, state: str = "state", **more: Path) -> list[str]:
+def train_options(
+    folder: Path, run: str, out: str, state: str = "state", *, runtime: str = RUNTIME, **more: Path
+) -> list[str]:
     here = folder / out
     names = {"generator": "generator.safetensors", "networks": "networks.safetensors", "snapshots": "snapshots.json"}
     outputs = {key: here / name for key, name in names.items()} | {"train_log": here / "train_log.jsonl"}
     inputs = {"teacher": folder / "teacher/teacher.safetensors", "latents": folder / "latents/manifest.json"}
     spec = PLAN.train(run).to_json()
-    return ["train", *options(spec=spec, runtime=RUNTIME, state=folder / state, **inputs, **outputs, **more)]
+    return ["train", *options(spec=spec, runtime=runtime, state=folder / state, **inputs, **outputs, **more)]
 
 
-def sample_options(weights: Path, entry: str, manifest: Path, batch: int = 64) -> list[str]:
-    runtime = json.dumps({"sample_batch_size": batch, "device": "cpu"})
+def sample_options(weights: Path, entry: str, manifest: Path, batch: int = 64, device: str = "cpu") -> list[str]:
+    how = runtime(device, sample_batch_size=batch)
     spec = PLAN.sample(entry).to_json()
-    return ["sample", *options(spec=spec, runtime=runtime, weights=weights, manifest=manifest)]
+    return ["sample", *options(spec=spec, runtime=how, weights=weights, manifest=manifest)]
 
 
 def random_model(folder: Path, name: str) -> Path:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from command import PLAN, dmd2, environment, images, options, random_model, sample_options
 from safetensors.torch import load_file
@@ -60,6 +61,17 @@ def test_samples_do_not_depend_on_the_batch_size(tmp_path: Path):
         assert one.shape == (80, 8, 8, 1)
         np.testing.assert_array_equal(one, many)
         assert len({image.tobytes() for image in many}) == 80, "all samples differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("model", "entry"), [("noreg_ttur", "noreg_ttur/student"), ("teacher", "teacher/sde")])
+def test_samples_of_a_gpu_are_those_of_the_cpu(model: str, entry: str, tmp_path: Path):
+    weights = random_model(tmp_path, model)
+    for device in ("cpu", "cuda"):
+        assert dmd2(*sample_options(weights, entry, tmp_path / device / "manifest.json", device=device)) == 0
+    here, there = (images(tmp_path / device / "manifest.json") for device in ("cpu", "cuda"))
+    assert (here != there).mean() < 0.05, "rounded to another grey level"
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path):

@@ -8,18 +8,27 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
-from command import dmd2, environment, train_options
+from command import DEVICES, dmd2, environment, runtime, train_options
 from safetensors.torch import load_file
 
 
-def test_killed_training_refuses_a_second_one_and_resumes_to_the_same_weights(folder: Path, told: list[str]):
-    start = folder / "noreg_ttur/networks.safetensors"
-    arguments = train_options(folder, "dmd2_long", "long", "killed", start=start)
+@pytest.mark.parametrize("device", DEVICES)
+def test_killed_training_refuses_a_second_one_and_resumes_to_the_same_weights(
+    device: str, folder: Path, tmp_path: Path, told: list[str]
+):
+    def arguments_of(out: str) -> list[str]:
+        start = folder / "noreg_ttur/networks.safetensors"
+        return train_options(tmp_path, "dmd2_long", out, f"{out}-state", runtime=runtime(device), start=start)
+
+    for name in ("teacher", "latents"):
+        (tmp_path / name).symlink_to(folder / name)
+    arguments = arguments_of("long")
     command = [sys.executable, "-m", "dmd2", "--threads", "1", *arguments]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 200
-    while not any(log.read_text().count("\n") >= 8 for log in (folder / "killed").glob("dmd2_long-*/log.jsonl")):
+    while not any(log.read_text().count("\n") >= 8 for log in (tmp_path / "long-state").glob("dmd2_long-*/log.jsonl")):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -32,10 +41,10 @@ def test_killed_training_refuses_a_second_one_and_resumes_to_the_same_weights(fo
     assert process.returncode == 143
     assert "error: SIGTERM: saved after iteration" in text
     assert "Traceback" not in text
-    assert not (folder / "long").exists(), "nothing is published of a run that is not finished"
+    assert not (tmp_path / "long").exists(), "nothing is published of a run that is not finished"
     assert dmd2(*arguments) == 0
-    assert dmd2(*train_options(folder, "dmd2_long", "straight", "uninterrupted", start=start)) == 0
+    assert dmd2(*arguments_of("straight")) == 0
     for name in ("generator", "networks"):
-        resumed, straight = (load_file(folder / out / f"{name}.safetensors") for out in ("long", "straight"))
+        resumed, straight = (load_file(tmp_path / out / f"{name}.safetensors") for out in ("long", "straight"))
         assert resumed.keys() == straight.keys()
         assert all(torch.equal(resumed[key], straight[key]) for key in resumed)

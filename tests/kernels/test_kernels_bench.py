@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dmd2_kernels import _bench_static, plot
+from dmd2_kernels import _bench_static, _timing, bench, plot
 from dmd2_kernels._bench_cases import Case, cases
 from dmd2_kernels.bench import COLUMNS, KEY, PENDING, merge
 
@@ -50,6 +51,34 @@ def test_the_static_rows_have_bytes_and_no_times(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert {row["provider"]: int(row["launches"]) for row in rows} == {"eager": 13, "fused": 2}
     assert all(row["bytes_floor"] and not row["median_us"] and row["timing"] == PENDING for row in rows)
+
+
+@pytest.mark.parametrize("name", [("gan-critic", "imagenet", "contiguous"), ("norm", "imagenet-head", "channels_last")])
+def test_each_provider_is_timed_in_each_mode_that_it_can_run(
+    name: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPU, with one call in the place of each timing."""
+
+    def called(run: Any) -> float:
+        run()
+        return 2.0
+
+    on_cpu, compiled = CASES[name]._replace(inputs=lambda _: CASES[name].inputs("cpu")), torch.compile
+    monkeypatch.setattr(bench._bench_static, "floor_bytes", lambda case: 8_000_000)
+    monkeypatch.setattr(torch, "compile", lambda *args, **keys: compiled(*args, **keys, backend="aot_eager"))
+    monkeypatch.setattr(_timing, "kernel_us", lambda run: (called(run),) * 3)
+    monkeypatch.setattr(_timing, "copy_gb_per_s", lambda: 8000.0)
+    for library in ("_liger", "_apex"):
+        monkeypatch.setattr(bench, library, lambda case: None)
+    for timing in ("graph_us", "host_us", "peak_mb"):
+        monkeypatch.setattr(_timing, timing, called)
+    rows = list(bench.measure(on_cpu, step_ms=1.0))
+    found = {(row["provider"], row["mode"]) for row in rows}
+    all_modes = {(provider, mode) for provider in ("eager", "compile", "fused") for mode in bench.MODES}
+    assert found == all_modes - {("compile", "backward")}
+    assert all(float(row["max_error"]) < 1e-6 for row in rows)
+    assert {row["achieved_GBps"] for row in rows if row["mode"] == "full"} == {"4000"}
+    assert {row["pct_of_copy"] for row in rows if row["mode"] == "full"} == {"50"}
 
 
 def test_a_rerun_replaces_its_rows_and_keeps_the_others(tmp_path: Path) -> None:
