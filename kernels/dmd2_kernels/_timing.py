@@ -1,4 +1,7 @@
-"""Times on a GPU: with Triton's do_bench, which flushes L2, as a CUDA graph, and by the host's clock."""
+"""Times on a GPU: with Triton's do_bench, which flushes L2, as a CUDA graph, and by the host's clock.
+
+A graph is captured on the current stream, which can't be the default one; what is captured must have been made there.
+"""
 
 import time
 from collections.abc import Callable
@@ -22,14 +25,11 @@ def graph_us(run: Callable[[], object], repeats: int = 20) -> float:
 
 
 def _graph_ms(run: Callable[[], object], flush: torch.Tensor, repeats: int) -> float:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for _ in range(repeats):
             flush.zero_()
             run()

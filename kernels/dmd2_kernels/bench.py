@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
             list(pool.map(compile_case, wanted))
     environment, count = _environment(on_gpu), 0
     for case in map(cases().__getitem__, wanted):
-        with dk.use("auto"):
+        with dk.use("auto"), torch.cuda.stream(torch.cuda.Stream() if on_gpu else None):  # for the graphs
             found = list(measure(case, args.step_ms) if on_gpu else static(case, args.arch))
         merge(args.csv, [environment | _key(case) | row for row in found])
         count += len(found)
