@@ -26,7 +26,7 @@ def group_norm_silu(
     args = (x, num_groups, weight, bias, eps, scale, shift, silu)
     if implementation(x) != "reference":
         _checks.group_size(x, num_groups)
-        return _library_norm.group_norm_silu(*args)[0]
+        return _library_norm.apply(*args)
     return reference.group_norm_silu(*args)
 
 

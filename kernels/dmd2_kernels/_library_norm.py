@@ -1,10 +1,15 @@
 # mypy: allow-untyped-defs
-"""GroupNorm+SiLU as `torch.ops.dmd2.group_norm_silu`, for NCHW and channels_last memory; see `_library.py`."""
+"""GroupNorm+SiLU as `torch.ops.dmd2.group_norm_silu`, for NCHW and channels_last memory; see `_library.py`.
 
+A U-Net calls it some hundred times a pass, and on a GPU's host the op costs more than its kernels. So plain tensors
+outside torch.compile go past the dispatcher, by an autograd function of the same two host functions: `apply`.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._dispatch import kernels_for
 from .reference import accumulation_dtype
@@ -24,8 +29,7 @@ def _like(t: Tensor, x: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format)
 
 
-@torch.library.custom_op("dmd2::group_norm_silu", mutates_args=())
-def group_norm_silu(
+def _forward(
     x: Tensor,
     num_groups: int,
     weight: Tensor,
@@ -49,14 +53,16 @@ def _rows(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Te
     return scale.contiguous(), shift.contiguous()
 
 
+group_norm_silu = torch.library.custom_op("dmd2::group_norm_silu", _forward, mutates_args=())
+
+
 @group_norm_silu.register_fake
 def _(x, num_groups, weight, bias, eps, scale, shift, silu):
     mean = x.new_empty(x.shape[0], num_groups, dtype=accumulation_dtype(x))
     return torch.empty_like(_dense(x)), mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("dmd2::group_norm_silu_backward", mutates_args=())
-def group_norm_silu_backward(
+def _backward(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -79,6 +85,9 @@ def group_norm_silu_backward(
     return dx, d_weight, d_bias, d_scale, d_shift
 
 
+group_norm_silu_backward = torch.library.custom_op("dmd2::group_norm_silu_backward", _backward, mutates_args=())
+
+
 @group_norm_silu_backward.register_fake
 def _(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu):
     rows = [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (scale, shift)]
@@ -90,13 +99,40 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     ctx.save_for_backward(x, *output[1:], weight, bias, scale, shift)
 
 
-def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
-    dx, d_weight, d_bias, d_scale, d_shift = group_norm_silu_backward(
+    dx, d_weight, d_bias, d_scale, d_shift = backward(
         dy, x, mean, rstd, ctx.num_groups, weight, bias, scale, shift, ctx.silu
     )
     rows = (None, None) if scale is None else (d_scale, d_shift)
     return dx, None, d_weight, d_bias, None, *rows, None
 
 
+def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, dy, group_norm_silu_backward)
+
+
 group_norm_silu.register_autograd(_gradient, setup_context=_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The op without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _forward(*inputs)
+        _context(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # Gradients are on here for a second derivative alone, which the op refuses.
+        return _gradients(ctx, dy, group_norm_silu_backward if torch.is_grad_enabled() else _backward)
+
+
+def apply(*inputs: Any) -> Tensor:
+    """y of `group_norm_silu`, by the shortest way that the tensors allow."""
+    x = inputs[0]
+    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
+        return group_norm_silu(*inputs)[0]  # what is traced, fake or distributed needs the op
+    return _Direct.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)[0]

@@ -117,6 +117,42 @@ def test_fullgraph_compile_of_every_public_op_gives_the_eager_answer(mode: str, 
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_norm_past_the_dispatcher_is_the_op_bit_for_bit(
+    adaptive: bool, layout: torch.memory_format, device: str
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 4, 3, device=device).contiguous(memory_format=layout)
+    vectors = [torch.randn(shape, device=device) for shape in [(6,), (6,), (2, 6), (2, 6)]]
+    scale, shift = vectors[2:] if adaptive else (None, None)
+    leaves = [x, *vectors[: 4 if adaptive else 2]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    through_op = OPS.group_norm_silu(x, 2, *vectors[:2], 1e-5, scale, shift, True)[0]
+    direct = dk.group_norm_silu(x, 2, *vectors[:2], scale=scale, shift=shift)
+    assert (through_op.grad_fn.name(), direct.grad_fn.name()) == (
+        "GeneratedBackwardFor_dmd2_group_norm_silu_defaultBackward",
+        "_DirectBackward",
+    )
+    with torch.no_grad():
+        inferred = dk.group_norm_silu(x, 2, *vectors[:2], scale=scale, shift=shift)
+    dy = torch.randn_like(direct)
+    for one, other in zip(*(torch.autograd.grad(y, leaves, dy) for y in (through_op, direct)), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(through_op, direct)
+    assert torch.equal(inferred, direct)
+    assert direct.stride() == x.stride()
+
+
+def test_a_second_derivative_of_the_norm_is_refused(device: str) -> None:
+    x, weight = (torch.randn(shape, device=device, requires_grad=True) for shape in [(2, 6, 4), (6,)])
+    y = dk.group_norm_silu(x, 2, weight, weight)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="group_norm_silu_backward"):
+        grad.sum().backward()
+
+
 def test_a_second_derivative_through_triton_is_refused(device: str) -> None:
     out = torch.randn(2, 3, device=device, requires_grad=True)
     loss = dk.denoising_loss(out, torch.zeros_like(out), torch.ones(2, device=device)).loss
