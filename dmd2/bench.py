@@ -3,7 +3,8 @@
 Networks have initial weights and the images are noise, so nothing has to be made first; they come from shards by the
 loader of a real run. On a GPU times are those of its own clock, taken without waiting for it; the data's is the host's,
 which reads while the GPU computes. On a shared machine compare rows of one run, not runs; the step in units of a
-bare pass of the network depends little on the machine. Several GPUs:
+bare pass of the network depends little on the machine. `--profile` lists what the device's time goes to; where that is
+less than the step's, the host is what a GPU waits for. Several GPUs:
 `torchrun --nproc-per-node 8 -m dmd2.bench --preset imagenet64 --layout shard`.
 """
 
@@ -161,6 +162,25 @@ def measure(run: Distillation, feed: Feed, iterations: int, warmup: int) -> tupl
     return plain * scale, whole * scale, {part: s * scale for part, s in watch.seconds().items()}
 
 
+def profiled(run: Distillation, start: int, iterations: int, rows: int = 25) -> tuple[float, str]:
+    """Milliseconds of an iteration in which the device computes, and its kernels (a CPU's operators) by their time."""
+    on_gpu = run.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
+        for index in range(start, start + iterations):
+            run.step(index)
+        if on_gpu:
+            torch.cuda.synchronize(run.device)
+    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    found = sorted(((getattr(e, name), e.count, e.key) for e in profile.key_averages()), reverse=True)
+    lines = [
+        f"  {us / 1000 / iterations:8.2f} ms {count / iterations:8.1f} times  {key[:100]}"
+        for us, count, key in found[:rows]
+    ]
+    busy = sum(us for us, *_ in found) / 1000 / iterations
+    return busy, "\n".join([f"  {'GPU' if on_gpu else 'CPU'} busy for {busy:.1f} ms/iteration", *lines])
+
+
 def trainee(
     teacher: Teacher, train: Train, feed: Feed, device: torch.device, how: Mapping[str, Any], micro_batch: int | None
 ) -> Distillation:
@@ -198,6 +218,7 @@ def main(
     layout: Annotated[Literal["replicate", "shard"], typer.Option(help="under torchrun")] = "replicate",
     compile: Annotated[bool, typer.Option("--compile")] = False,
     recompute: Annotated[bool, typer.Option("--activation-checkpointing")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="list what the device's time goes to")] = False,
     out: Annotated[Path | None, typer.Option(help="append rows, as to results/bench/step.csv")] = None,
 ) -> None:
     """Time the training step of one or more runs and print the breakdown."""
@@ -214,10 +235,12 @@ def main(
             feed = Feed(Path(folder) / name, plan, teacher, distributed.local_share(train.batch_size))
             built, num = trainee(teacher, train, feed, where, how, micro_batch), -(-iterations // period) * period
             times = measure(built, feed, num, warmup=2 * period)
+            busy, listing = profiled(built, 2 * period + 2 * num, period) if profile else (None, "")
             feed.close()
-            rows.append({**how, "iterations": num, **row_of(plan, name, train, built, times, bare_pass(built, num))})
+            row = row_of(plan, name, train, built, times, bare_pass(built, num))
+            rows.append({**how, "iterations": num, "ms_busy": busy and f"{busy:.2f}", **row})
             if distributed.rank() == 0:
-                print(text_of(rows[-1]), flush=True)
+                print("\n".join(filter(None, (text_of(rows[-1]), listing))), flush=True)
     if out is not None and distributed.rank() == 0:
         append(out, rows)
 

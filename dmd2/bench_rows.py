@@ -20,6 +20,7 @@ from dmd2.planning.memory import GIB
 from dmd2.planning.passes import DATA, PARTS
 from dmd2.records import commit, versions
 from dmd2.training import Distillation
+from dmd2_kernels import implementation
 
 Row = dict[str, Any]
 
@@ -31,9 +32,9 @@ def column(part: str) -> str:
 
 TIMES = {part: column(part) for part in (*PARTS, "rest")}
 COLUMNS = (
-    *("preset", "run", "device", "ranks", "threads", "precision", "layout", "compile", "recompute", "batch"),
+    *("preset", "run", "device", "kernels", "ranks", "threads", "precision", "layout", "compile", "recompute", "batch"),
     *("micro_batch", "iterations", "ms", "ms_pass", "images_per_s", "tflop_per_image", "tflops", "percent_of_peak"),
-    *("peak_memory_gib", *TIMES.values()),
+    *("ms_busy", "peak_memory_gib", *TIMES.values()),
     *("torch", "triton", "commit", "timestamp"),
 )
 
@@ -52,6 +53,7 @@ def row_of(
         "preset": plan.preset.name,
         "run": name,
         "device": label,
+        "kernels": implementation(torch.empty(0, device=device)),
         "ranks": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "precision": train.precision,
@@ -84,7 +86,8 @@ def text_of(row: Row) -> str:
     share = f" ({row['percent_of_peak']} % of its peak)" if row["percent_of_peak"] else ""
     memory = f", peak memory {row['peak_memory_gib']} GiB" if row["peak_memory_gib"] else ""
     lines = [
-        f"{row['preset']}/{row['run']} on {row['ranks']} x {row['device']}, {row['threads']} thread(s), "
+        f"{row['preset']}/{row['run']} on {row['ranks']} x {row['device']} ({row['kernels']} kernels), "
+        f"{row['threads']} thread(s), "
         f"{row['precision']}, batch {row['batch']}, {row['micro_batch']} at a time: {row['ms']} ms/iteration, "
         f"{row['images_per_s']} images/s, {row['tflops']} TFLOP/s{share}{memory}",
         f"  {_in_passes(row):.2f} times a bare forward and backward pass of the generator over the same samples; "

@@ -23,11 +23,13 @@ def label(row: dict[str, str]) -> str:
 
 def roofline(axes: Axes, rows: Rows) -> None:
     """Achieved bandwidth of each measured row against the bytes it cannot avoid."""
-    for provider in sorted({row["provider"] for row in rows}):
-        mine = [row for row in rows if row["provider"] == provider]
-        megabytes = [float(row["bytes_floor"]) / 1e6 for row in mine]
-        axes.scatter(megabytes, [float(row["achieved_GBps"]) for row in mine], s=12, label=provider)
-    axes.set(xscale="log", xlabel="bytes at the floor, MB", ylabel="floor / time, GB/s")
+    for number, provider in enumerate(sorted({row["provider"] for row in rows})):
+        for layout, marker, words in (("contiguous", "o", ""), ("channels_last", "x", ", channels_last")):
+            mine = [row for row in rows if (row["provider"], row["memory_format"]) == (provider, layout)]
+            megabytes = [float(row["bytes_floor"]) / 1e6 for row in mine]
+            rates = [float(row["achieved_GBps"]) for row in mine]
+            axes.scatter(megabytes, rates, s=16, marker=marker, color=f"C{number}", label=provider + words)
+    axes.set(xscale="log", xlabel="bytes at the floor, MB", ylabel="floor / GPU time, GB/s")
     axes.set_title(f"forward and backward on {rows[0]['gpu']}", fontsize=9)
     axes.legend(fontsize=8)
 
@@ -50,8 +52,9 @@ def traffic(axes: Axes, rows: Rows) -> None:
 def draw(rows: Rows, path: Path) -> None:
     """Write the figure of the rows, the same bytes for the same rows."""
     mpl.rcParams |= {"svg.hashsalt": "dmd2_kernels", "svg.fonttype": "none"}
+    rows = [row for row in rows if not row["op"].startswith("gan")]  # bound by their launches
     timed = [row for row in rows if row["mode"] == "full" and row["achieved_GBps"]]
-    counted = [row for row in rows if row["bytes_moved"] and not row["op"].startswith("gan")]
+    counted = [row for row in rows if row["bytes_moved"]]
     figure, axes = plt.subplots(figsize=(7, 4 if timed else 1 + 0.11 * len(counted)), layout="constrained")
     if timed:
         roofline(axes, timed)

@@ -37,10 +37,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     app = typer.Typer()
     app.command()(bench.main)
     arguments = ["--iterations", "3", "--batch-size", "8", "--device", "cpu", "--out", str(out)]
-    for extra in (["--run", "dmd2"], ["--run", "dmd", "--micro-batch", "4", "--activation-checkpointing"]):
+    for extra in (["--run", "dmd2", "--profile"], ["--run", "dmd", "--micro-batch", "4", "--activation-checkpointing"]):
         done = CliRunner().invoke(app, [*arguments, *extra])
         assert done.exit_code == 0, done.output
         assert "images/s" in done.output
+        assert ("convolution_backward" in done.output) == ("--profile" in extra)
     with out.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -56,8 +57,14 @@ def test_rows_tell_what_ran_and_how_fast(rows: list[dict[str, str]]):
         flops = step_cost(PLAN.preset.teacher, PLAN.preset.data, PLAN.run(row["run"]).train).total
         assert float(row["tflops"]) == pytest.approx(flops * 8 / seconds / 1e12, rel=0.01)
         assert (row["device"], row["percent_of_peak"], row["peak_memory_gib"]) == ("cpu", "", "")
-        assert row["torch"] == torch.__version__
+        assert (row["kernels"], row["torch"]) == ("reference", torch.__version__)
         assert 1 < float(row["ms"]) / float(row["ms_pass"]) / (8 / int(row["micro_batch"])) < 20
+
+
+def test_a_profile_tells_how_long_the_device_computed(rows: list[dict[str, str]]):
+    with_profile, without = (row["ms_busy"] for row in rows)
+    assert without == ""
+    assert 0.3 < float(with_profile) / float(rows[0]["ms"]) < 3
 
 
 def test_every_part_of_the_step_has_its_time(rows: list[dict[str, str]]):
