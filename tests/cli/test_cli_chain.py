@@ -64,7 +64,6 @@ def test_samples_do_not_depend_on_the_batch_size(tmp_path: Path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("model", "entry"), [("noreg_ttur", "noreg_ttur/student"), ("teacher", "teacher/sde")])
 def test_samples_of_a_gpu_are_those_of_the_cpu(model: str, entry: str, tmp_path: Path):
     weights = random_model(tmp_path, model)

