@@ -63,4 +63,4 @@ plan: $(SETUP)
 
 bench: $(SETUP)
 	@$(RUN) python -m dmd2_kernels.bench && python -m dmd2_kernels.plot results/bench/kernels.csv kernels/bench.svg \
-	    && python -m dmd2.bench --preset $(PRESET)
+	    && python -m dmd2.cost.bench --preset $(PRESET)

@@ -13,8 +13,8 @@ import torch
 
 Start = Callable[..., BaseProcess]
 PRELOAD = [
-    "dmd2.fitting",
-    "dmd2.training",
+    "dmd2.training.loop",
+    "dmd2.method.distillation",
     "dmd2.teachers.edm",
     "dmd2.teachers.mixture",
     "dmd2.datasets.loader",

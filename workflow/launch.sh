@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Starts a stage: launch.sh NUM_GPUS ARGUMENTS... runs `python -m dmd2 ARGUMENTS...` once, or once for each GPU when there
-# are several (`dmd2.launcher`). Works in an environment without this project installed.
+# are several (`dmd2.training.launcher`). Works in an environment without this project installed.
 #
 # Jobs that run side by side on one machine take different GPUs: as many free ones of CUDA_VISIBLE_DEVICES, or of all, as
 # NUM_GPUS says, each held by a lock while the stage runs; with 0 a stage sees none and runs once, on any number of
@@ -61,6 +61,6 @@ if [ "$gpus" -eq 0 ] || { [ "$gpus" -eq 1 ] && [ "$nodes" -le 1 ]; }; then
 fi
 if [ "$nodes" -gt 1 ] && [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${DMD2_NODE:-}" ]; then
     exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-        ${DMD2_CPUS:+--cpus-per-task="$DMD2_CPUS"} python -m dmd2.launcher "$gpus" "$@"
+        ${DMD2_CPUS:+--cpus-per-task="$DMD2_CPUS"} python -m dmd2.training.launcher "$gpus" "$@"
 fi
-exec python -m dmd2.launcher "$gpus" "$@"
+exec python -m dmd2.training.launcher "$gpus" "$@"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from dmd2.config.base import Model, Precision, Seed, WeightsFile
-from dmd2.protocols import Name as ProtocolName
+from dmd2.config.protocols import Name as ProtocolName
 
 
 class Features(Model):

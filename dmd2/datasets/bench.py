@@ -13,7 +13,7 @@ from PIL import Image
 
 from dmd2.config import Data
 from dmd2.datasets.images import write_images
-from dmd2.spec import Spec
+from dmd2.lineage.spec import Spec
 
 HEIGHT, WIDTH, CLASSES = 375, 500, 4
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from dmd2 import records
+from dmd2 import files
 from dmd2.config import Data
 from dmd2.datasets import members
 from dmd2.datasets.shards import Batch, LeftOut, write_shards
 from dmd2.datasets.sources import Source, Unreadable, open_source
 from dmd2.errors import UserError
-from dmd2.spec import Spec
+from dmd2.lineage.spec import Spec
 
 log = logging.getLogger(__name__)
 BATCH = 64
@@ -130,7 +130,7 @@ class _Unreadable:
     def _write(self) -> None:
         """Lists what was left out in the order of the source; no list where nothing was."""
         if self.found:
-            records.write_json(self.path, {"unreadable": [item._asdict() for item in sorted(self.found)]})
+            files.write_json(self.path, {"unreadable": [item._asdict() for item in sorted(self.found)]})
         else:
             self.path.unlink(missing_ok=True)
 

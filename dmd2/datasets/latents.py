@@ -16,9 +16,9 @@ import numpy as np
 from dmd2.datasets.loader import PairBatch
 from dmd2.datasets.reader import ShardReader
 from dmd2.datasets.shards import Fields, content_id, write_shards
-from dmd2.denoiser import Codec, Cond, Conditioner
 from dmd2.errors import UserError
-from dmd2.spec import Spec
+from dmd2.lineage.spec import Spec
+from dmd2.method.denoiser import Codec, Cond, Conditioner
 
 
 def write_latents(

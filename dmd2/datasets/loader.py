@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from dmd2.datasets.reader import ShardReader
-from dmd2.denoiser import Codec, Cond
 from dmd2.errors import UserError
+from dmd2.method.denoiser import Codec, Cond
 
 Raw = Mapping[str, np.ndarray]
 """Decoded arrays of a batch by name."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dmd2 import records
+from dmd2 import files
 from dmd2.datasets import members
 from dmd2.errors import UserError
 
@@ -77,7 +77,7 @@ class ShardWriter:
             with temporary.open("wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
                 content = self._fill(tar, ids)
             index = _member_index(temporary)
-            size, checksum = temporary.stat().st_size, records.sha256(temporary)
+            size, checksum = temporary.stat().st_size, files.sha256(temporary)
         positions = [ids.start, ids.stop]
         written = {"positions": positions, "bytes": size, "sha256": checksum, "index": index}
         sidecar = {**self.origin, **content, **written}
@@ -120,19 +120,19 @@ def _finished(path: Path, ids: range, origin: Mapping[str, str]) -> dict[str, An
     if not (path.exists() and sidecar.exists()):
         return None
     try:
-        found = records.read_json(sidecar)
+        found = files.read_json(sidecar)
     except UserError:
         return None  # a damaged sidecar proves nothing: the shard is written again
     wanted = {**origin, "positions": [ids.start, ids.stop], "bytes": path.stat().st_size}
     same = {key: found.get(key) for key in wanted} == wanted and "left_out" in found
-    return found if same and records.sha256(path) == found.get("sha256") else None
+    return found if same and files.sha256(path) == found.get("sha256") else None
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """`records.atomic`, with the file's name in the error when there is no room for it."""
     try:
-        with records.atomic(path) as temporary:
+        with files.atomic(path) as temporary:
             yield temporary
     except OSError as error:
         if error.errno not in _DISK_FULL:

@@ -21,11 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmd2 import records
+from dmd2 import files
 from dmd2.datasets.shard_writer import Batch, Fields, LeftOut, ShardWriter, new_file, shard_path
 from dmd2.datasets.workers import each
 from dmd2.errors import UserError
-from dmd2.spec import Spec
+from dmd2.lineage import records
+from dmd2.lineage.spec import Spec
 
 FORMAT = 1
 
@@ -95,7 +96,7 @@ def read_manifest(manifest_path: Path | str, digest: str | None = None) -> dict[
     Raises UserError naming the file if it is missing, damaged or not a manifest, and if it was made under another
     configuration than `digest`.
     """
-    manifest = records.read_json(manifest_path)
+    manifest = files.read_json(manifest_path)
     if manifest.get("format") != FORMAT or "shards" not in manifest:
         raise UserError(
             f"{manifest_path}: not a shard manifest of format {FORMAT}; delete it and run the rule that writes it"
@@ -120,7 +121,7 @@ def _write_manifest(
     for number, ids in enumerate(plan):
         path = shard_path(manifest_path, number)
         sidecar_path = path.with_suffix(".json")
-        sidecar = records.read_json(sidecar_path)
+        sidecar = files.read_json(sidecar_path)
         wanted = {**origin, "positions": [ids.start, ids.stop]}
         if not path.exists() or {key: sidecar.get(key) for key in wanted} != wanted:
             raise UserError(f"{path}: missing, or not of this set; run again, finished shards are kept")
@@ -128,7 +129,7 @@ def _write_manifest(
         if sidecar["count"] and sidecar["fields"] != fields:
             raise UserError(f"{path}: its fields are {sidecar['fields']}, those of the shards before {fields}")
         entry = {key: sidecar[key] for key in ("count", "bytes", "sha256", "facts")}
-        index_sha256 = records.sha256(sidecar_path)
+        index_sha256 = files.sha256(sidecar_path)
         shards.append({"name": path.name, "start": total, **entry, "index_sha256": index_sha256})
         total += sidecar["count"]
     manifest = {
@@ -140,6 +141,6 @@ def _write_manifest(
         "shards": shards,
         "provenance": records.identity(spec),
     }
-    records.write_json(manifest_path.with_name("provenance.json"), records.provenance(spec))
+    files.write_json(manifest_path.with_name("provenance.json"), records.provenance(spec))
     with new_file(manifest_path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")

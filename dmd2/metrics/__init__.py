@@ -13,13 +13,13 @@ import torch
 
 from dmd2 import config
 from dmd2.errors import UserError
+from dmd2.metrics.blocks import Make, measure, resample_floor, summary, tally_range
 from dmd2.metrics.classifier import load_classifier, train_classifier
 from dmd2.metrics.extractor import Extractor
 from dmd2.metrics.frechet import FeatureStats, frechet_distance, read_published
 from dmd2.metrics.images import pixel_features
 from dmd2.metrics.inception import load_inception
 from dmd2.metrics.reference import Reference
-from dmd2.metrics.report import Make, measure, resample_floor, summary, tally_range
 from dmd2.metrics.tally import Meter, Tally
 
 __all__ = [

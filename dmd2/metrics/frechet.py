@@ -14,9 +14,9 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from dmd2.config.protocols import CovarianceStart
 from dmd2.errors import UserError
 from dmd2.metrics.images import Matrix
-from dmd2.protocols import CovarianceStart
 
 _UNREADABLE = (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)  # what np.load may raise
 

@@ -21,9 +21,9 @@ import torch
 
 from dmd2 import config
 from dmd2.errors import UserError
+from dmd2.files import sha256
 from dmd2.metrics.extractor import Observed
 from dmd2.metrics.images import Images, batches, check_images
-from dmd2.records import sha256
 
 SOURCE = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 FORWARD_BATCH = 64

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dmd2.config import WeightsFile
 from dmd2.errors import UserError
-from dmd2.records import sha256
+from dmd2.files import sha256
 
 SOURCE = "https://download.pytorch.org/models/vgg16-397923af.pth"
 RESOLUTION = 224

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmd2.errors import UserError
+from dmd2.files import atomic
 from dmd2.metrics.distances import NEIGHBOURS, Device, to_nearest
 from dmd2.metrics.diversity import ClassMoments
 from dmd2.metrics.extractor import Extractor, Observed
 from dmd2.metrics.frechet import FeatureStats, Gaussian, read_npz
 from dmd2.metrics.images import Images, Labels, Matrix, as_vectors, batches, check_images, pixel_features
-from dmd2.records import atomic
 
 MAX_KEPT = 10_000  # real images kept for neighbours, precision and recall, and resampling
 OF_DATA = "data"

@@ -14,6 +14,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from dmd2.config.protocols import PROTOCOLS
+from dmd2.files import atomic
 from dmd2.metrics.distances import Device, precision_recall, to_nearest
 from dmd2.metrics.diversity import ClassMoments, relative_diversity
 from dmd2.metrics.extractor import Extractor
@@ -21,8 +23,6 @@ from dmd2.metrics.frechet import FeatureStats, frechet_distance, read_npz
 from dmd2.metrics.images import Images, Labels, as_vectors, check_images, pixel_features
 from dmd2.metrics.reference import MAX_KEPT, Reference
 from dmd2.metrics.score import ScoreSums
-from dmd2.protocols import PROTOCOLS
-from dmd2.records import atomic
 
 _UNKNOWN = -1
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmd2 import distributed
 from dmd2.datasets.loader import Loader, to_batch, to_pairs
-from dmd2.denoiser import Cond, Teacher
-from dmd2.spec import Spec
-from dmd2.training import Batches, Pairs
+from dmd2.lineage.spec import Spec
+from dmd2.method.denoiser import Cond, Teacher
+from dmd2.method.distillation import Batches, Pairs
+from dmd2.training import ranks
 
 
 def data_batches(
@@ -43,10 +43,10 @@ def _loader(spec: Spec, upstream: str, manifest: Path, batch_size: int, seed: in
     """This rank's batches of a set."""
     return Loader(
         manifest,
-        batch_size=distributed.local_share(batch_size),
+        batch_size=ranks.local_share(batch_size),
         seed=seed,
-        rank=distributed.rank(),
-        world=distributed.world_size(),
+        rank=ranks.rank(),
+        world=ranks.world_size(),
         digest=spec.upstream[upstream],
     )
 

@@ -7,19 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dmd2 import distributed
 from dmd2.config import Runtime, Sampler
 from dmd2.errors import UserError
-from dmd2.figures import read_curve
+from dmd2.files import atomic, read_json, write_json
+from dmd2.lineage.records import read_record, write_record
+from dmd2.lineage.spec import Spec
 from dmd2.metrics import Meter, Reference, tally_range
 from dmd2.progress import Counter
-from dmd2.records import atomic, read_json, read_record, write_json, write_record
-from dmd2.spec import Spec
+from dmd2.report.figures import read_curve
+from dmd2.report.table_schema import TRAINING
 from dmd2.stages.measure import open_extractor
+from dmd2.stages.open_weights import checked_record
+from dmd2.stages.resumable import Shares, patience
 from dmd2.stages.sample import maker, open_model
-from dmd2.stages.shares import Shares, patience
-from dmd2.stages.weights import checked_record
-from dmd2.table_spec import TRAINING
+from dmd2.training import ranks
 
 STUDENT = Sampler(kind="few_step")
 OF_THE_FILE = ("artifact", "sha256", "bytes", "provenance")
@@ -32,21 +33,21 @@ def curve(
     """Metrics of a run's snapshots against training, as CSV: paper, figure 9. Each rank measures its share of them."""
     evaluation = spec.need("evaluation")
     checked_record(reference, spec.upstream["reference"])
-    device = distributed.device_of(runtime.device)
+    device = ranks.device_of(runtime.device)
     extractor, real = open_extractor(spec, extractor_weights, runtime, device), Reference.load(reference)
     meter = Meter(real, extractor, evaluation.curve_samples, evaluation.protocols, detailed=False, device=device)
     listed = read_json(snapshots)["snapshots"]
     files = [snapshots.parent / item["file"] for item in listed]
     contents = [read_record(path)["sha256"] for path in (reference, extractor_weights, *files)]
     shares = Shares(state, spec, contents, [f"row-{item['step']:08d}.json" for item in listed])
-    count = Counter(f"curve {spec.name}", -(-len(listed) // distributed.world_size()))
+    count = Counter(f"curve {spec.name}", -(-len(listed) // ranks.world_size()))
     for number, path in shares.mine(read_json):
         model = open_model(spec, files[number], STUDENT, device)
         make = maker(spec, model, STUDENT, runtime.sample_batch_size, shares.beat)
         found = meter.measures(tally_range(meter, make, range(evaluation.curve_samples)))
         write_json(path, {**_position(spec, listed[number]["step"]), **found})
         count(1)
-    if distributed.rank() > 0:
+    if ranks.rank() > 0:
         return
     shares.wait(patience(runtime), read_json)
     _write_rows(out, [read_json(path) for path in shares.paths])

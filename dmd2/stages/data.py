@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dmd2 import distributed, sampling
 from dmd2.config import Runtime
 from dmd2.datasets import write_images
 from dmd2.datasets.latents import write_latents, write_pairs
 from dmd2.datasets.loader import PairBatch
-from dmd2.denoiser import concat, move
-from dmd2.noise import SampleNoise, step_rng
+from dmd2.lineage.spec import Spec
+from dmd2.method import sampling
+from dmd2.method.denoiser import concat, move
 from dmd2.progress import Counter
-from dmd2.spec import Spec
+from dmd2.stages.open_weights import checked_record, open_teacher
 from dmd2.stages.sample import APART_MINUTES
-from dmd2.stages.weights import checked_record, open_teacher
 from dmd2.teachers import load_space
+from dmd2.training import ranks
+from dmd2.training.rng import SampleNoise, step_rng
 
 
 def shards(spec: Spec, manifest: Path, source: str | None, max_unreadable: int, workers: int) -> None:
@@ -42,7 +43,7 @@ def latents(spec: Spec, images: Path, manifest: Path, runtime: Runtime) -> None:
 def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
     """Noise-image pairs of the teacher's deterministic sampler; each rank makes its share of the shards."""
     settings, sampler = spec.need("pairs"), spec.need("sampler")
-    device = distributed.device_of(runtime.device)
+    device = ranks.device_of(runtime.device)
     teacher = open_teacher(spec, weights).to(device)
     teacher.denoiser.precision = sampler.precision
     record = checked_record(weights, spec.upstream["teacher"])
@@ -60,7 +61,7 @@ def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
         )
         return PairBatch(noise.cpu(), x0.cpu(), cond)
 
-    with distributed.process_group(device, APART_MINUTES):
+    with ranks.process_group(device, APART_MINUTES):
         write_pairs(
             manifest,
             settings.num_pairs,
@@ -69,8 +70,8 @@ def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
             shard_size=settings.shard_size,
             batch_size=runtime.sample_batch_size,
             inputs=record["sha256"],
-            rank=distributed.rank(),
-            world=distributed.world_size(),
-            barrier=distributed.barrier,
+            rank=ranks.rank(),
+            world=ranks.world_size(),
+            barrier=ranks.barrier,
             progress=Counter("pairs", settings.num_pairs),
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from dmd2.config import Run
-from dmd2.downloads import FOLDER, Download, load_catalogue, needed, provide, state
+from dmd2.config.reading import overrides, parse, read_mapping, read_yaml
+from dmd2.downloads.catalogue import FOLDER, Download, load_catalogue, needed, provide, state
 from dmd2.errors import UserError
-from dmd2.plan import Plan
-from dmd2.presets import overrides, parse, read_mapping, read_yaml
-from dmd2.table_spec import FLOOR
-from dmd2.tables import load_table
-from dmd2.tables import needed as needed_entries
+from dmd2.lineage.plan import Plan
+from dmd2.report.table_schema import FLOOR
+from dmd2.report.tables import load_table
+from dmd2.report.tables import needed as needed_entries
 
 
 def download(name: str, entry: str, record: Path, mirror: str | None) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import yaml
 
 from dmd2.config import Preset, Run
+from dmd2.config.reading import parse
 from dmd2.datasets import ShardReader
-from dmd2.presets import parse
-from dmd2.records import write_text
-from dmd2.sheets import by_class, compare_png, grid_png
+from dmd2.files import write_text
+from dmd2.report.sheets import by_class, compare_png, grid_png
 
 ROWS, COLUMNS = 8, 10
 """Of a sheet: images of each class, and classes."""
@@ -21,7 +21,11 @@ ROWS, COLUMNS = 8, 10
 
 def curves(logs: Mapping[str, Path], qualities: Mapping[str, Path], real: Path, folder: Path) -> None:
     """curves.svg, brightness.svg and fid_curve.svg of the runs, in `folder`."""
-    from dmd2.figures import brightness_figure, curves_figure, fid_curve_figure  # matplotlib, which sheets do without
+    from dmd2.report.figures import (  # matplotlib, which sheets do without
+        brightness_figure,
+        curves_figure,
+        fid_curve_figure,
+    )
 
     curves_figure(logs, folder / "curves.svg")
     brightness_figure(logs, folder / "brightness.svg", data_brightness=_brightness(real))

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dmd2 import distributed
-from dmd2.checkpoint import save_weights
 from dmd2.config import Evaluation, Runtime
+from dmd2.config.protocols import describe
 from dmd2.datasets import ShardReader, read_manifest
+from dmd2.files import atomic, sha256, write_json
+from dmd2.lineage.records import provenance, read_record, write_record
+from dmd2.lineage.spec import Spec
 from dmd2.metrics import (
     Extractor,
     Meter,
@@ -30,13 +32,12 @@ from dmd2.metrics import (
 )
 from dmd2.metrics.images import Images, Labels
 from dmd2.progress import Counter
-from dmd2.protocols import describe
-from dmd2.records import atomic, provenance, read_record, sha256, write_json, write_record
-from dmd2.spec import Spec
+from dmd2.stages.open_weights import checked_record
+from dmd2.stages.resumable import Shares, patience
 from dmd2.stages.sample import fields_of, maker, model_facts, open_model
-from dmd2.stages.shares import Shares, patience
-from dmd2.stages.weights import checked_record
 from dmd2.teachers.weights import check_sha256
+from dmd2.training import ranks
+from dmd2.training.checkpoint_store import save_weights
 
 CHUNK = 2048
 """Samples of a streamed evaluation whose statistics are kept as one file while the job runs: what a kill can lose."""
@@ -70,9 +71,9 @@ def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runt
 
     It is the first rank's work, should there be several.
     """
-    if distributed.rank() > 0:
+    if ranks.rank() > 0:
         return
-    reader, device = ShardReader(images, spec.upstream["shards"]), distributed.device_of(runtime.device)
+    reader, device = ShardReader(images, spec.upstream["shards"]), ranks.device_of(runtime.device)
     extractor = open_extractor(spec, extractor_weights, runtime, device)
     file, published = spec.need("features").reference, None
     if file is not None:
@@ -116,7 +117,7 @@ def metrics(
     """The metrics record of an entry. Of several ranks each measures its share of a stream; the first writes."""
     evaluation = spec.need("evaluation")
     checked_record(reference, spec.upstream["reference"])
-    device, real, shares = distributed.device_of(runtime.device), Reference.load(reference), None
+    device, real, shares = ranks.device_of(runtime.device), Reference.load(reference), None
     if measured.samples is not None:
         meter = _meter(spec, real, extractor_weights, runtime, device)
         found, facts = _of_stored(spec, measured.samples, meter)
@@ -128,7 +129,7 @@ def metrics(
     else:
         found = resample_floor(real, evaluation.num_samples, evaluation.num_blocks, evaluation.seed, device)
         facts = {"nfe": None, "model": {"run": "data"}}
-    if distributed.rank() > 0:
+    if ranks.rank() > 0:
         return
     content = {
         **found,
@@ -173,11 +174,11 @@ def _of_stream(
     model = open_model(spec, weights, sampler, torch.device(meter.device))
     make = maker(spec, model, sampler, runtime.sample_batch_size, shares.beat)
     chunks = _chunks(evaluation)
-    progress = Counter(f"metrics {spec.name}", sum(map(len, chunks[distributed.rank() :: distributed.world_size()])))
+    progress = Counter(f"metrics {spec.name}", sum(map(len, chunks[ranks.rank() :: ranks.world_size()])))
     for number, path in shares.mine(Tally.load):
         tally_range(meter, make, chunks[number]).save(path)
         progress(len(chunks[number]))
-    if distributed.rank() > 0:
+    if ranks.rank() > 0:
         return {}, {}
     shares.wait(patience(runtime), Tally.load)
     size, blocks = evaluation.num_samples, []

@@ -11,17 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmd2 import distributed, sampling
 from dmd2.config import Runtime, Sampler
+from dmd2.config.protocols import PROTOCOLS
 from dmd2.datasets import write_shards
-from dmd2.denoiser import Teacher, move
+from dmd2.lineage.spec import Spec
+from dmd2.method import sampling
+from dmd2.method.denoiser import Teacher, move
 from dmd2.metrics.images import Images, Labels
-from dmd2.noise import SampleNoise
 from dmd2.progress import Counter
-from dmd2.protocols import PROTOCOLS
-from dmd2.spec import Spec
-from dmd2.stages.weights import checked_record, open_teacher
-from dmd2.table_spec import TRAINING
+from dmd2.report.table_schema import TRAINING
+from dmd2.stages.open_weights import checked_record, open_teacher
+from dmd2.training import ranks
+from dmd2.training.rng import SampleNoise
 
 SHARD = 4096
 """Samples in one shard of generated images."""
@@ -98,7 +99,7 @@ def num_passes(spec: Spec, sampler: Sampler) -> int:
 def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
     """Images of a teacher or student as shards; each rank makes its share."""
     evaluation, sampler = spec.need("evaluation"), spec.need("sampler")
-    device = distributed.device_of(runtime.device)
+    device = ranks.device_of(runtime.device)
     model = open_model(spec, weights, sampler, device)
     total = evaluation.num_shown if evaluation.streamed else evaluation.num_samples * evaluation.num_blocks
     fields = fields_of(evaluation.protocols)
@@ -110,7 +111,7 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
         }
 
     record = checked_record(weights, spec.upstream["model"])
-    with distributed.process_group(device, APART_MINUTES):
+    with ranks.process_group(device, APART_MINUTES):
         write_shards(
             manifest,
             total,
@@ -119,9 +120,9 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
             spec,
             batch_size=runtime.sample_batch_size,
             inputs=record["sha256"],
-            rank=distributed.rank(),
-            world=distributed.world_size(),
-            barrier=distributed.barrier,
+            rank=ranks.rank(),
+            world=ranks.world_size(),
+            barrier=ranks.barrier,
             progress=Counter(f"sampling {spec.name}", total),
             facts=model_facts(spec, sampler, record),
         )

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dmd2.checkpoint import CheckpointStore
+from torch import nn
+
 from dmd2.config import Runtime, Train
 from dmd2.datasets.shards import content_id, read_manifest
-from dmd2.fitting import log
-from dmd2.records import read_record, sha256
-from dmd2.spec import Spec
-from dmd2.stages.room import check_room, checkpoint_bytes, held_bytes, weights_bytes
-from dmd2.teacher_training import TeacherFit
-from dmd2.training import Distillation
+from dmd2.errors import UserError
+from dmd2.files import sha256
+from dmd2.lineage.records import read_record
+from dmd2.lineage.spec import Spec
+from dmd2.method.distillation import Distillation
+from dmd2.method.teacher_fit import TeacherFit
+from dmd2.training.checkpoint_store import CheckpointStore
+from dmd2.training.loop import log
+
+ADAMW_STATES = 2
+"""Tensors of a parameter's size that AdamW keeps beside it."""
 
 
 def state_store(root: Path, spec: Spec, runtime: Runtime, read: Mapping[str, str]) -> CheckpointStore:
@@ -77,3 +86,44 @@ def check_teachers_room(fit: TeacherFit, state: Path, out: Path, runtime: Runtim
 def _more(state: Path, checkpoint: int, runtime: Runtime, snapshots: int = 0) -> int:
     """What a state folder will take beside what an earlier attempt left there: one checkpoint more than are kept."""
     return max(0, (runtime.keep_checkpoints + 1) * checkpoint + snapshots - held_bytes(state))
+
+
+def weights_bytes(network: nn.Module) -> int:
+    """The size of a network's weights in a file, up to its header."""
+    return sum(value.numel() * value.element_size() for value in network.state_dict().values())
+
+
+def checkpoint_bytes(networks: Sequence[nn.Module], averaged: nn.Module | None) -> int:
+    """The size of a checkpoint: the networks in training, their optimizers' state, and an average if one is kept."""
+    trained = (p for network in networks for p in network.parameters() if p.requires_grad)
+    optimizers = sum(ADAMW_STATES * p.numel() * p.element_size() for p in trained)
+    average = weights_bytes(averaged) if averaged is not None else 0
+    return sum(map(weights_bytes, networks)) + optimizers + average
+
+
+def held_bytes(folder: Path) -> int:
+    """What the files in a folder take."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def check_room(needs: Mapping[Path, int]) -> None:
+    """Raises UserError if a disk has less room than the bytes that will be written into its folders."""
+    folders = defaultdict(list)
+    for folder in needs:
+        folders[os.stat(_existing(folder)).st_dev].append(folder)
+    for together in folders.values():
+        missing = sum(needs[folder] for folder in together)
+        free = shutil.disk_usage(_existing(together[0])).free
+        if missing > free:
+            raise UserError(
+                f"{' and '.join(map(str, together))}: {missing / 2**30:.2f} GiB will be written and "
+                f"{free / 2**30:.2f} GiB are free; free space, or lower runtime.keep_checkpoints or train.num_snapshots"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return folder

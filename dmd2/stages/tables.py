@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dmd2.records import expect_digest
-from dmd2.spec import Spec
-from dmd2.tables import load_table, read_records, rows, write_csv, write_markdown
+from dmd2.lineage.records import expect_digest
+from dmd2.lineage.spec import Spec
+from dmd2.report.tables import load_table, read_records, rows, write_csv, write_markdown
 
 
 def table(spec: Spec, source: Path, metrics: Mapping[str, Path], out_csv: Path, out_markdown: Path) -> None:

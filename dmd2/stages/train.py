@@ -12,24 +12,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dmd2 import distributed, sharding
-from dmd2.checkpoint import CheckpointStore, save_weights
 from dmd2.config import Runtime, Train
 from dmd2.datasets.shards import content_id, read_manifest
-from dmd2.denoiser import Denoiser
 from dmd2.errors import UserError
-from dmd2.fitting import fit, log
+from dmd2.files import atomic, write_json, write_text
+from dmd2.lineage.records import write_record
+from dmd2.lineage.spec import Spec
+from dmd2.method.denoiser import Denoiser
+from dmd2.method.distillation import Distance, Distillation
+from dmd2.method.teacher_fit import TeacherFit
 from dmd2.metrics.perceptual import load_lpips
-from dmd2.records import atomic, write_json, write_record, write_text
-from dmd2.spec import Spec
+from dmd2.report.table_schema import TRAINING
 from dmd2.stages import imports
 from dmd2.stages.batches import data_batches, pair_batches
+from dmd2.stages.open_weights import open_teacher, open_weights
 from dmd2.stages.state import check_students_room, check_teachers_room, checksums, state_store
-from dmd2.stages.weights import open_teacher, open_weights
-from dmd2.table_spec import TRAINING
-from dmd2.teacher_training import TeacherFit
 from dmd2.teachers import load_teacher
-from dmd2.training import Distance, Distillation
+from dmd2.training import ranks, sharding
+from dmd2.training.checkpoint_store import CheckpointStore, save_weights
+from dmd2.training.loop import fit, log
 from dmd2_kernels import implementation
 
 COLLAPSE = 0.15
@@ -41,14 +42,14 @@ def _group(device: torch.device, runtime: Runtime) -> AbstractContextManager[Non
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined,unused-ignore]
-    return distributed.process_group(device, runtime.collective_timeout_minutes)
+    return ranks.process_group(device, runtime.collective_timeout_minutes)
 
 
 def teacher(
     spec: Spec, latents: Path | None, state_root: Path, weights: Path, train_log: Path, runtime: Runtime
 ) -> None:
     """The teacher's weights: trained here, in closed form, or read from the user's file."""
-    config, device = spec.need("teacher"), distributed.device_of(runtime.device)
+    config, device = spec.need("teacher"), ranks.device_of(runtime.device)
     if config.weights is not None:
         imports.teacher(spec, weights)
         write_text(train_log, "")
@@ -78,7 +79,7 @@ def teacher(
             check_teachers_room(trainee, store.folder, weights.parent, runtime)
             took = fit(trainee, training.iterations, store, runtime, title="teacher")
             trained = sharding.gather(trainee.export())
-        if distributed.rank() == 0:
+        if ranks.rank() == 0:
             save_weights(weights, trained)
             _publish_log(store, train_log)
             facts = {
@@ -111,7 +112,7 @@ def train(
     runtime: Runtime,
 ) -> None:
     """One student: generator, networks to go on from, snapshots with their manifest, and the log."""
-    config, device = spec.need("train"), distributed.device_of(runtime.device)
+    config, device = spec.need("train"), ranks.device_of(runtime.device)
     frozen, distance = open_teacher(spec, teacher_weights), _regression_distance(config, device)
     read = checksums(spec, teacher_weights, latents, pairs, start)
     with state_store(state_root, spec, runtime, read) as store:
@@ -134,7 +135,7 @@ def train(
             snapshots = config.snapshot_steps()
             took = fit(run, config.iterations, store, runtime, title=spec.name, snapshots=snapshots, alarm=_alarm)
             networks, generator = sharding.gather(run.networks()), sharding.gather(run.export())
-        if distributed.rank() == 0:  # the others have ended: what follows may take longer than ranks wait
+        if ranks.rank() == 0:  # the others have ended: what follows may take longer than ranks wait
             facts = {
                 "run": spec.name,
                 "seed": config.seed,
@@ -176,8 +177,8 @@ def _train_seconds(took: Mapping[str, float], device: str) -> dict[str, Any]:
     """Wall and processor seconds of the main process, over all attempts, and GPU seconds of all processes."""
     seconds = {"train_wall_s": took["wall_s"], "train_cpu_s": took["cpu_s"]}
     if device == "cuda":
-        seconds["gpu_s"] = took["wall_s"] * distributed.world_size()
-    return {**seconds, "num_processes": distributed.world_size(), "device": device}
+        seconds["gpu_s"] = took["wall_s"] * ranks.world_size()
+    return {**seconds, "num_processes": ranks.world_size(), "device": device}
 
 
 def _alarm(row: dict[str, float]) -> str | None:

@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from dmd2 import config
-from dmd2.denoiser import Codec, Conditioner, Denoiser, Teacher
 from dmd2.errors import UserError
+from dmd2.method.denoiser import Codec, Conditioner, Denoiser, Teacher
 from dmd2.teachers.edm import load_edm
 from dmd2.teachers.mixture import load_mixture
 from dmd2.teachers.pixels import pixel_space

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dmd2 import config
-from dmd2.denoiser import Cond, Denoiser, Teacher
-from dmd2.noise import NoiseGrid, expand
+from dmd2.method.denoiser import Cond, Denoiser, Teacher
+from dmd2.method.noise import NoiseGrid, expand
 from dmd2.teachers.ddpmpp_unet import DDPMPlusPlus
 from dmd2.teachers.edm_blocks import UNetBase
 from dmd2.teachers.edm_unet import UNet

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmd2 import config
-from dmd2.denoiser import Cond, Denoiser, Teacher
-from dmd2.noise import NoiseGrid, expand, normal
+from dmd2.method.denoiser import Cond, Denoiser, Teacher
+from dmd2.method.noise import NoiseGrid, expand
 from dmd2.teachers.edm_layers import LabelEmbedding, Linear
 from dmd2.teachers.pixels import ClassConditioner, PixelCodec
 from dmd2.teachers.weights import load_weights
+from dmd2.training.rng import normal
 
 MODE_WEIGHTS = (0.7, 0.3)
 MODE_STD = 0.1

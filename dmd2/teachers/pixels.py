@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dmd2.config import Data
-from dmd2.denoiser import Cond
 from dmd2.errors import UserError
+from dmd2.method.denoiser import Cond
 
 OFF_GRID = 255  # no level of a codec that has fewer than 256
 

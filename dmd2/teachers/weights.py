@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmd2 import records
+from dmd2 import files
 from dmd2.errors import UserError
 from dmd2.teachers.safe_pickle import read_edm_pickle
 from dmd2.teachers.torch_file import read_torch_file
@@ -68,7 +68,7 @@ def check_sha256(path: Path | str, wanted: str | None) -> None:
         return
     if not Path(path).is_file():
         raise UserError(f"{path}: no such weight file; put it there or correct the configured path")
-    if (found := records.sha256(path)) != wanted:
+    if (found := files.sha256(path)) != wanted:
         raise UserError(f"{path}: its SHA-256 is {found}, configured is {wanted}; fetch it again or correct `sha256`")
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from dmd2.config import Data, Network, Teacher, Train
+from dmd2.method.distillation import Distillation
 from dmd2.teachers import load_teacher
-from dmd2.training import Distillation
 
 DATA = Data(source="digits", resolution=8, channels=3, num_classes=5)
 FLAT = Teacher(

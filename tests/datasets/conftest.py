@@ -9,7 +9,7 @@ from numbered import numbered
 
 from dmd2.config import Data
 from dmd2.datasets.shards import write_shards
-from dmd2.spec import Spec
+from dmd2.lineage.spec import Spec
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from dmd2.datasets.loader import Loader, PairBatch, to_batch, to_pairs
 from dmd2.datasets.reader import ShardReader
 from dmd2.datasets.shards import read_manifest
 from dmd2.errors import UserError
-from dmd2.noise import SampleNoise
-from dmd2.spec import Spec
+from dmd2.lineage.spec import Spec
+from dmd2.training.rng import SampleNoise
 
 
 class Levels:

@@ -15,7 +15,7 @@ from dmd2.datasets.reader import ShardReader
 from dmd2.datasets.sources import Unreadable, open_source
 from dmd2.datasets.sources.base import decode
 from dmd2.errors import UserError
-from dmd2.spec import Spec
+from dmd2.lineage.spec import Spec
 
 GREY = np.random.default_rng(2).integers(0, 256, (4, 4), np.uint8)
 COLOUR = np.random.default_rng(3).integers(0, 256, (4, 4, 3), np.uint8)

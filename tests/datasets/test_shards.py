@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from numbered import numbered
 
-from dmd2 import records
+from dmd2 import files
 from dmd2.config import Data
 from dmd2.datasets.reader import ShardReader
 from dmd2.datasets.shards import read_manifest, write_shards
 from dmd2.errors import UserError
-from dmd2.spec import Spec
+from dmd2.lineage.spec import Spec
 
 Write = Callable[..., Path]
 
@@ -56,7 +56,7 @@ def test_manifest_tells_counts_sizes_checksums_and_origin(write: Write, spec: Sp
     }
     assert manifest["facts"] == {"codec": "none"}
     assert manifest["provenance"] == {"stage": "shards", "name": "numbered", "digest": spec.digest}
-    made = records.read_json(tmp_path / "set" / "provenance.json")
+    made = files.read_json(tmp_path / "set" / "provenance.json")
     assert made["spec"] == json.loads(spec.to_json())
     assert made["created"].startswith("20")
 
@@ -64,7 +64,7 @@ def test_manifest_tells_counts_sizes_checksums_and_origin(write: Write, spec: Sp
 KILLED_WRITER = """
 import os, signal, sys
 from dmd2.datasets.shards import write_shards
-from dmd2.spec import read_spec
+from dmd2.lineage.spec import read_spec
 from numbered import numbered
 
 def make(ids):
@@ -132,7 +132,7 @@ def test_a_manifest_of_another_configuration_is_refused(write: Write, digits: Da
 
 
 def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path) -> None:
-    records.write_json(tmp_path / "manifest.json", {"num_samples": 3})
+    files.write_json(tmp_path / "manifest.json", {"num_samples": 3})
     with pytest.raises(UserError, match=r"manifest.json: not a shard manifest of format 1; delete it"):
         read_manifest(tmp_path / "manifest.json")
 

@@ -20,7 +20,7 @@ from dmd2.datasets.loader import Loader
 from dmd2.datasets.reader import ShardReader
 from dmd2.datasets.sources import open_source
 from dmd2.errors import UserError
-from dmd2.spec import Spec
+from dmd2.lineage.spec import Spec
 
 NAMES = [f"n{label}/{number:02d}.png" for label in (1, 2) for number in range(10)]
 
@@ -99,7 +99,7 @@ import sys
 from dmd2.config import Data
 from dmd2.datasets.images import write_images
 from dmd2.errors import UserError
-from dmd2.spec import Spec
+from dmd2.lineage.spec import Spec
 
 if __name__ == "__main__":
     data = Data.model_validate_json(sys.argv[1])

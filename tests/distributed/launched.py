@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from dmd2.__main__ import main
-from dmd2.checkpoint import save_weights
-from dmd2.plan import Plan
-from dmd2.records import write_record
+from dmd2.lineage.plan import Plan
+from dmd2.lineage.records import write_record
 from dmd2.teachers import load_teacher
+from dmd2.training.checkpoint_store import save_weights
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 60

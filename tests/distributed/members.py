@@ -9,8 +9,8 @@ import torch
 from forked import join
 from tiny import DIGEST, distillation, whole
 
-from dmd2 import distributed, sharding
-from dmd2.checkpoint import CheckpointStore
+from dmd2.training import ranks, sharding
+from dmd2.training.checkpoint_store import CheckpointStore
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def trained(rank: int, world: int, port: int, out: Path, num: int, settings: dict[str, dict[str, Any]]) -> None:
     """The whole state after `num` iterations under each of the settings."""
     join(rank, world, port)
-    with distributed.process_group(CPU):
+    with ranks.process_group(CPU):
         found = {}
         for name, keys in settings.items():
             run = distillation(rank, world, **keys)
@@ -31,7 +31,7 @@ def trained(rank: int, world: int, port: int, out: Path, num: int, settings: dic
 def saved(rank: int, world: int, port: int, folders: dict[str, Path], num: int) -> None:
     """Checkpoints after `num` and `num + 1` iterations, written by all ranks, in a folder for each layout."""
     join(rank, world, port)
-    with distributed.process_group(CPU):
+    with ranks.process_group(CPU):
         for layout, folder in folders.items():
             run = distillation(rank, world, layout=layout)
             with CheckpointStore(folder, DIGEST, in_background=True) as store:
@@ -41,14 +41,14 @@ def saved(rank: int, world: int, port: int, folders: dict[str, Path], num: int) 
                         store.save(index + 1, run.state_dict())
                 run.step(num + 1)  # what was copied must not see it
                 store.wait()
-                distributed.barrier()
+                ranks.barrier()
 
 
 def loaded(rank: int, world: int, port: int, out: Path, folders: dict[str, Path]) -> None:
     """A run of each layout that takes up each checkpoint: its whole state, and how many rows this rank holds."""
     join(rank, world, port)
     found = {}
-    with distributed.process_group(CPU):
+    with ranks.process_group(CPU):
         for layout in ("replicate", "shard"):
             for name, folder in folders.items():
                 run = distillation(rank, world, layout=layout)
@@ -63,5 +63,5 @@ def loaded(rank: int, world: int, port: int, out: Path, folders: dict[str, Path]
                     "rows": rows,
                     "step": state[1]["step"],
                 }
-                distributed.barrier()
+                ranks.barrier()
     torch.save(found, out / f"{rank}.pt")

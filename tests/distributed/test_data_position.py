@@ -8,7 +8,7 @@ import pytest
 from dmd2.config import Data
 from dmd2.datasets import write_shards
 from dmd2.datasets.loader import Loader
-from dmd2.spec import Spec
+from dmd2.lineage.spec import Spec
 
 NUM_SAMPLES, BATCH = 53, 8  # epochs and batches do not line up
 

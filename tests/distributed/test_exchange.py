@@ -15,14 +15,14 @@ import torch.distributed as dist
 from forked import join, on_ranks
 from torch import nn
 
-from dmd2 import distributed
-from dmd2.checkpoint import CheckpointStore
 from dmd2.config import Runtime
 from dmd2.errors import Interrupted, UserError
-from dmd2.fitting import fit
-from dmd2.gradients import Buckets, _split
-from dmd2.optimization import Descent, FiniteGuard, warmup
-from dmd2.train_log import TrainLog
+from dmd2.training import ranks
+from dmd2.training.checkpoint_store import CheckpointStore
+from dmd2.training.gradient_buckets import Buckets, _split
+from dmd2.training.log import TrainLog
+from dmd2.training.loop import fit
+from dmd2.training.optimizer import Descent, FiniteGuard, warmup
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def exchanged(rank: int, world: int, port: int, out: Path) -> None:
     """Gradients by buckets of two sizes, with and without overlap, over two passes; and when buckets left."""
     join(rank, world, port)
     found: dict[str, Any] = {}
-    with distributed.process_group(CPU):
+    with ranks.process_group(CPU):
         for size in (1, 200, 10**6):
             for overlap in (True, False):
                 built = network()
@@ -109,7 +109,7 @@ def test_buckets_hold_every_parameter_once_from_the_last_to_the_first():
 def watched(rank: int, world: int, port: int, out: Path) -> None:
     """A loss that is not finite on the second rank alone, in the second of three updates; and logged means."""
     join(rank, world, port)
-    with distributed.process_group(CPU):
+    with ranks.process_group(CPU):
         built, guard = network(), FiniteGuard(CPU)
         descent = Descent(built, learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.0, grad_clip=1.0, rate=warmup(0))
         weights = []
@@ -172,7 +172,7 @@ def fitted(rank: int, world: int, port: int, out: Path) -> None:
     minutes = {"clock": 1e-9 if rank == 1 else 1e9, "third": 1e9, "last": 1e9}
     signalled = {"clock": None, "third": 2, "last": 6}
     told = {}
-    with distributed.process_group(CPU):
+    with ranks.process_group(CPU):
         for name, index in signalled.items():
             at = {index: lambda: os.kill(os.getpid(), signal.SIGTERM)} if index is not None and rank == 1 else {}
             runtime = Runtime(log_every=100, checkpoint_every=100, checkpoint_minutes=minutes[name])
@@ -224,5 +224,5 @@ def test_other_errors_pass_an_exchange_as_they_are():
 
 
 def raise_in(what: str, error: Exception) -> None:
-    with distributed.exchange(what):
+    with ranks.exchange(what):
         raise error

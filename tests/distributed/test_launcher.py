@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from dmd2.launcher import Nodes, environment
+from dmd2.training.launcher import Nodes, environment
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = """
 import sys
-from dmd2.launcher import Nodes, Workers
+from dmd2.training.launcher import Nodes, Workers
 sys.exit(Workers([sys.executable, "-c", sys.argv[1]], Nodes(1, 0, "127.0.0.1", 1), 2, float(sys.argv[2])).wait())
 """
 WAIT = "import time; open(f'ready-{rank}', 'w').close(); time.sleep(60)"
@@ -138,7 +138,7 @@ def test_slurm_tells_the_rest_and_own_settings_win():
 def test_several_machines_that_know_nothing_of_each_other_are_refused():
     with pytest.raises(ValueError, match="DMD2_NODES is 2, which needs DMD2_NODE, DMD2_MASTER_ADDR, DMD2_MASTER_PORT"):
         Nodes.of({"DMD2_NODES": "2"})
-    command = [sys.executable, "-m", "dmd2.launcher", "2", "train"]
+    command = [sys.executable, "-m", "dmd2.training.launcher", "2", "train"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "DMD2_NODES": "2"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2

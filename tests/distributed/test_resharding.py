@@ -11,8 +11,8 @@ from forked import on_ranks
 from members import loaded, saved
 from tiny import DIGEST, assert_equal, distillation, flat, results
 
-from dmd2.checkpoint import CheckpointStore
-from dmd2.records import read_json
+from dmd2.files import read_json
+from dmd2.training.checkpoint_store import CheckpointStore
 
 NUM = 3
 LAYOUTS = ("replicate", "shard")

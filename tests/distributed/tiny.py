@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dmd2.config import Data, Network, Teacher, Train
-from dmd2.denoiser import Cond
+from dmd2.method.denoiser import Cond
+from dmd2.method.distillation import Distillation
 from dmd2.teachers.edm import load_edm
-from dmd2.training import Distillation
 
 DIGEST = "0123456789abcdef"
 BATCH = 8

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from server import Server, serving
 
-from dmd2.fetch import Fetch
+from dmd2.downloads.fetch import Fetch
 
 
 @pytest.fixture

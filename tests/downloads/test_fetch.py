@@ -13,9 +13,9 @@ import pytest
 from filelock import FileLock
 from server import Server
 
-from dmd2 import fetch
+from dmd2.downloads import fetch
+from dmd2.downloads.fetch import Fetch, Refused
 from dmd2.errors import UserError
-from dmd2.fetch import Fetch, Refused
 
 CONTENT = np.random.default_rng(0).bytes(48 * fetch.CHUNK + 1234)
 OTHER = np.random.default_rng(1).bytes(len(CONTENT))

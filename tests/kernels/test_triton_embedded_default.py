@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import dmd2_kernels as dk
-from dmd2.plan import Plan
+from dmd2.lineage.plan import Plan
+from dmd2.method.distillation import Distillation
 from dmd2.teachers import load_teacher
-from dmd2.training import Distillation
 
 WORKFLOW = Path(__file__).parents[2] / "workflow"
 NUM_STEPS = 6  # two generator updates, at 0 and 5

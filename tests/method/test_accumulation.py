@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from toy import SHAPE, labels, recorded, rng, toy_teacher
 
-from dmd2 import objective
 from dmd2.config import TeacherTraining, Train
 from dmd2.errors import UserError
-from dmd2.noise import step_rng
-from dmd2.optimization import Descent
-from dmd2.parts import Parts, Shares
-from dmd2.teacher_training import TeacherFit
-from dmd2.training import Distillation
+from dmd2.method import losses
+from dmd2.method.distillation import Distillation
+from dmd2.method.teacher_fit import TeacherFit
+from dmd2.training.micro_batches import Parts, Shares
+from dmd2.training.optimizer import Descent
+from dmd2.training.rng import step_rng
 
 BATCH = 6
 KEYS: dict[str, Any] = {"num_snapshots": 1, "warmup_iterations": 0, "regression_weight": 0.25}
@@ -118,7 +118,7 @@ def test_all_parts_are_made_before_the_one_update_and_each_network_moves_once(mo
     run = whole(2)
     order: list[str] = []
     seen: list[Tensor] = []
-    judge, step = objective.critic_losses, Descent.step
+    judge, step = losses.critic_losses, Descent.step
 
     def critic_losses(x0: Tensor, *rest: Any) -> Any:
         order.append("critic")
@@ -129,7 +129,7 @@ def test_all_parts_are_made_before_the_one_update_and_each_network_moves_once(mo
         order.append(name)
         return step(self, index, guard, terms, name)
 
-    monkeypatch.setattr(objective, "critic_losses", critic_losses)
+    monkeypatch.setattr(losses, "critic_losses", critic_losses)
     monkeypatch.setattr(Descent, "step", moved)
     with recorded(run.generator) as calls:
         run.step(0)

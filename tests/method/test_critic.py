@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from toy import SHAPE, SIGMA_DATA, labels, rng, toy_teacher
 
-from dmd2 import objective
 from dmd2.config import Train
-from dmd2.critic import Critic, RealismHead
 from dmd2.errors import UserError
-from dmd2.noise import add_noise
+from dmd2.method import losses
+from dmd2.method.critic import Critic, RealismHead
+from dmd2.method.noise import add_noise
 
 TEACHER = toy_teacher()
 
@@ -31,15 +31,15 @@ def data(num: int = 5) -> tuple[Tensor, dict[str, Tensor]]:
     return images(num, 10) + 3, {"label": torch.full((num,), 2)}
 
 
-def losses(critic: Any, train: Train, source: Callable[[], Any] = data, num: int = 5) -> objective.CriticLosses:
-    return objective.critic_losses(images(num), labels(num), source, TEACHER, critic, train, rng())
+def critic_turn(critic: Any, train: Train, source: Callable[[], Any] = data, num: int = 5) -> losses.CriticLosses:
+    return losses.critic_losses(images(num), labels(num), source, TEACHER, critic, train, rng())
 
 
-def seen_by(critic: Critic, train: Train) -> tuple[objective.CriticLosses, dict[str, Tensor], Tensor]:
+def seen_by(critic: Critic, train: Train) -> tuple[losses.CriticLosses, dict[str, Tensor], Tensor]:
     """The losses, the one batch that the critic was given, and its logits."""
     batches: list[tuple[Any, Any, Any]] = []
     handle = critic.register_forward_hook(lambda *call: batches.append(call[1:]), with_kwargs=True)
-    result = losses(critic, train)
+    result = critic_turn(critic, train)
     handle.remove()
     ((inputs, keywords, outputs),) = batches
     x, sigma, cond = inputs
@@ -103,7 +103,7 @@ def test_shared_pass_judges_the_sample_that_the_fake_score_denoises():
 
 def test_gan_loss_moves_encoder_and_head_but_not_the_decoder():
     critic = critic_of()
-    result = losses(critic, Train())
+    result = critic_turn(critic, Train())
     networks = {"encoder": critic.fake.encoder, "head": critic.heads[0], "decoder": critic.fake.decoder}
     grads = {
         name: torch.autograd.grad(result.gan.loss, list(part.parameters()), retain_graph=True, allow_unused=True)
@@ -120,7 +120,7 @@ def test_critic_loss_gives_no_gradient_to_images_data_or_teacher():
     x0_data, cond_data = data()
     x0_data.requires_grad_()
     source = lambda: (x0_data.detach(), cond_data)  # noqa: E731
-    result = objective.critic_losses(x0.detach(), labels(5), source, TEACHER, critic, Train(), rng())
+    result = losses.critic_losses(x0.detach(), labels(5), source, TEACHER, critic, Train(), rng())
     result.total.backward()
     assert x0.grad is None
     assert x0_data.grad is None
@@ -141,7 +141,7 @@ class SetLogits:
 
 def test_discriminator_loss_equals_the_test_vector():
     critic = SetLogits(images(3), [2.0, -1.0, 0.5, -0.3, 0.0, 4.0])
-    result = losses(critic, Train(gan_critic_weight=1e-2), lambda: data(3), num=3)
+    result = critic_turn(critic, Train(gan_critic_weight=1e-2), lambda: data(3), num=3)
     assert float(result.gan.loss.detach()) == pytest.approx(1.6599731, abs=1e-6)
     assert float(result.total.detach()) == pytest.approx(0.016599731, abs=1e-8)
     (grad,) = torch.autograd.grad(result.gan.loss, critic.logits)
@@ -171,7 +171,7 @@ def test_r1_moves_the_noised_sample_at_its_own_level_and_condition():
 def test_critic_weight_is_edms():
     sigma = np.array([0.002, 0.1, 1.0, 80.0])
     edm = (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2
-    found = objective.critic_weight(torch.from_numpy(sigma), 0.5).numpy()
+    found = losses.critic_weight(torch.from_numpy(sigma), 0.5).numpy()
     np.testing.assert_allclose(found, edm, rtol=1e-12)
     assert found[0] == pytest.approx(2.5e5, rel=1e-4)
 
@@ -185,7 +185,7 @@ def test_critic_weight_without_data_scale_is_the_epsilon_loss():
     root = (1 - alpha_bar).sqrt().view(-1, 1, 1, 1)
     eps_hat = (x_ddpm - alpha_bar.sqrt().view(-1, 1, 1, 1) * x0_hat) / root
     epsilon_loss = (eps_hat - eps).square().mean()
-    weight = objective.critic_weight(sigma, None).view(-1, 1, 1, 1)
+    weight = losses.critic_weight(sigma, None).view(-1, 1, 1, 1)
     torch.testing.assert_close((weight * (x0_hat - x0).square()).mean(), epsilon_loss, rtol=1e-12, atol=0)
 
 
@@ -196,7 +196,7 @@ def test_without_a_gan_no_data_is_asked_for_and_no_head_exists():
     def never() -> Any:
         raise AssertionError("data was asked for")
 
-    result = losses(critic, Train(gan_generator_weight=0, gan_critic_weight=0), never)
+    result = critic_turn(critic, Train(gan_generator_weight=0, gan_critic_weight=0), never)
     assert result.gan is None
     assert torch.equal(result.total, result.denoising.loss)
     with pytest.raises(ValueError, match="without a realism head"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from toy import SHAPE, labels, recorded, rng, toy_teacher
 
-from dmd2.denoiser import concat, guided
+from dmd2.method.denoiser import concat, guided
 
 
 def inputs(num: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from toy import NUM_CLASSES, SHAPE, labels, recorded, rng, toy_teacher
 
-from dmd2 import objective
 from dmd2.config import Train
 from dmd2.errors import UserError
-from dmd2.training import Distillation
+from dmd2.method import losses
+from dmd2.method.distillation import Distillation
 
 NO_GAN: dict[str, Any] = {"gan_generator_weight": 0, "gan_critic_weight": 0}
 QUICK: dict[str, Any] = {
@@ -62,13 +62,13 @@ def test_critic_trains_on_the_images_made_before_the_generators_update(monkeypat
     run = distillation()
     start = weights(run.generator)
     seen: dict[str, Any] = {}
-    original = objective.critic_losses
+    original = losses.critic_losses
 
     def spy(x0: Tensor, cond: Any, *rest: Any) -> Any:
         seen.update(x0=x0, cond=cond, moved=not torch.equal(start, weights(run.generator)))
         return original(x0, cond, *rest)
 
-    monkeypatch.setattr(objective, "critic_losses", spy)
+    monkeypatch.setattr(losses, "critic_losses", spy)
     with recorded(run.generator) as calls:
         run.step(0)
     (made,) = calls

@@ -8,8 +8,8 @@ from torch import Tensor
 from toy import NUM_CLASSES, SHAPE, recorded, rng, toy_teacher
 
 from dmd2.config import Train
-from dmd2.noise import NoiseGrid
-from dmd2.training import Distillation
+from dmd2.method.distillation import Distillation
+from dmd2.method.noise import NoiseGrid
 
 SIGMAS = NoiseGrid.karras().student_steps(4)
 

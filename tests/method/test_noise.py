@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2.noise import NoiseGrid, SampleNoise, add_noise, expand, step_rng
+from dmd2.method.noise import NoiseGrid, add_noise, expand
+from dmd2.training.rng import SampleNoise, step_rng
 
 # Karras et al. 2022, eq. 5 with EDM's constants, evaluated by the published float32 program.
 KARRAS = {

@@ -9,9 +9,9 @@ from toy import rng
 
 from dmd2 import config
 from dmd2.config import Train
-from dmd2.optimization import Descent
+from dmd2.method.distillation import Distillation
 from dmd2.teachers import load_teacher
-from dmd2.training import Distillation
+from dmd2.training.optimizer import Descent
 
 BATCH, CLASSES = 8, 3
 DATA = config.Data(source="digits", resolution=8, channels=1, num_classes=CLASSES)

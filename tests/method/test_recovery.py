@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from dmd2.config import Train
-from dmd2.noise import SampleNoise, step_rng
-from dmd2.sampling import few_step
+from dmd2.method.distillation import Distillation
+from dmd2.method.sampling import few_step
 from dmd2.teachers.mixture import GaussianMixture, mixture_teacher
-from dmd2.training import Distillation
+from dmd2.training.rng import SampleNoise, step_rng
 
 SHAPE = (2, 1, 1)
 STD = 0.15

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from toy import SHAPE, labels, recorded, rng, toy_teacher
 
-from dmd2.denoiser import Cond, Denoiser
-from dmd2.noise import NoiseGrid, SampleNoise, expand
-from dmd2.sampling import Churn, few_step, heun, heun_sigmas, simulate
+from dmd2.method.denoiser import Cond, Denoiser
+from dmd2.method.noise import NoiseGrid, expand
+from dmd2.method.sampling import Churn, few_step, heun, heun_sigmas, simulate
+from dmd2.training.rng import SampleNoise
 
 GRID = NoiseGrid.karras()
 STD = 0.5

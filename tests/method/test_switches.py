@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from toy import SHAPE, Call, labels, rng, toy_teacher
 
-from dmd2 import objective
 from dmd2.config import Train
 from dmd2.errors import UserError
-from dmd2.noise import NoiseGrid
-from dmd2.training import Distillation
+from dmd2.method import losses
+from dmd2.method.distillation import Distillation
+from dmd2.method.noise import NoiseGrid
 
 BATCH = 6
 LEVELS = {"matching_levels": (0, 999)}
@@ -109,11 +109,11 @@ def test_shared_gradients_are_those_of_both_terms_at_that_sample(features: str, 
     run = distillation(**keys)
     x0 = torch.randn(BATCH, *SHAPE, generator=rng(3))
     arguments = (x0, labels(BATCH), run.teacher, run.critic, run.train)
-    (matching, matching_grad), (gan, gan_grad) = objective.shared_gradients(*arguments, rng(7))
-    truth, truth_grad = objective.matching_gradient(*arguments, rng(7))
+    (matching, matching_grad), (gan, gan_grad) = losses.shared_gradients(*arguments, rng(7))
+    truth, truth_grad = losses.matching_gradient(*arguments, rng(7))
     torch.testing.assert_close(matching.loss, truth.loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(matching_grad, truth_grad, rtol=1e-5, atol=1e-8)
-    truth, truth_grad = objective.gan_gradient(*arguments, rng(7))
+    truth, truth_grad = losses.gan_gradient(*arguments, rng(7))
     torch.testing.assert_close(gan, truth, rtol=1e-5, atol=0)
     torch.testing.assert_close(gan_grad, truth_grad, rtol=1e-5, atol=1e-8)
     assert float(gan_grad.norm()) > 0
@@ -160,8 +160,8 @@ def test_teachers_features_feed_the_discriminator_and_keep_its_gradient_from_the
     def critic_gradient(weight: float) -> dict[str, Tensor]:
         run = distillation(gan_features="teacher", gan_critic_weight=weight)
         x0, cond = data(0)
-        losses = objective.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4))
-        losses.total.backward()
+        found = losses.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4))
+        found.total.backward()
         assert all(p.grad is None for p in run.teacher.denoiser.parameters())
         return {name: p.grad for name, p in run.critic.named_parameters()}
 
@@ -178,7 +178,7 @@ def test_critics_features_let_the_discriminators_gradient_reach_the_fake_scores_
     def encoder_gradient(weight: float) -> Tensor:
         run = distillation(gan_critic_weight=weight)
         x0, cond = data(0)
-        objective.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4)).total.backward()
+        losses.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4)).total.backward()
         return run.critic.fake.encoder.weight.grad
 
     assert not torch.allclose(encoder_gradient(0.01), encoder_gradient(1.0), rtol=1e-3)
@@ -195,7 +195,7 @@ def test_gan_gradient_through_the_teachers_features_is_the_difference_quotient()
 
     def term(at: Tensor) -> tuple[Tensor, Tensor]:
         object.__setattr__(run.teacher, "grid", grid)
-        return objective.gan_gradient(at, labels(BATCH), run.teacher, run.critic, run.train, rng(5))
+        return losses.gan_gradient(at, labels(BATCH), run.teacher, run.critic, run.train, rng(5))
 
     step = 1e-4
     slope = float(term(x0 + step * direction)[0] - term(x0 - step * direction)[0]) / (2 * step)
@@ -207,12 +207,12 @@ def test_uniform_denoising_weight_is_the_plain_mean_square():
     run = distillation(denoising_weighting="uniform")
     x0, cond = data(0)
     with asked(run.critic.fake) as calls:
-        losses = objective.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4))
+        found = losses.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4))
     truth = (calls[0].output - x0).double().square().mean()
-    torch.testing.assert_close(losses.denoising.loss.double(), truth, rtol=1e-5, atol=0)
-    weighted = objective.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, Train(), rng(4))
-    torch.testing.assert_close(weighted.gan.loss, losses.gan.loss)
-    assert float(weighted.denoising.loss.detach()) > 2 * float(losses.denoising.loss.detach())
+    torch.testing.assert_close(found.denoising.loss.double(), truth, rtol=1e-5, atol=0)
+    weighted = losses.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, Train(), rng(4))
+    torch.testing.assert_close(weighted.gan.loss, found.gan.loss)
+    assert float(weighted.denoising.loss.detach()) > 2 * float(found.denoising.loss.detach())
 
 
 def test_hinge_is_the_discriminators_margin_and_the_generators_plain_mean():
@@ -220,11 +220,11 @@ def test_hinge_is_the_discriminators_margin_and_the_generators_plain_mean():
     logits: list[Tensor] = []
     run.critic.register_forward_hook(lambda _, __, output: logits.append(output[1]))
     x0, cond = data(0)
-    losses = objective.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4))
+    found = losses.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4))
     gen, real = logits[0].chunk(2)
     truth = torch.relu(1 + gen).mean() + torch.relu(1 - real).mean()
-    torch.testing.assert_close(losses.gan.loss, truth, rtol=1e-6, atol=0)
-    loss, _ = objective.gan_gradient(x0, cond, run.teacher, run.critic, run.train, rng(4))
+    torch.testing.assert_close(found.gan.loss, truth, rtol=1e-6, atol=0)
+    loss, _ = losses.gan_gradient(x0, cond, run.teacher, run.critic, run.train, rng(4))
     torch.testing.assert_close(loss, -logits[1].mean(), rtol=1e-6, atol=0)
 
 
@@ -239,19 +239,19 @@ def test_several_taps_have_a_head_each_whose_logits_count_alike():
     for head, found in zip(run.critic.heads, each, strict=True):
         head.register_forward_hook(lambda _, __, output, found=found: found.append(output))
     x0, cond = data(0)
-    losses = objective.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4))
+    found = losses.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4))
     assert torch.equal(logits[0], torch.stack([found[0] for found in each], dim=1))
     gens, reals = zip(*(found[0].double().chunk(2) for found in each), strict=True)
     softplus = nn.functional.softplus
     truth = sum(softplus(gen).mean() + softplus(-real).mean() for gen, real in zip(gens, reals, strict=True)) / 3
-    torch.testing.assert_close(losses.gan.loss.double(), truth, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.gan.loss.double(), truth, rtol=1e-5, atol=0)
 
-    loss, _ = objective.gan_gradient(x0, cond, run.teacher, run.critic, run.train, rng(4))
+    loss, _ = losses.gan_gradient(x0, cond, run.teacher, run.critic, run.train, rng(4))
     truth = sum(softplus(-found[1].double()).mean() for found in each) / 3
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
 
     run.step(0)
-    losses.total.backward()
+    found.total.backward()
     assert all(float(p.grad.abs().sum()) > 0 for head in run.critic.heads for p in head[0].parameters())
 
 
@@ -265,13 +265,13 @@ def test_r1_pulls_at_all_heads_on_the_teachers_features_too():
     logits: list[Tensor] = []
     run.critic.register_forward_hook(lambda _, __, output: logits.append(output[1]))
     x0, cond = data(0)
-    losses = objective.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4))
+    found = losses.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4))
     gen, real, moved = logits[0].chunk(3)
-    assert float(losses.gan.r1.detach()) == pytest.approx(float((moved - real).square().mean().detach()), rel=1e-5)
-    assert float(losses.gan.r1.detach()) > 0
+    assert float(found.gan.r1.detach()) == pytest.approx(float((moved - real).square().mean().detach()), rel=1e-5)
+    assert float(found.gan.r1.detach()) > 0
     softplus = nn.functional.softplus
     truth = softplus(gen).mean() + softplus(-real).mean() + 2 * (moved - real).square().mean()
-    torch.testing.assert_close(losses.gan.loss, truth, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.gan.loss, truth, rtol=1e-5, atol=0)
 
 
 def test_all_of_fastgens_switches_go_together():

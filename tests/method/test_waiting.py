@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import SHAPE, labels, rng, toy_teacher
 
 from dmd2.config import TeacherTraining, Train
-from dmd2.teacher_training import TeacherFit
-from dmd2.training import Distillation
+from dmd2.method.distillation import Distillation
+from dmd2.method.teacher_fit import TeacherFit
 
 BATCH = 4
 METHODS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmd2.denoiser import Cond, Denoiser, Teacher
-from dmd2.noise import NoiseGrid, expand
+from dmd2.method.denoiser import Cond, Denoiser, Teacher
+from dmd2.method.noise import NoiseGrid, expand
 from dmd2.teachers.pixels import ClassConditioner, PixelCodec
 
 NUM_CLASSES = 3

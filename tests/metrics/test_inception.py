@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dmd2 import config
 from dmd2.errors import UserError
+from dmd2.files import sha256
 from dmd2.metrics import load_extractor
-from dmd2.records import sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 

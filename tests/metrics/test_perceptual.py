@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dmd2.config import WeightsFile
 from dmd2.errors import UserError
+from dmd2.files import sha256
 from dmd2.metrics.perceptual import load_lpips
-from dmd2.records import sha256
 
 # torchvision's VGG-16: the place of each convolution in `features`, its channels, and whether a pool comes before it.
 CONVOLUTIONS = {

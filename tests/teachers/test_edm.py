@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dmd2 import config
-from dmd2.denoiser import Teacher
 from dmd2.errors import UserError
-from dmd2.objective import critic_weight
+from dmd2.method.denoiser import Teacher
+from dmd2.method.losses import critic_weight
 from dmd2.teachers import load_teacher
 from dmd2.teachers.edm import EDMDenoiser
 from dmd2.teachers.weights import load_weights

@@ -13,10 +13,10 @@ from hostile import little_memory
 from torch import Tensor
 
 from dmd2 import config
-from dmd2.records import sha256
-from dmd2.spec import Spec
+from dmd2.files import sha256
+from dmd2.lineage.spec import Spec
 from dmd2.stages import imports
-from dmd2.stages.weights import open_teacher
+from dmd2.stages.open_weights import open_teacher
 from dmd2.teachers.edm import build_denoiser
 
 DATA = config.Data(source="imagenet_tar", resolution=64, num_classes=1000)

@@ -11,14 +11,14 @@ from edm_pickles import edm_pickle
 from torch import Tensor
 
 from dmd2 import config
-from dmd2.denoiser import Denoiser
 from dmd2.errors import UserError
-from dmd2.records import sha256
-from dmd2.spec import Spec, files_in, read_spec
+from dmd2.files import sha256
+from dmd2.lineage.spec import Spec, files_in, read_spec
+from dmd2.method.denoiser import Denoiser
+from dmd2.method.distillation import Distillation
 from dmd2.stages import imports, train
-from dmd2.stages.weights import open_teacher, open_weights
+from dmd2.stages.open_weights import open_teacher, open_weights
 from dmd2.teachers import load_teacher
-from dmd2.training import Distillation
 
 DATA = config.Data(source="digits", resolution=8, channels=1, num_classes=10, levels=17)
 NETWORK = config.Network(

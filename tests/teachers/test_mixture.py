@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmd2.noise import NoiseGrid
+from dmd2.method.noise import NoiseGrid
 from dmd2.teachers.mixture import GaussianMixture, mixture_teacher
 
 

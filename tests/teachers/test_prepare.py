@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from dmd2 import config
-from dmd2.denoiser import Denoiser
+from dmd2.method.denoiser import Denoiser
 from dmd2.teachers import load_teacher
 
 DATA = config.Data(source="digits", resolution=8, channels=1, num_classes=10, levels=17)

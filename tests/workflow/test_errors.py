@@ -8,8 +8,8 @@ import pytest
 from checkout import REPOSITORY, Checkout
 
 from dmd2.errors import UserError
-from dmd2.plan import Plan
-from dmd2.tables import load_table, needed
+from dmd2.lineage.plan import Plan
+from dmd2.report.tables import load_table, needed
 
 RUN, TABLE = "runs/gan.yaml", "tables/table3.yaml"
 ROW = "measure: noreg_ttur/student}"

@@ -11,8 +11,8 @@ from checkout import Checkout
 from safetensors.torch import load_file, save_file
 
 from dmd2 import config
-from dmd2.plan import Plan
-from dmd2.records import sha256
+from dmd2.files import sha256
+from dmd2.lineage.plan import Plan
 from dmd2.teachers import load_teacher
 
 TEACHER = "results/smoke/teacher/teacher.safetensors"

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dmd2 import config
-from dmd2.records import sha256
+from dmd2.files import sha256
 from dmd2.teachers.edm import build_denoiser
 
 pytestmark = [

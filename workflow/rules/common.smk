@@ -6,13 +6,13 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from dmd2.downloads import FOLDER as DOWNLOADS
-from dmd2.downloads import load_catalogue, requirement
+from dmd2.downloads.catalogue import FOLDER as DOWNLOADS
+from dmd2.downloads.catalogue import load_catalogue, requirement
 from dmd2.errors import UserError
-from dmd2.plan import Plan
-from dmd2.presets import overrides, read_chain
-from dmd2.spec import files_in
-from dmd2.tables import check_presets, load_table, needed
+from dmd2.lineage.plan import Plan
+from dmd2.config.reading import overrides, read_chain
+from dmd2.lineage.spec import files_in
+from dmd2.report.tables import check_presets, load_table, needed
 
 FOLDER = Path(workflow.basedir) / "workflow"
 # Stages are started by launch.sh with this Python, also where the environment is not activated.

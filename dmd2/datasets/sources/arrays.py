@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dmd2 import records
+from dmd2 import files
 from dmd2.config import Data
 from dmd2.datasets.sources.base import existing, insist
 from dmd2.errors import UserError
@@ -67,7 +67,7 @@ class Cifar10(InMemory):
     def __init__(self, data: Data):
         insist(data, resolution=32, num_classes=10, channels=3, levels=256)
         path = existing(data, "the data set's archive cifar-10-binary.tar.gz")
-        found = records.sha256(path)
+        found = files.sha256(path)
         if found != self.SHA256:
             raise UserError(
                 f"{path}: its SHA-256 is {found}, the published cifar-10-binary.tar.gz has {self.SHA256}; fetch it "

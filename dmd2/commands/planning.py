@@ -1,0 +1,117 @@
+"""Commands of what comes before the stages: `dmd2 cost`, `dmd2 plan`, and files from outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from dmd2.config.reading import overrides, read_yaml
+from dmd2.errors import UserError
+from dmd2.lineage.plan import Plan
+
+WORKFLOW = Path(__file__).parent.parent.parent / "workflow"
+
+PresetOption = Annotated[str, typer.Option(help="a file of workflow/presets")]
+WorkflowOption = Annotated[Path, typer.Option(help="folder with presets, runs and tables")]
+OverOption = Annotated[Path | None, typer.Option("--configfile", help="YAML over the preset, as for Snakemake")]
+MirrorOption = Annotated[
+    str | None, typer.Option(envvar="DMD2_MIRROR", help="address asked for MIRROR/NAME before any other")
+]
+Layout = Literal["replicate", "shard"]
+JsonOption = Annotated[bool, typer.Option("--json", help="for programs instead of readers")]
+
+
+def _plan(workflow: Path, preset: str, configfile: Path | None) -> Plan:
+    over = read_yaml(configfile) if configfile else {}
+    return Plan(workflow, preset, overrides(over))
+
+
+def _tell(report: dict[str, Any], text: str, as_json: bool) -> None:
+    typer.echo(json.dumps(report, indent=1) if as_json else text)
+
+
+def cost(
+    preset: PresetOption = "imagenet64",
+    run: Annotated[list[str] | None, typer.Option(help="repeatable; dmd2 by default")] = None,
+    workflow: WorkflowOption = WORKFLOW,
+    configfile: OverOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Count what a training step costs an image, by part, on the step itself without its memory."""
+    from dmd2.cost import report as cost_report
+    from dmd2.cost import text as cost_text
+
+    report = cost_report.cost(_plan(workflow, preset, configfile), run or ["dmd2"])
+    _tell(report, cost_text.cost(report), as_json)
+
+
+def plan(
+    table: Annotated[list[str], typer.Argument(help="table1, table3, ...")],
+    preset: PresetOption = "imagenet64",
+    gpu: Annotated[str, typer.Option(help="kind of GPU, such as a100-80gb")] = "h100-80gb",
+    gpus: Annotated[int | None, typer.Option(min=1, help="of a training job; the preset's by default")] = None,
+    layout: Annotated[Layout | None, typer.Option(help="of networks on several GPUs; the preset's by default")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s that a GPU sustains in bf16")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="samples passed at a time, at most; the preset's by default")
+    ] = None,
+    workflow: WorkflowOption = WORKFLOW,
+    configfile: OverOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what tables take: jobs, GPU-hours of each row, memory of a rank, disk, and what must be supplied."""
+    from dmd2.cost import report as cost_report
+    from dmd2.cost import text as cost_text
+
+    found = _plan(workflow, preset, configfile)
+    gpus, layout = gpus or found.preset.gpus or 1, layout or found.preset.runtime.layout
+    report = cost_report.tables(found, table, cost_report.Machines(gpu, gpus, layout, tflops, micro_batch))
+    _tell(report, cost_text.tables(report), as_json)
+    if cramped := [run for run, memory in report["memory"].items() if not memory["fits"]]:
+        raise UserError(f"{', '.join(cramped)}: more memory than a {gpu} has; {_remedy(report, cramped, layout, gpus)}")
+
+
+def _remedy(report: dict[str, Any], cramped: list[str], layout: str, gpus: int) -> str:
+    largest = min(report["memory"][run]["largest_micro_batch"] for run in cramped)
+    if largest:
+        return f"set runtime.micro_batch_size to at most {largest}"
+    if layout == "replicate":
+        return f"use --layout shard{'' if gpus > 1 else ' with several --gpus'}, or a larger --gpu"
+    return "use more --gpus, or a larger --gpu"
+
+
+def download(
+    name: str,
+    entry: Annotated[str, typer.Option(help="the file's entry in workflow/downloads.yaml, as JSON or YAML")],
+    record: Annotated[Path, typer.Option()],
+    mirror: MirrorOption = None,
+) -> None:
+    """Check a file from outside, or fetch it."""
+    from dmd2.stages import download as stage
+
+    stage.download(name, entry, record, mirror)
+
+
+def downloads(
+    preset: Annotated[str | None, typer.Argument(help="name of a preset; none: every known file")] = None,
+    workflow: WorkflowOption = WORKFLOW,
+    fetch: Annotated[bool, typer.Option("--fetch", help="fetch and check what the preset needs first")] = False,
+    mirror: MirrorOption = None,
+    configfile: OverOption = None,
+) -> None:
+    """List what a preset needs from outside, and whether it is there."""
+    from dmd2.stages import download as stage
+
+    if fetch and preset is None:
+        raise UserError("--fetch needs the name of a preset")
+    try:
+        if fetch and preset is not None:
+            stage.fetch(workflow, preset, mirror, configfile)
+    finally:
+        typer.echo(stage.listing(workflow, preset, configfile))
+
+
+COMMANDS = (download, downloads, cost, plan)

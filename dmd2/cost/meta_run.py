@@ -1,0 +1,109 @@
+"""A run without memory and without arithmetic: its networks, optimizers and data are tensors on the meta device.
+
+The step of such a run takes seconds whatever the size of its networks, and does what the real one does, operation by
+operation: FLOPs and bytes are counted there and not modelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+from dmd2 import config
+from dmd2.method.denoiser import Cond, Teacher
+from dmd2.method.distillation import Distillation
+from dmd2.method.noise import NoiseGrid
+from dmd2.metrics.perceptual import distance_by, without_values
+from dmd2.teachers import load_teacher
+from dmd2.training import ranks
+
+META = torch.device("meta")
+
+
+class _OnMeta(TorchFunctionMode):
+    """Makes new tensors on the meta device, drawn by no generator."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _device_constructors():
+            kwargs["device"] = META
+            kwargs.pop("generator", None)
+        return func(*args, **kwargs)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The fused attention of a GPU; on the meta device torch would take the plain one."""
+    attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return attended
+
+
+class _AnyGenerator(torch.Generator):
+    """A generator of the CPU, whatever the device it is made for."""
+
+    def __new__(cls, device: Any = None) -> _AnyGenerator:
+        return super().__new__(cls)
+
+
+@contextmanager
+def shadows() -> Iterator[None]:
+    """Within the block new tensors have a shape and a life, but no content; generators are there but draw nothing."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(torch, "Generator", _AnyGenerator))
+        # One of several ranks would count its share alone, and wait for the others.
+        stack.enter_context(patch.object(ranks, "world_size", lambda: 1))
+        stack.enter_context(patch.object(ranks, "rank", lambda: 0))
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
+        stack.enter_context(_OnMeta())
+        yield
+
+
+class _Grid(NoiseGrid):
+    """A grid whose levels stay numbers."""
+
+    def to(self, device: torch.device | str) -> _Grid:
+        return self
+
+    def draw(self, num: int, low: int, high: int, rng: torch.Generator) -> Tensor:
+        return torch.empty(num)
+
+
+def shadow_teacher(teacher: config.Teacher, data: config.Data) -> Teacher:
+    """The teacher that a configuration describes, without its weights."""
+    bare = teacher.model_copy(update={"weights": None})
+    with torch.device(META):
+        built = load_teacher(bare, data)
+    grid = _Grid(built.grid.sigmas, built.grid.init_scale)
+    return Teacher(built.denoiser, grid, built.codec, built.conditioner, built.sample_shape, built.sigma_data)
+
+
+def shadow_batch(teacher: Teacher, num: int) -> tuple[Tensor, Cond]:
+    """`num` samples with their conditions, inside `shadows`."""
+    return torch.empty((num, *teacher.sample_shape)), teacher.conditioner.draw(num, torch.Generator())
+
+
+def _batch(x0: Tensor, cond: Cond, index: int) -> tuple[Tensor, Cond]:
+    return x0, cond
+
+
+def _pairs(x0: Tensor, cond: Cond, index: int) -> tuple[Tensor, Tensor, Cond]:
+    return x0, x0, cond
+
+
+def shadow_run(teacher: Teacher, train: config.Train, **settings: Any) -> Distillation:
+    """The run of `train` on a shadow teacher, inside `shadows`; `settings` are further arguments of `Distillation`."""
+    x0, cond = shadow_batch(teacher, train.batch_size)
+    data, pairs = partial(_batch, x0, cond), partial(_pairs, x0, cond)
+    if train.regression_weight > 0 and train.regression_loss == "lpips":
+        settings["regression_distance"] = distance_by(without_values().to(META))
+    return Distillation(teacher, train, data=data, pairs=pairs, device=META, **settings)

@@ -1,0 +1,213 @@
+"""Which stage builds on which: the specs of a preset's jobs. No torch: the workflow asks this while planning.
+
+A *model* is `teacher` or the name of a run; an *entry* is `MODEL/SAMPLER`, one set of samples and its metrics.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dmd2.config import Data, Evaluation, Features, Preset, Run, Teacher, Train
+from dmd2.config.reading import load_preset, load_run
+from dmd2.errors import UserError
+from dmd2.lineage.spec import Spec
+
+APART = 2**31
+"""Between the seed of a run's curve and that of its best snapshot's samples."""
+
+
+class Plan:
+    """The specs of every job on one preset, built on demand and chained by digest."""
+
+    def __init__(self, folder: Path | str, preset: str, overrides: dict[str, Any] | None = None):
+        self.folder = Path(folder)
+        self.preset: Preset = load_preset(folder, preset, overrides)
+        self._runs: dict[str, Run] = {}
+        for name in self.preset.runs:  # so that an adjustment of a run that does not exist is noticed
+            self._asked(name, f"preset {preset}: `runs.{name}`")
+
+    def run(self, name: str) -> Run:
+        """The run `name` on this preset. Raises UserError for an unknown name or keys that contradict."""
+        if name not in self._runs:
+            self._runs[name] = load_run(self.folder, name, self.preset)
+            self._check_ancestors(name)
+        return self._runs[name]
+
+    def _asked(self, name: str, where: str) -> Run:
+        """The run `name`; an error begins with `where` it was asked for."""
+        try:
+            return self.run(name)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+    def _check_ancestors(self, name: str) -> None:
+        chain = [name]
+        while (parent := self.run(chain[-1]).train.init_run) is not None:
+            if parent in chain:
+                raise UserError(f"run {name}: init_run goes in a circle: {' -> '.join([*chain, parent])}")
+            chain.append(parent)
+
+    @cached_property
+    def _data(self) -> Data:
+        """The data section of every stage: where the source lies, and the limit, are told to the one that opens it."""
+        return self.preset.data.model_copy(update={"path": None, "max_unreadable": 0})
+
+    def _evaluation(self, *keys: str) -> Evaluation:
+        """The evaluation keys that a stage reads, the others at their defaults: they are not to decide its digest."""
+        return Evaluation(**self.preset.evaluation.model_dump(include={"seed", *keys}))
+
+    @cached_property
+    def shards(self) -> Spec:
+        """Image shards."""
+        return Spec.of("shards", "shards", data=self._data)
+
+    @cached_property
+    def latents(self) -> Spec:
+        """The data set in the teacher's space, with its conditions."""
+        space = Teacher(kind=self.preset.teacher.kind)  # codec and conditioner depend on nothing else
+        return Spec.of("latents", "latents", {"shards": self.shards}, data=self._data, teacher=space)
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        """The teacher section for what builds on its weights: their origin is in the digest of the teacher's stage."""
+        return self.preset.teacher.model_copy(update={"training": None, "weights": None})
+
+    @cached_property
+    def _features(self) -> Features:
+        """The features section for what reads the extractor that the features stage has stored."""
+        weights = self.preset.features.weights
+        stored = weights and weights.model_copy(update={"path": "extractor.weights"})
+        return self.preset.features.model_copy(update={"weights": stored, "reference": None})
+
+    @cached_property
+    def features(self) -> Spec:
+        """The feature extractor."""
+        features = self.preset.features.model_copy(update={"reference": None})
+        upstream = {"shards": self.shards} if features.weights is None else {}
+        return Spec.of("features", "features", upstream, data=self._data, features=features)
+
+    @cached_property
+    def reference(self) -> Spec:
+        """Statistics of the real images."""
+        upstream = {"shards": self.shards, "features": self.features}
+        features = self._features.model_copy(update={"reference": self.preset.features.reference})
+        return Spec.of("reference", "reference", upstream, data=self._data, features=features)
+
+    @cached_property
+    def teacher(self) -> Spec:
+        """The teacher's weights: trained on the latents, or imported without them."""
+        upstream = {} if self.preset.teacher.training is None else {"latents": self.latents}
+        return Spec.of("teacher", "teacher", upstream, data=self._data, teacher=self.preset.teacher)
+
+    @cached_property
+    def pairs(self) -> Spec:
+        """Noise-image pairs of the teacher."""
+        preset = self.preset
+        sampler = preset.samplers[preset.pairs.sampler]
+        sections = {"data": self._data, "teacher": self._teacher, "pairs": preset.pairs, "sampler": sampler}
+        return Spec.of("pairs", "pairs", {"teacher": self.teacher}, **sections)
+
+    def train(self, run: str) -> Spec:
+        """The training of a run, or the import of one that was released."""
+        train = self.run(run).train
+        if (weights := self.run(run).weights) is not None:
+            return Spec.of("import", run, data=self._data, teacher=self._teacher, weights=weights)
+        upstream = {"teacher": self.teacher, "latents": self.latents}
+        if train.regression_weight > 0:
+            upstream["pairs"] = self.pairs
+        if train.init_run is not None:
+            upstream["start"] = self.train(train.init_run)
+        return Spec.of("train", run, upstream, data=self._data, teacher=self._teacher, train=train)
+
+    def select(self, entry: str) -> Spec:
+        """The choice of the snapshot behind an entry: that of an iteration, or the best by FID on the run's curve."""
+        run, name = self.split(entry)
+        sampler, upstream = self.preset.samplers[name], {"model": self.train(run)}
+        if sampler.checkpoint == "best":
+            upstream["curve"] = self.curve(run)
+        return Spec.of("select", entry, upstream, sampler=sampler)
+
+    def _model(self, entry: str) -> dict[str, Any]:
+        """What the samples of an entry are made from, as keywords of `Spec.of`.
+
+        The best snapshot is sampled with other noise than it was chosen by, or its distance would be too low.
+        """
+        model, name = self.split(entry)
+        sampler, seed = self.preset.samplers[name], self.preset.evaluation.seed
+        content: dict[str, Any] = {"data": self._data, "teacher": self._teacher, "sampler": sampler}
+        if model == "teacher":
+            return content | {"upstream": {"model": self.teacher}, "seed": seed}
+        train = self.run(model).train
+        content["train"] = Train(num_steps=train.num_steps) if self.run(model).weights else train
+        made = self.train(model) if sampler.checkpoint == "last" else self.select(entry)
+        apart = APART if sampler.checkpoint == "best" else 0
+        return content | {"upstream": {"model": made}, "seed": (seed + apart) % 2**32}
+
+    def sample(self, entry: str) -> Spec:
+        """The samples of an entry: all of them, or those that a streamed evaluation shows."""
+        content = self._model(entry)
+        keys = ("streamed", "num_shown") if self.preset.evaluation.streamed else ("num_samples", "num_blocks")
+        evaluation = self._evaluation("protocols", *keys).model_copy(update={"seed": content.pop("seed")})
+        return Spec.of("sample", entry, content.pop("upstream"), evaluation=evaluation, **content)
+
+    def metrics(self, entry: str) -> Spec:
+        """The metrics of an entry, or of `floor`: resamples of the data themselves.
+
+        They build on the entry's samples, or on its model where they are streamed.
+        """
+        upstream = {"reference": self.reference, "features": self.features}
+        evaluation = self._evaluation("num_samples", "num_blocks")
+        sections: dict[str, Any] = {"data": self._data, "features": self._features}
+        if entry == "floor":
+            return Spec.of("metrics", entry, upstream, evaluation=evaluation, **sections)
+        content = self._model(entry)
+        evaluation = self._evaluation("protocols", "num_samples", "num_blocks", "streamed")
+        sections["evaluation"] = evaluation.model_copy(update={"seed": content.pop("seed")})
+        if not evaluation.streamed:
+            return Spec.of("metrics", entry, {**upstream, "samples": self.sample(entry)}, **sections)
+        return Spec.of("metrics", entry, upstream | content.pop("upstream"), **sections | content)
+
+    def curve(self, run: str) -> Spec:
+        """The metrics of a run's snapshots, under the first protocol alone."""
+        upstream = {"model": self.train(run), "reference": self.reference, "features": self.features}
+        evaluation = self._evaluation("protocols", "curve_samples")
+        return Spec.of(
+            "curve",
+            run,
+            upstream,
+            data=self._data,
+            teacher=self._teacher,
+            features=self._features,
+            evaluation=evaluation.model_copy(update={"protocols": evaluation.protocols[:1]}),
+            train=self.run(run).train,
+        )
+
+    def table(self, entries: list[str]) -> Spec:
+        """A table that reads the metrics of `entries`; its name is the preset's, which the table states."""
+        return Spec.of("table", self.preset.name, {entry: self.metrics(entry) for entry in entries}, data=self._data)
+
+    def split(self, entry: str) -> tuple[str, str]:
+        """(model, sampler) of an entry. Raises UserError where they do not exist or do not fit together."""
+        model, _, name = entry.partition("/")
+        if name not in self.preset.samplers:
+            raise UserError(
+                f"entry {entry}: no sampler {name!r} in preset {self.preset.name}; known: "
+                f"{', '.join(self.preset.samplers)}"
+            )
+        kind = self.preset.samplers[name].kind
+        if (model == "teacher") != (kind == "heun"):
+            wanted = "a heun sampler" if model == "teacher" else "a few_step sampler"
+            raise UserError(f"entry {entry}: {model} needs {wanted}, but {name} is {kind}")
+        if model == "teacher":
+            return model, name
+        run, checkpoint = self._asked(model, f"entry {entry}"), self.preset.samplers[name].checkpoint
+        if run.weights and checkpoint != "last":
+            raise UserError(f"entry {entry}: {model} is imported, with no snapshots to choose from; use another")
+        if isinstance(checkpoint, int) and checkpoint not in (steps := run.train.snapshot_steps()):
+            raise UserError(
+                f"entry {entry}: samplers.{name}.checkpoint is {checkpoint}, but {model} has snapshots after "
+                f"{', '.join(map(str, steps))} iterations; name one of them, or change num_snapshots"
+            )
+        return model, name

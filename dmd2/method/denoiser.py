@@ -1,0 +1,153 @@
+"""What the method asks of a teacher: the contract that adapters in `teachers/` fulfil.
+
+Shapes: B batch, `...` the shape of one sample in the network's space (C, H, W for images and latents).
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmd2.method.noise import NoiseGrid
+
+VARIANTS = 64
+"""Forms of one block that may be compiled: batch sizes, gradients or not. A step has about five."""
+
+Cond = Mapping[str, Tensor]
+"""Conditions of a batch by name, each tensor with the batch first. Only adapters look inside."""
+
+
+class Denoiser(nn.Module, abc.ABC):
+    """A network that estimates x0 from x = x0 + sigma * eps, with taps on its encoder.
+
+    Inputs and outputs are float32 whatever precision the network uses inside.
+    """
+
+    feature_shapes: tuple[tuple[int, int, int], ...]
+    """(C, H, W) of the features that can be tapped, of one sample: the bottleneck first, then ever finer levels."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the network computes in, where it has a choice; may be changed between calls."""
+
+    @abc.abstractmethod
+    def denoise_and_tap(
+        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x0 for the first `num_denoise` samples and the first `num_taps` features for all, in one encoder pass.
+
+        x (B, ...), sigma (B,) -> x0 (num_denoise, ...), features[i] (B, *feature_shapes[i]). With num_denoise = 0
+        the decoder is not run. Raises ValueError for more taps than there are.
+        """
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules that are compiled, recomputed or sharded one at a time; a small network has none.
+
+        Each has a flag `recompute`: whether a pass with gradients stores its inputs alone.
+        """
+        return []
+
+    def prepare(
+        self, *, compile: bool = False, activation_checkpointing: bool = False, backend: str = "inductor"
+    ) -> None:
+        """Chooses how the blocks run; names and values of the state dict stay as they are.
+
+        Compiled blocks are equal up to rounding, recomputed ones bit for bit. A copy of a network is not compiled. Each
+        block compiles once for each number of samples it meets, with and without gradients; one that cannot is an
+        error, not a slow block.
+        """
+        for block in self.blocks():
+            block.recompute = activation_checkpointing  # type: ignore[assignment]
+            if compile:
+                block.compile(
+                    backend=backend, fullgraph=True, dynamic=False, isolate_recompiles=True, recompile_limit=VARIANTS
+                )
+        if compile:
+            torch._dynamo.config.accumulated_recompile_limit = 64 * VARIANTS * len(self.blocks())
+
+    def check_taps(self, num_taps: int) -> None:
+        """Raises ValueError for more taps than there are."""
+        if not 0 <= num_taps <= len(self.feature_shapes):
+            raise ValueError(f"{num_taps} taps asked for; this network has {len(self.feature_shapes)}")
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        """The x0 estimate: (B, ...), (B,) -> (B, ...)."""
+        return self.denoise_and_tap(x, sigma, cond, x.shape[0], num_taps=0)[0]
+
+
+class Codec(Protocol):
+    """The way between 8-bit images and the network's space, with a compact form for storage."""
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """uint8 images (B, H, W, C) -> stored latents (B, ...), in the codec's storage dtype."""
+
+    def load(self, stored: np.ndarray) -> Tensor:
+        """Stored latents (B, ...) -> float32 x0 (B, ...)."""
+
+    def decode(self, x0: Tensor, *, rounding: str = "round") -> np.ndarray:
+        """x0 (B, ...) -> uint8 images (B, H, W, C); `rounding` is "round" (EDM) or "truncate" (DMD2)."""
+
+
+class Conditioner(Protocol):
+    """The way from what a data set says of a sample (a class, a prompt) to the network's conditions."""
+
+    def encode(self, labels: Sequence[Any]) -> Cond:
+        """Conditions of a batch of labels or prompts."""
+
+    def draw(self, num: int, rng: torch.Generator) -> Cond:
+        """`num` random conditions to generate for, as training does (uniform over classes)."""
+
+    def null(self, num: int) -> Cond | None:
+        """Unconditional inputs for classifier-free guidance, or None where the teacher has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen teacher with everything that a run asks of it."""
+
+    denoiser: Denoiser
+    grid: NoiseGrid
+    codec: Codec
+    conditioner: Conditioner
+    sample_shape: tuple[int, ...]
+    sigma_data: float | None
+    """EDM's data scale; None where the critic's weight is sigma^-2 alone (epsilon-prediction teachers)."""
+
+    def copy_network(self) -> Denoiser:
+        """A trainable network with the teacher's weights: the start of a generator or a critic."""
+        network = copy.deepcopy(self.denoiser)
+        return network.train().requires_grad_(True)
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """The same teacher with its network and grid on `device`."""
+        return dataclasses.replace(self, denoiser=self.denoiser.to(device), grid=self.grid.to(device))
+
+
+def move(cond: Cond, device: torch.device | str) -> dict[str, Tensor]:
+    """The same conditions on `device`; a GPU is not waited for."""
+    return {name: value.to(device, non_blocking=torch.device(device).type == "cuda") for name, value in cond.items()}
+
+
+def concat(conds: Sequence[Cond]) -> dict[str, Tensor]:
+    """Several batches of conditions as one; all must have the same names."""
+    return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
+
+
+def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond | None, scale: float) -> Tensor:
+    """Classifier-free guidance in x0: uncond + scale * (cond - uncond), as one batch of 2B; plain at scale 1.
+
+    Linear heads make guidance on epsilon and on x0 the same thing (paper, section 4; DMD2 guides only the
+    real score).
+    """
+    if scale == 1.0:
+        return denoiser(x, sigma, cond)
+    if null is None:
+        raise ValueError(f"guidance scale {scale} needs a teacher with unconditional inputs; use 1.0")
+    both = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), concat([null, cond]))
+    x0_null, x0_cond = both.chunk(2)
+    return torch.lerp(x0_null, x0_cond, scale)

@@ -1,0 +1,287 @@
+"""One DMD2 run: its networks, and the step that shows the order of everything that moves weights.
+
+Shapes: B samples of one part of this rank's batch (see `parts`), `...` the shape of one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmd2.config import Train
+from dmd2.errors import UserError
+from dmd2.method import losses, sampling
+from dmd2.method.critic import Critic
+from dmd2.method.denoiser import Cond, Denoiser, Teacher, move
+from dmd2.method.noise import add_noise, expand
+from dmd2.training import sharding
+from dmd2.training.micro_batches import Parts, Shares, means
+from dmd2.training.optimizer import Average, Descent, FiniteGuard, warmup
+from dmd2.training.rng import normal, shared_choice
+
+Batches = Callable[[int], tuple[Tensor, Cond]]
+"""Batch number -> (x0, conditions) of this rank's share of real samples, the samples first."""
+Pairs = Callable[[int], tuple[Tensor, Tensor, Cond]]
+"""Batch number -> (noise, the teacher's x0, conditions) of this rank's share of pairs."""
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""The mean distance () of two batches of images (B, ...), with its gradient in the first."""
+
+
+class Made(NamedTuple):
+    """What the generator made of one part, with the random numbers that the part goes on with."""
+
+    x0: Tensor  # (B, ...), detached
+    cond: Cond
+    rng: torch.Generator
+
+
+class Distillation:
+    """A student in training: generator, critic, their optimizers and the generator's average.
+
+    `data` and `pairs` are asked only where a term needs them. `start` holds the networks of another run to go on
+    from (`generator.*`, `critic.fake.*`), with fresh optimizers and fresh realism heads. With `micro_batch_size` a
+    rank's share of the batch passes the networks in parts, whose gradients are summed.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        train: Train,
+        *,
+        data: Batches | None = None,
+        pairs: Pairs | None = None,
+        regression_distance: Distance = torch.nn.functional.mse_loss,
+        start: Mapping[str, Tensor] | None = None,
+        micro_batch_size: int | None = None,
+        layout: sharding.Layout = "replicate",
+        device: torch.device | str = "cpu",
+    ):
+        _check(teacher, train, has_data=data is not None, has_pairs=pairs is not None)
+        self.train = train
+        self.device = torch.device(device)
+        self.teacher = teacher.to(self.device)
+        self.parts = Parts.of(train.batch_size, micro_batch_size)
+        self._data = Shares(data, self.parts, self.device) if data is not None else None
+        self._pairs = Shares(pairs, self.parts, self.device) if pairs is not None else None
+        self._regression_distance = regression_distance
+        self._sigmas = teacher.grid.student_steps(train.num_steps)
+        self._sigma_table = torch.tensor(self._sigmas, device=self.device)
+        with torch.random.fork_rng(devices=[]):  # the realism heads' initial weights
+            torch.manual_seed(train.seed)
+            # In evaluation mode: DMD2 uses no dropout, whatever the teacher was trained with.
+            self.generator: Denoiser = teacher.copy_network().to(self.device).eval()
+            num_taps = train.gan_taps if train.has_gan else 0
+            self.critic = Critic(teacher.copy_network(), num_taps=num_taps).to(self.device).eval()
+        for denoiser in (self.teacher.denoiser, self.generator, self.critic.fake):
+            denoiser.precision = train.precision
+        if start is not None:
+            self._load_networks(start)
+        for network in (self.generator, self.critic):
+            sharding.place(network, layout)
+        sharding.place(self.teacher.denoiser, layout, entry_points=("denoise_and_tap",))
+        self.average = Average(self.generator, train.ema_decay)
+        self.guard = FiniteGuard(self.device)
+        self._generator_descent = self._descent(self.generator, train.generator_learning_rate)
+        self._critic_descent = self._descent(self.critic, train.critic_learning_rate)
+
+    def _descent(self, network: torch.nn.Module, learning_rate: float) -> Descent:
+        train = self.train
+        return Descent(
+            network,
+            learning_rate=learning_rate,
+            betas=train.betas,
+            weight_decay=train.weight_decay,
+            grad_clip=train.grad_clip,
+            rate=warmup(train.warmup_iterations),
+        )
+
+    def step(self, index: int) -> dict[str, Tensor]:
+        """Iteration `index`, from 0 (paper, algorithm 1): every R-th moves the generator, each one the critic.
+
+        The critic trains on the images that the generator made before its update. With `turns: disjoint` it rests
+        where the generator moves. Returns scalars for the log, on the device, means over the parts; a function of
+        (seed, index, rank) and the networks, so that a resumed run repeats it exactly.
+        """
+        moves_generator = index % self.train.critic_steps_per_generator == 0
+        moves_critic = self.train.turns == "both" or not moves_generator
+        regresses = self.train.regression_weight > 0
+
+        made: list[Made] = []
+        rows: list[dict[str, Tensor]] = []
+        for part in range(self.parts.num):
+            rng = self.parts.rng(self.train.seed, index, part, self.device)
+            x, sigma, cond = self._generator_input(index, part, rng)
+            with torch.set_grad_enabled(moves_generator):
+                x0 = self.generator(x, sigma, cond)
+            made.append(Made(x0.detach(), cond, rng))
+            if moves_generator:
+                grad, metrics = self._generator_gradient(made[part])
+                with self._generator_descent.accumulating(last=self.parts.is_last(part) and not regresses):
+                    x0.backward(grad / self.parts.num)
+                if regresses:
+                    metrics["regression_loss"] = self._add_regression(index, part)
+                rows.append(metrics | _describe(made[part].x0))
+        metrics = {}
+        if moves_generator:
+            metrics = self._descend(self._generator_descent, index, means(rows), "generator_grad_norm")
+            self.average.update()
+
+        if moves_critic:
+            rows = [self._add_critic_losses(index, part, made[part]) for part in range(self.parts.num)]
+            metrics |= self._descend(self._critic_descent, index, means(rows), "critic_grad_norm")
+            metrics |= self._lag(index, metrics["denoising_loss"])
+        return metrics
+
+    def _descend(self, descent: Descent, index: int, metrics: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
+        """One update from the gradients that are there, its losses guarded; `metrics` and the gradient's norm."""
+        terms = {name: value for name, value in metrics.items() if name.endswith("_loss")}
+        return metrics | {norm: descent.step(index, self.guard, terms, norm)}
+
+    def _generator_input(self, index: int, part: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
+        """(x, sigma, conditions): pure noise for one step; for several, the student's own input at a step that all
+        slots draw alike."""
+        train, grid = self.train, self.teacher.grid
+        shape = (self.parts.size, *self.teacher.sample_shape)
+        if train.num_steps > 1 and not train.backward_simulation:
+            return self._noised_data(index, part, rng)
+        cond = move(self.teacher.conditioner.draw(self.parts.size, rng), self.device)
+        k = shared_choice(train.seed, index, train.num_steps)
+        x, sigma = sampling.simulate(self.generator, cond, self._sigmas, grid.init_scale, k, lambda: normal(shape, rng))
+        return x, sigma, cond
+
+    def _noised_data(self, index: int, part: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
+        """Without backward simulation: noised real samples with their own conditions, at a step of their own each;
+        pure noise at the first."""
+        x0, cond = self._real(index, part)
+        eps = normal(x0.shape, rng)
+        k = torch.randint(self.train.num_steps, (x0.shape[0],), generator=rng, device=self.device)
+        sigma = self._sigma_table[k]
+        pure = self.teacher.grid.init_scale * eps
+        return torch.where(expand(k == 0, x0), pure, add_noise(x0, sigma, eps)), sigma, cond
+
+    def _generator_gradient(self, made: Made) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of matching and GAN losses on the images, and what the log wants of them."""
+        train, (x0, cond, rng) = self.train, made
+        matching, gan = losses.generator_terms(x0, cond, self.teacher, self.critic, train, rng)
+        grad = torch.zeros_like(x0)
+        metrics: dict[str, Tensor] = {}
+        if matching is not None:
+            loss, matching_grad = matching
+            grad += train.matching_weight * matching_grad
+            metrics |= {"matching_loss": loss.loss, "num_nonfinite": loss.num_nonfinite.sum().float()}
+        if gan is not None:
+            metrics["gan_generator_loss"], gan_grad = gan
+            gan_grad = train.gan_generator_weight * gan_grad
+            if matching is not None:
+                metrics["gan_to_matching_ratio"] = gan_grad.norm() / grad.norm()
+            grad += gan_grad
+        return grad, metrics
+
+    def _add_regression(self, index: int, part: int) -> Tensor:
+        """Original DMD's regression on pairs: adds its gradient to the generator's; the loss (), unweighted."""
+        assert self._pairs is not None
+        noise, target, cond = self._pairs(index, part)
+        sigma = torch.full((noise.shape[0],), self._sigmas[0], device=self.device)
+        x0 = self.generator(self.teacher.grid.init_scale * noise, sigma, cond)
+        loss = self._regression_distance(x0, target)
+        with self._generator_descent.accumulating(last=self.parts.is_last(part)):
+            (self.train.regression_weight / self.parts.num * loss).backward()
+        return loss.detach()
+
+    def _add_critic_losses(self, index: int, part: int, made: Made) -> dict[str, Tensor]:
+        """Fake-score and discriminator losses on what the generator made: adds their gradient to the critic's."""
+        x0, cond, rng = made
+        real = partial(self._real, index, part)
+        terms = losses.critic_losses(x0, cond, real, self.teacher, self.critic, self.train, rng)
+        with self._critic_descent.accumulating(last=self.parts.is_last(part)):
+            (terms.total / self.parts.num).backward()
+        metrics = {"denoising_loss": terms.denoising.loss.detach()}
+        if terms.gan is not None:
+            metrics["gan_critic_loss"] = terms.gan.loss.detach()
+            metrics["d_accuracy"] = 0.5 * ((terms.gan.p_data > 0.5).float() + (terms.gan.p_gen < 0.5).float()).mean()
+        return metrics
+
+    def _real(self, index: int, part: int) -> tuple[Tensor, Cond]:
+        assert self._data is not None
+        x0, cond = self._data(index, part)
+        return x0, cond
+
+    def _lag(self, index: int, denoising: Tensor) -> dict[str, Tensor]:
+        """The critic's loss on its first and on its last update between two of the generator."""
+        period = self.train.critic_steps_per_generator
+        if period == 1:
+            return {}
+        first, last = 1, 0 if self.train.turns == "both" else period - 1
+        names = {"denoising_loss_after_update": first, "denoising_loss_before_update": last}
+        return {name: denoising for name, phase in names.items() if index % period == phase}
+
+    def export(self) -> dict[str, Tensor]:
+        """The generator to sample with: its average, or its weights where the run keeps none."""
+        return self.average.weights()
+
+    def networks(self) -> dict[str, Tensor]:
+        """Generator and critic as they are, for a run that goes on from this one."""
+        return {
+            **{f"generator.{k}": v for k, v in self.generator.state_dict().items()},
+            **{f"critic.{k}": v for k, v in self.critic.state_dict().items()},
+        }
+
+    def _load_networks(self, start: Mapping[str, Tensor]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in start.items() if k.startswith(prefix)}
+
+        self.generator.load_state_dict(part("generator."))
+        self.critic.fake.load_state_dict(part("critic.fake."))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs beside the step number."""
+        return {
+            "networks": self.networks(),
+            "average": self.average.state_dict(),
+            "generator_optimizer": self._generator_descent.state_dict(),
+            "critic_optimizer": self._critic_descent.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave; every key must fit."""
+        networks = state["networks"]
+        self.generator.load_state_dict({k[10:]: v for k, v in networks.items() if k.startswith("generator.")})
+        self.critic.load_state_dict({k[7:]: v for k, v in networks.items() if k.startswith("critic.")})
+        self.average.load_state_dict(state["average"])
+        self._generator_descent.load_state_dict(state["generator_optimizer"])
+        self._critic_descent.load_state_dict(state["critic_optimizer"])
+
+
+def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool) -> None:
+    """Raises UserError where a run asks for what it was not given, or what this teacher does not have."""
+    if not has_data and (train.has_gan or (train.num_steps > 1 and not train.backward_simulation)):
+        raise UserError("this run needs real data: it has a GAN, or several steps without backward simulation")
+    if not has_pairs and train.regression_weight > 0:
+        raise UserError("regression_weight > 0 needs the teacher's noise-image pairs")
+    if train.guidance_scale != 1 and teacher.conditioner.null(1) is None:
+        raise UserError(
+            f"guidance_scale is {train.guidance_scale}, but this teacher has no unconditional input; set it to 1"
+        )
+    if train.has_gan and train.gan_taps > (num := len(teacher.denoiser.feature_shapes)):
+        raise UserError(
+            f"gan_taps is {train.gan_taps}, but this teacher's encoder has {num} level(s); use at most {num}"
+        )
+
+
+def _describe(x0: Tensor) -> dict[str, Tensor]:
+    """Health of generated images x0 (B, ...): brightness, saturation, and how close neighbours have moved.
+
+    `neighbour_ratio` is the mean distance to the nearest other sample of the batch over the mean distance of all
+    pairs: it falls towards 0 when a generator collapses to a few images.
+    """
+    distances = torch.cdist(x0.flatten(1), x0.flatten(1))
+    num = x0.shape[0]
+    health = {"brightness": x0.mean(), "saturated": (x0.abs() > 1).float().mean()}
+    if num > 1:
+        nearest = (distances + torch.diag(torch.full((num,), float("inf"), device=x0.device))).min(dim=1).values
+        health["neighbour_ratio"] = nearest.mean() / (distances.sum() / (num * (num - 1))).clamp(min=1e-12)
+    return health

@@ -1,0 +1,216 @@
+"""The DMD2 losses at network level: which network is asked what, at which noise, and who gets the gradient.
+
+`real` is the frozen teacher's score, `fake` the critic's; `data` are real samples, `gen` generated ones. Losses of
+the generator are returned as gradients on its images, so that one backward pass through the generator serves all
+terms and their sizes can be compared where they meet (the author's rule for choosing the GAN weight).
+
+Shapes: B batch, `...` the shape of one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmd2.config import Train
+from dmd2.method.critic import Critic
+from dmd2.method.denoiser import Cond, Teacher, concat, guided, move
+from dmd2.method.noise import NoiseGrid, add_noise
+from dmd2.training.rng import normal
+from dmd2_kernels import (
+    DenoisingLoss,
+    GanCriticLoss,
+    MatchingLoss,
+    denoising_loss,
+    gan_critic_loss,
+    gan_generator_loss,
+    matching_loss_and_grad,
+)
+
+
+class Noised(NamedTuple):
+    """Noised samples, x = x0 + sigma * eps, as a network is asked about them."""
+
+    x: Tensor  # (B, ...)
+    sigma: Tensor  # (B,)
+    cond: Cond
+
+
+def noised(x0: Tensor, cond: Cond, grid: NoiseGrid, levels: tuple[int, int], rng: torch.Generator) -> Noised:
+    """`x0` at noise levels drawn uniformly, one per sample, from the grid indices low..high (both included)."""
+    sigma = grid.draw(x0.shape[0], *levels, rng)
+    return Noised(add_noise(x0, sigma, normal(x0.shape, rng)), sigma, cond)
+
+
+def _joined(parts: Sequence[Noised]) -> Noised:
+    """Several batches as one."""
+    x, sigma, conds = zip(*parts, strict=True)
+    return Noised(torch.cat(x), torch.cat(sigma), concat(conds))
+
+
+def matching_gradient(
+    x0: Tensor, cond: Cond, teacher: Teacher, critic: Critic, train: Train, rng: torch.Generator
+) -> tuple[MatchingLoss, Tensor]:
+    """The distribution-matching loss and its gradient on the generated images (paper, eq. 2 and 3).
+
+    x0 (B, ...) detached. With x at a random level, d L / d x0 = (x0_fake - x0_real) / mean|x0 - x0_real| / numel:
+    the critic's estimate minus the teacher's, per sample in units of the teacher's correction.
+    """
+    part = noised(x0, cond, teacher.grid, train.matching_levels, rng)
+    return matching_loss_and_grad(x0, _real_estimate(part, teacher, train), _fake_estimate(part, critic))
+
+
+def gan_gradient(
+    x0: Tensor, cond: Cond, teacher: Teacher, critic: Critic, train: Train, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The generator's GAN loss () and its gradient on the generated images (paper, section 4.3, eq. 4).
+
+    mean softplus(-D(x)) on images noised at a level of their own; the critic's weights get no gradient.
+    """
+    leaf = x0.detach().requires_grad_()
+    part = noised(leaf, cond, teacher.grid, train.gan_levels, rng)
+    if train.gan_features == "teacher":
+        _, logits = critic(*part, num_denoise=0, features=_teachers_features(part, teacher, train))
+    else:
+        _, logits = critic(*part, num_denoise=0, logits_from=0)
+    return _gan_gradient(logits, leaf, train)
+
+
+def generator_terms(
+    x0: Tensor, cond: Cond, teacher: Teacher, critic: Critic, train: Train, rng: torch.Generator
+) -> tuple[tuple[MatchingLoss, Tensor] | None, tuple[Tensor, Tensor] | None]:
+    """`matching_gradient` and `gan_gradient`, None for a term without weight: each at levels of its own, or shared."""
+    if train.share_levels and train.matching_weight > 0 and train.has_gan:
+        return shared_gradients(x0, cond, teacher, critic, train, rng)
+    matching = matching_gradient(x0, cond, teacher, critic, train, rng) if train.matching_weight > 0 else None
+    return matching, gan_gradient(x0, cond, teacher, critic, train, rng) if train.has_gan else None
+
+
+def shared_gradients(
+    x0: Tensor, cond: Cond, teacher: Teacher, critic: Critic, train: Train, rng: torch.Generator
+) -> tuple[tuple[MatchingLoss, Tensor], tuple[Tensor, Tensor]]:
+    """`matching_gradient` and `gan_gradient` at one noised sample (`share_levels`): as FastGen.
+
+    The network whose features D sees is asked for its estimate and them in one pass, an encoder pass less than the
+    two terms take apart; a guided teacher, whose estimate is of another batch, is tapped apart from it.
+    """
+    num = x0.shape[0]
+    leaf = x0.detach().requires_grad_()
+    part = noised(leaf, cond, teacher.grid, train.matching_levels, rng)
+    if train.gan_features == "critic":
+        x0_real = _real_estimate(part, teacher, train)
+        x0_fake, logits = critic(*part, num_denoise=num, logits_from=0)
+    else:
+        if train.guidance_scale == 1:
+            x0_real, features = teacher.denoiser.denoise_and_tap(*part, num, train.gan_taps)
+        else:
+            x0_real, features = _real_estimate(part, teacher, train), _teachers_features(part, teacher, train)
+        x0_fake = _fake_estimate(part, critic)
+        _, logits = critic(*part, num_denoise=0, features=features)
+    matching = matching_loss_and_grad(x0, x0_real.detach(), x0_fake.detach())
+    return matching, _gan_gradient(logits, leaf, train)
+
+
+@torch.no_grad()
+def _real_estimate(part: Noised, teacher: Teacher, train: Train) -> Tensor:
+    null = teacher.conditioner.null(part.x.shape[0]) if train.guidance_scale != 1 else None
+    return guided(teacher.denoiser, *part, null and move(null, part.x.device), train.guidance_scale)
+
+
+@torch.no_grad()
+def _fake_estimate(part: Noised, critic: Critic) -> Tensor:
+    return critic(*part, num_denoise=part.x.shape[0])[0]
+
+
+def _teachers_features(part: Noised, teacher: Teacher, train: Train) -> list[Tensor]:
+    return teacher.denoiser.denoise_and_tap(*part, 0, train.gan_taps)[1]
+
+
+def _gan_gradient(logits: Tensor, leaf: Tensor, train: Train) -> tuple[Tensor, Tensor]:
+    """The loss over the logits of all samples and heads, and its gradient in the images."""
+    loss = gan_generator_loss(logits.reshape(-1), kind=train.gan_loss).loss
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+class CriticLosses(NamedTuple):
+    """The critic's turn: `total` carries the graph."""
+
+    total: Tensor
+    denoising: DenoisingLoss
+    gan: GanCriticLoss | None
+
+
+def critic_losses(
+    x0: Tensor,
+    cond: Cond,
+    data: Callable[[], tuple[Tensor, Cond]],
+    teacher: Teacher,
+    critic: Critic,
+    train: Train,
+    rng: torch.Generator,
+) -> CriticLosses:
+    """Fake-score and discriminator losses on generated images x0 (B, ...), detached, in one pass of the critic.
+
+    The batch is [fake score | D on generated | D on data]: the encoder runs once on all of it, the decoder on the
+    first part alone. With `share_critic_pass` the first two parts are one. With the teacher's features the critic's
+    batch is the first part, and D's gradient ends at the heads. `data` is called only if there is a GAN.
+    """
+    score = noised(x0, cond, teacher.grid, train.critic_levels, rng)
+    weight = _denoising_weight(score.sigma, teacher, train)
+    if not train.has_gan:
+        denoising = denoising_loss(critic(*score, num_denoise=x0.shape[0])[0], x0, weight)
+        return CriticLosses(denoising.loss, denoising, None)
+
+    gen = score if train.share_critic_pass else noised(x0, cond, teacher.grid, train.gan_levels, rng)
+    judged = [gen, *_noised_data(*data(), teacher, train, rng)]
+    x0_fake, logits = _critic_pass(score, judged, teacher, critic, train)
+    gen_logits, data_logits, *perturbed = (part.reshape(-1) for part in logits.split([len(part.x) for part in judged]))
+    denoising = denoising_loss(x0_fake, x0, weight)
+    gan = gan_critic_loss(
+        gen_logits,
+        data_logits,
+        kind=train.gan_loss,
+        perturbed_data_logits=perturbed[0] if perturbed else None,
+        r1_weight=train.r1_weight,
+    )
+    return CriticLosses(denoising.loss + train.gan_critic_weight * gan.loss, denoising, gan)
+
+
+def _noised_data(x0: Tensor, cond: Cond, teacher: Teacher, train: Train, rng: torch.Generator) -> list[Noised]:
+    """Real samples noised for D; then, for the approximate R1, the same moved a little.
+
+    The *noised* sample is moved, so that a move of 0 costs exactly 0.
+    """
+    part = noised(x0, cond, teacher.grid, train.gan_levels, rng)
+    if train.r1_weight == 0:
+        return [part]
+    return [part, part._replace(x=part.x + train.r1_sigma * normal(part.x.shape, rng))]
+
+
+def _critic_pass(
+    score: Noised, judged: Sequence[Noised], teacher: Teacher, critic: Critic, train: Train
+) -> tuple[Tensor, Tensor]:
+    """The fake score's estimate of `score`, and logits of all that is `judged`, whose first may be `score` itself."""
+    num = score.x.shape[0]
+    if train.gan_features == "teacher":
+        with torch.no_grad():
+            features = _teachers_features(_joined(judged), teacher, train)
+        return critic(*score, num_denoise=num, features=features)
+    if train.share_critic_pass:
+        return critic(*_joined(judged), num_denoise=num, logits_from=0)
+    return critic(*_joined([score, *judged]), num_denoise=num, logits_from=num)
+
+
+def _denoising_weight(sigma: Tensor, teacher: Teacher, train: Train) -> Tensor:
+    if train.denoising_weighting == "uniform":
+        return torch.ones_like(sigma)
+    return critic_weight(sigma, teacher.sigma_data)
+
+
+def critic_weight(sigma: Tensor, sigma_data: float | None) -> Tensor:
+    """lambda(sigma) of the fake-score loss: EDM's sigma^-2 + sigma_data^-2, or sigma^-2, which is the epsilon loss."""
+    weight = sigma**-2
+    return weight if sigma_data is None else weight + sigma_data**-2

@@ -1,0 +1,72 @@
+"""The single noise coordinate of the project: x = x0 + sigma * eps, with sigma on a fixed grid.
+
+Shapes: B batch, T grid size, `...` the shape of one sample.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseGrid:
+    """A teacher's noise levels, ascending, and the scale of the pure noise its students start from.
+
+    `sigmas` is float32 of shape (T,). `init_scale * eps` is the input of a student's first step, together
+    with the largest sigma: 80 for EDM, sqrt(1 + sigma_max^2) for Stable Diffusion, whose one-step student is fed
+    unit Gaussians after the adapter's c_in.
+    """
+
+    sigmas: Tensor
+    init_scale: float
+
+    @classmethod
+    def karras(
+        cls, num_levels: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+    ) -> NoiseGrid:
+        """EDM's grid (Karras et al. 2022, eq. 5), ascending."""
+        ramp = np.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), num_levels, dtype=np.float64) ** rho
+        return cls(torch.from_numpy(ramp).float(), sigma_max)
+
+    @classmethod
+    def ddpm(cls, num_levels: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseGrid:
+        """Stable Diffusion's scaled-linear schedule: sigma_t = sqrt((1 - abar_t) / abar_t)."""
+        betas = np.linspace(beta_start**0.5, beta_end**0.5, num_levels, dtype=np.float64) ** 2
+        alpha_bar = np.cumprod(1.0 - betas)
+        sigmas = np.sqrt((1.0 - alpha_bar) / alpha_bar)
+        return cls(torch.from_numpy(sigmas).float(), math.sqrt(1.0 + float(sigmas[-1]) ** 2))
+
+    def __len__(self) -> int:
+        return self.sigmas.shape[0]
+
+    def to(self, device: torch.device | str) -> NoiseGrid:
+        """The same grid with its table on `device`."""
+        return NoiseGrid(self.sigmas.to(device), self.init_scale)
+
+    def draw(self, num: int, low: int, high: int, rng: torch.Generator) -> Tensor:
+        """`num` sigmas at indices drawn uniformly from low..high, both included. Returns (num,)."""
+        index = torch.randint(low, high + 1, (num,), generator=rng, device=self.sigmas.device)
+        return self.sigmas[index]
+
+    def student_steps(self, num_steps: int) -> list[float]:
+        """The descending sigmas of a student's steps: index T-1, then down in strides of T // num_steps.
+
+        For 1,000 levels and four steps these are the indices 999, 749, 499 and 249 (paper, section 4.4).
+        """
+        stride = len(self) // num_steps
+        return [float(self.sigmas[len(self) - 1 - i * stride]) for i in range(num_steps)]
+
+
+def expand(per_sample: Tensor, like: Tensor) -> Tensor:
+    """A (B,) tensor as (B, 1, ..., 1), so that it multiplies `like`."""
+    return per_sample.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(x0: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+    """x = x0 + sigma * eps, with one sigma per sample: (B, ...), (B,), (B, ...) -> (B, ...)."""
+    return x0 + expand(sigma, x0) * eps

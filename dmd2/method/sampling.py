@@ -1,0 +1,105 @@
+"""Samplers: the student's few steps, their truncation for training (backward simulation), and EDM's Heun sampler.
+
+Shapes: B batch, `...` the shape of one sample. A `noise` argument is a function that returns the next standard
+normal (B, ...) tensor; where the numbers come from (a training step's generator, one generator per sample) is the
+caller's business.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmd2.method.denoiser import Cond, Denoiser, guided
+from dmd2.method.noise import NoiseGrid, add_noise
+
+Noise = Callable[[], Tensor]
+
+
+def simulate(
+    generator: Denoiser, cond: Cond, sigmas: Sequence[float], init_scale: float, k: int, noise: Noise
+) -> tuple[Tensor, Tensor]:
+    """What the student sees at its step `k` when it samples: (x (B, ...), sigma (B,)), without a graph.
+
+    Backward simulation (paper, section 4.5): the first k steps are run as at inference, so that training and
+    sampling cannot differ. k = 0 is pure noise at the largest sigma.
+    """
+    with torch.no_grad():
+        x = init_scale * noise()
+        for i in range(k):
+            x0 = generator(x, _level(sigmas[i], x), cond)
+            x = add_noise(x0, _level(sigmas[i + 1], x), noise())
+        return x, _level(sigmas[k], x)
+
+
+def few_step(generator: Denoiser, cond: Cond, sigmas: Sequence[float], init_scale: float, noise: Noise) -> Tensor:
+    """Samples of a student with len(sigmas) steps, the sigmas descending: x0 (B, ...)."""
+    with torch.no_grad():
+        x, sigma = simulate(generator, cond, sigmas, init_scale, len(sigmas) - 1, noise)
+        return generator(x, sigma, cond)
+
+
+def _level(sigma: float, like: Tensor) -> Tensor:
+    return torch.full((like.shape[0],), sigma, device=like.device)
+
+
+@dataclass(frozen=True)
+class Churn:
+    """The stochastic part of EDM's sampler (Karras et al. 2022, algorithm 2); `amount` 0 is the ODE."""
+
+    amount: float = 0.0
+    low: float = 0.0
+    high: float = float("inf")
+    noise_scale: float = 1.0
+
+    def gamma(self, sigma: float, num_steps: int) -> float:
+        """By which factor the noise level is raised before a step at `sigma`."""
+        return min(self.amount / num_steps, 2**0.5 - 1) if self.low <= sigma <= self.high else 0.0
+
+
+def heun_sigmas(grid: NoiseGrid, num_steps: int, rho: float = 7.0) -> list[float]:
+    """The sampler's noise levels, descending to 0: num_steps + 1 values (Karras et al. 2022, eq. 5)."""
+    low, high = float(grid.sigmas[0]) ** (1 / rho), float(grid.sigmas[-1]) ** (1 / rho)
+    ramp = [(high + i / (num_steps - 1) * (low - high)) ** rho for i in range(num_steps)]
+    return [*ramp, 0.0]
+
+
+def heun(
+    denoiser: Denoiser,
+    cond: Cond,
+    grid: NoiseGrid,
+    num_steps: int,
+    noise: Noise,
+    *,
+    rho: float = 7.0,
+    churn: Churn | None = None,
+    null: Cond | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """EDM's second-order sampler in 2 * num_steps - 1 network passes, its state in float64: x0 (B, ...) float32.
+
+    Karras et al. 2022, algorithm 1 without `churn`, algorithm 2 with it.
+    """
+    churn = churn or Churn()
+
+    def slope(x: Tensor, sigma: float) -> Tensor:  # dx/dsigma = (x - D(x; sigma)) / sigma
+        x0 = guided(denoiser, x.float(), _level(sigma, x), cond, null, guidance_scale)
+        return (x - x0.double()) / sigma
+
+    with torch.no_grad():
+        sigmas = heun_sigmas(grid, num_steps, rho)
+        x = sigmas[0] * noise().double()
+        for sigma, sigma_next in itertools.pairwise(sigmas):
+            sigma_hat = sigma * (1 + churn.gamma(sigma, num_steps))
+            if sigma_hat > sigma:
+                x = x + (sigma_hat**2 - sigma**2) ** 0.5 * churn.noise_scale * noise().double()
+            d = slope(x, sigma_hat)
+            x_next = x + (sigma_next - sigma_hat) * d
+            if sigma_next > 0:
+                x_next = x + (sigma_next - sigma_hat) * 0.5 * (d + slope(x_next, sigma_next))
+            x = x_next
+        return x.float()

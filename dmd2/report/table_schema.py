@@ -1,0 +1,168 @@
+"""The shape of a table file and of the metric records that fill it. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dmd2.config import Model
+from dmd2.config.protocols import PROTOCOLS
+
+Metric = Literal["resolution", "latency_s", "fid", "patch_fid", "clip", "diversity"]  # in the order of columns
+
+FLOOR = "floor"  # `measure: floor` asks for what the real images themselves would score
+FURTHER_FIDS = tuple(f"fid_{name}" for name in PROTOCOLS)  # those of protocols that stand beside the first
+WITH_SD = ("fid", *FURTHER_FIDS, "inception_score", "pixel_fd")
+PLAIN = ("precision", "recall", "accuracy", "nearest_distance", "diversity")
+TRAINING = ("train_cpu_s", "train_wall_s", "gpu_s")  # what records say of the seconds that a model took
+Entry = Annotated[str, Field(pattern=r"^(floor|[A-Za-z0-9_-]+/[A-Za-z0-9_-]+)$")]
+
+
+class PaperData(Model):
+    """What the paper's figures were measured on."""
+
+    presets: tuple[str, ...] = Field((), description="presets on the paper's own data")
+    description: str
+
+
+class Row(Model):
+    """One row: a method with the paper's figures, and which model of this project stands for it."""
+
+    id: str
+    group: str
+    method: str
+    nfe: int | None = Field(None, gt=0, description="forward passes, as the paper counts them")
+    paper: dict[Metric, float] = Field(default_factory=dict)
+    ticks: tuple[str, ...] = ()
+    measure: Entry | None = Field(None, description="MODEL/SAMPLER, or floor")
+    instead: dict[str, Entry] = Field({}, description="presets on which another entry stands for the row")
+    only: tuple[str, ...] = Field((), description="presets that have this row; none means all")
+    pending: str | None = Field(None, description="why this project cannot measure the row yet")
+
+    @model_validator(mode="after")
+    def _measured_or_pending(self) -> Self:
+        if self.measure and self.pending:
+            raise ValueError("set `measure` or `pending`, not both")
+        if self.instead and not self.measure:
+            raise ValueError("`instead` needs `measure`, which it replaces on some presets")
+        return self
+
+    def entry(self, preset: str) -> str | None:
+        """What stands for the row on `preset`: MODEL/SAMPLER, `floor`, or nothing."""
+        return self.instead.get(preset, self.measure)
+
+
+class Table(Model):
+    """The content of `workflow/tables/tableN.yaml`."""
+
+    number: int = Field(gt=0)
+    title: str
+    paper_data: PaperData
+    ticks: tuple[str, ...] = Field((), description="columns of yes and no")
+    compute: bool = Field(False, description="whether the Markdown states the training of each row")
+    rows: tuple[Row, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _rows_belong_here(self) -> Self:
+        seen = set()
+        for row in self.rows:
+            if not row.id.startswith(f"t{self.number}."):
+                raise ValueError(f"row id {row.id!r} does not start with t{self.number}.")
+            if row.id in seen:
+                raise ValueError(f"row id {row.id!r} stands twice")
+            if unknown := set(row.ticks) - set(self.ticks):
+                raise ValueError(f"row {row.id}: ticks {sorted(unknown)} are not among the table's {list(self.ticks)}")
+            seen.add(row.id)
+        return self
+
+    def paper_metrics(self) -> list[str]:
+        """The metrics that any row quotes."""
+        return [metric for metric in get_args(Metric) if any(metric in row.paper for row in self.rows)]
+
+    def columns(self) -> list[str]:
+        """The columns of the CSV."""
+        paper = [f"paper_{metric}" for metric in self.paper_metrics()]
+        measured = [name for metric in WITH_SD for name in (metric, f"{metric}_sd")]
+        return [
+            *("row_id", "group", "method", *self.ticks, "paper_nfe", "nfe"),
+            *(*paper, *measured, *PLAIN, "source", "preset", "dataset"),
+            *("run", "iterations", "generator_updates", "checkpoint_step", "selection"),
+            *("num_samples", "num_blocks", "seeds", *TRAINING, "protocol", "features", "reference"),
+            *("config_digest", "commit", "note"),
+        ]
+
+    def rows_of(self, preset: str) -> tuple[Row, ...]:
+        """The rows that the table has on `preset`."""
+        return tuple(row for row in self.rows if not row.only or preset in row.only)
+
+
+class _Read(BaseModel):
+    """Part of a record: other keys may stand beside the ones read here."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Measure(_Read):
+    """Mean and standard deviation over the blocks."""
+
+    mean: float
+    sd: float | None = None
+
+
+class Measured(_Read):
+    """The measures of a set of samples; only the Frechet distance is always there."""
+
+    fid: Measure
+    fid_edm: Measure | None = None
+    fid_dmd2: Measure | None = None
+    inception_score: Measure | None = None
+    pixel_fd: Measure | None = None
+    precision: Measure | None = None
+    recall: Measure | None = None
+    accuracy: Measure | None = None
+    nearest_distance: Measure | None = None
+    diversity: Measure | None = None
+
+
+class FeaturesUsed(_Read):
+    """The extractor, the SHA-256 of its weights, and where the real images' moments are from."""
+
+    name: str
+    sha256: str
+    reference: str
+
+
+class ModelUsed(_Read):
+    """The model that was sampled and what its training took."""
+
+    run: str
+    iterations: int | None = None
+    generator_updates: int | None = None
+    checkpoint_step: int | None = None
+    selection: Literal["last", "best", "snapshot"] | None = None
+    seed: int | None = None
+    train_cpu_s: float | None = None
+    train_wall_s: float | None = None
+    gpu_s: float | None = None
+
+
+class MadeBy(_Read):
+    """Configuration and code that made the record."""
+
+    digest: str
+    commit: str
+
+
+class MetricsRecord(_Read):
+    """The keys of a metrics record that a table reads; `nfe` and `model` are absent from the floor's."""
+
+    metrics: Measured
+    nfe: int | None = None
+    num_samples: int
+    num_blocks: int
+    seed: int
+    protocols: dict[str, dict[str, str]] = Field(min_length=1, description="choices by name, that of `fid` first")
+    features: FeaturesUsed
+    model: ModelUsed | None = None
+    provenance: MadeBy

@@ -1,0 +1,246 @@
+"""The paper's tables with what was measured here beside them. No torch: the workflow plans its jobs with this.
+
+A table file (`workflow/tables/tableN.yaml`) has every row of the paper's table in its order. The paper's figures and
+the measured ones stand in separate columns (`paper_fid`, `fid`) and are never mixed: they are of different data unless
+the preset is the paper's.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmd2.config import Data
+from dmd2.config.reading import parse, read_yaml
+from dmd2.errors import UserError
+from dmd2.files import read_json, write_text
+from dmd2.report.table_schema import FLOOR, PLAIN, WITH_SD, Measure, MetricsRecord, Table
+
+Cells = dict[str, Any]
+
+TITLES = {
+    "fid": "FID",
+    "fid_edm": "FID, protocol edm",
+    "fid_dmd2": "FID, protocol dmd2",
+    "inception_score": "inception score",
+    "precision": "precision",
+    "recall": "recall",
+    "patch_fid": "patch FID",
+    "clip": "CLIP",
+    "resolution": "resolution",
+    "latency_s": "latency (s)",
+    "pixel_fd": "pixel FD",
+    "accuracy": "accuracy",
+    "nearest_distance": "nearest real image",
+    "diversity": "diversity",
+    "ttur": "TTUR",
+    "gan": "GAN",
+}
+PAPER_DECIMALS = {"fid": 2, "patch_fid": 2, "clip": 3, "diversity": 2, "latency_s": 2}
+
+
+def load_table(path: Path | str) -> Table:
+    """The table in a YAML file. Raises UserError naming the file and key."""
+    return parse(Table, read_yaml(path), str(path))
+
+
+def needed(table: Table, preset: str) -> list[str]:
+    """The entries `MODEL/SAMPLER`, and perhaps `floor`, whose metric records the table reads; each once, in order."""
+    entries = [row.entry(preset) for row in table.rows_of(preset)]
+    return list(dict.fromkeys(entry for entry in entries if entry))
+
+
+def check_presets(table: Table, presets: Sequence[str], where: str) -> None:
+    """Raises UserError, beginning with `where`, for a row that names a preset that does not exist."""
+    for row in table.rows:
+        for key, names in (("only", row.only), ("instead", row.instead)):
+            if unknown := [name for name in names if name not in presets]:
+                raise UserError(
+                    f"{where}: row {row.id}: `{key}`: no preset {unknown[0]!r}; known: {', '.join(sorted(presets))}"
+                )
+
+
+def read_records(files: Mapping[str, Path]) -> dict[str, dict[str, Any] | None]:
+    """The metric records by entry; None where the file does not exist yet."""
+    return {entry: read_json(path) if Path(path).exists() else None for entry, path in files.items()}
+
+
+def rows(
+    table: Table,
+    records: Mapping[str, Mapping[str, Any] | None],
+    preset: str,
+    data: Data,
+    files: Mapping[str, Path] | None = None,
+) -> list[Cells]:
+    """The cells of every row, keyed by `table.columns()`, in the table's order; None where there is no value.
+
+    `source` is never empty: `measured`, `quoted` from the paper, or `pending`. `records` maps what `needed` lists to
+    metric records; a missing one leaves its row pending. Raises UserError for a malformed record, naming its entry in
+    `files` and the key.
+    """
+    parsed = {
+        entry: parse(MetricsRecord, record, str((files or {}).get(entry, f"metrics of {entry}")))
+        for entry, record in records.items()
+        if record is not None
+    }
+    columns = table.columns()
+    side = data.resolution
+    where = {"preset": preset, "dataset": f"{data.source} {side}x{side}"}
+    return [{column: cells.get(column) for column in columns} for cells in _cells(table, parsed, where)]
+
+
+def _cells(table: Table, records: Mapping[str, MetricsRecord], where: Cells) -> Iterable[Cells]:
+    for row in table.rows_of(where["preset"]):
+        cells: Cells = {"row_id": row.id, "group": row.group, "method": row.method, "paper_nfe": row.nfe}
+        cells |= {f"paper_{metric}": value for metric, value in row.paper.items()}
+        cells |= {tick: "yes" if tick in row.ticks else "no" for tick in table.ticks if row.measure != FLOOR}
+        entry = row.entry(where["preset"])
+        record = records.get(entry or "")
+        if record is not None:
+            cells |= {"source": "measured"} | where | _measured(record)
+        elif entry:
+            cells |= {"source": "pending", "note": f"no metrics of {entry}"} | where
+        elif row.pending:
+            cells |= {"source": "pending", "note": row.pending}
+        else:
+            cells |= {"source": "quoted"}
+        yield cells
+
+
+def _measured(record: MetricsRecord) -> Cells:
+    """The measured columns of a row."""
+    cells: Cells = {}
+    for name in (*WITH_SD, *PLAIN):
+        measure: Measure | None = getattr(record.metrics, name)
+        cells[name] = measure.mean if measure else None
+        cells[f"{name}_sd"] = measure.sd if measure else None
+    made, model = record.provenance, record.model
+    seeds = f"samples {record.seed}"
+    if model is not None:
+        cells |= model.model_dump(exclude={"seed"})
+        seeds = seeds if model.seed is None else f"training {model.seed}; {seeds}"
+    return cells | {
+        "nfe": record.nfe,
+        "num_samples": record.num_samples,
+        "num_blocks": record.num_blocks,
+        "seeds": seeds,
+        "protocol": "; ".join(f"{name} ({_choices(choices)})" for name, choices in record.protocols.items()),
+        "features": f"{record.features.name} {record.features.sha256[:12]}",
+        "reference": record.features.reference,
+        "config_digest": made.digest,
+        "commit": made.commit,
+    }
+
+
+def _choices(choices: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in choices.items()).replace("_", " ")
+
+
+def write_csv(table_rows: Sequence[Cells], path: Path | str) -> None:
+    """Writes the rows as CSV with full precision, atomically; a None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(table_rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table_rows)
+    write_text(path, text.getvalue())
+
+
+def write_markdown(table: Table, table_rows: Sequence[Cells], path: Path | str) -> None:
+    """Writes the table for reading, atomically: rounded, with a caption that says what was measured on which data."""
+    has_measured = any(row["preset"] for row in table_rows)
+    columns = _markdown_columns(table, table_rows, has_measured)
+    lines = [
+        f"# Table {table.number}: {table.title}\n",
+        _caption(table, table_rows, has_measured) + "\n",
+        "| " + " | ".join(title for title, _ in columns) + " |",
+        "|" + "---|" * len(columns),
+    ]
+    group = None
+    for row in table_rows:
+        texts = [_text(row, name) for _, name in columns]
+        texts[0] = "" if row["group"] == group else texts[0]
+        group = row["group"]
+        lines.append("| " + " | ".join(texts) + " |")
+    write_text(path, "\n".join([*lines, "", _sources(table_rows)]) + "\n")
+
+
+def _markdown_columns(table: Table, table_rows: Sequence[Cells], has_measured: bool) -> list[tuple[str, str]]:
+    """Title and CSV column of what the Markdown shows: of the measures those that some row has, and always the FID."""
+    columns = [
+        ("", "group"),
+        ("Method", "method"),
+        *((TITLES.get(tick, tick.replace("_", " ")), tick) for tick in table.ticks),
+    ]
+    if any(row.nfe for row in table.rows):
+        columns.append(("passes (paper)", "paper_nfe"))
+    columns += [(f"{TITLES[metric]} (paper)", f"paper_{metric}") for metric in table.paper_metrics()]
+    if has_measured:
+        measures = (*WITH_SD, *PLAIN)
+        shown = [name for name in measures if name == "fid" or any(row[name] is not None for row in table_rows)]
+        columns += [("passes", "nfe"), *((TITLES[name], name) for name in shown)]
+        chosen = any(row["selection"] not in (None, "last") for row in table_rows)
+        columns += [("checkpoint", "selection")] if chosen else []
+        columns += [("iterations", "iterations"), ("generator updates", "generator_updates")] if table.compute else []
+        columns += [("training CPU-s", "train_cpu_s")] if table.compute else []
+    return [*columns, ("source", "source")]
+
+
+def _caption(table: Table, table_rows: Sequence[Cells], has_measured: bool) -> str:
+    paper = f"The columns marked (paper) are the figures of arXiv 2405.14867 on {table.paper_data.description}."
+    if not has_measured:
+        return paper
+    place = next(row for row in table_rows if row["preset"])
+    if place["preset"] in table.paper_data.presets:
+        remark = "They are comparable with the paper's only at its number of samples and with its features."
+    else:
+        remark = "They are figures of other data, not the paper's, and comparable only with one another."
+    text = f"{paper} The other columns are measured on **{place['dataset']}** (preset `{place['preset']}`). {remark}"
+    measured = [row for row in table_rows if row["source"] == "measured"]
+    models = [row for row in measured if row["run"] != "data"] or measured
+    counts = {
+        f"{row['num_blocks']} x {row['num_samples']:,} samples, features {row['features']}, "
+        f"moments of {'the data' if row['reference'] == 'data' else row['reference']}, protocol {row['protocol']}"
+        for row in models
+    }
+    spread = "Mean ± standard deviation over blocks of samples of one trained model (training seeds are not varied)"
+    return text + (f" {spread}: {'; '.join(sorted(counts))}." if counts else "")
+
+
+def _sources(table_rows: Sequence[Cells]) -> str:
+    """The legend of the column `source`, with the reasons why rows are pending."""
+    found = {row["source"] for row in table_rows}
+    notes = dict.fromkeys(row["note"] for row in table_rows if row["source"] == "pending")
+    meanings = {
+        "measured": "by this project, with the settings in the CSV beside this file",
+        "quoted": "a published figure alone; the method is not part of this project",
+        "pending": f"not measured here yet: {'; '.join(notes)}",
+    }
+    return "\n".join(f"- {source}: {meaning}" for source, meaning in meanings.items() if source in found)
+
+
+def _text(row: Cells, column: str) -> str:
+    """One cell for reading."""
+    value = row[column]
+    if column in (*WITH_SD, *PLAIN):
+        if row["source"] == "pending":
+            return "pending"
+        return "" if value is None else rounded(value, row.get(f"{column}_sd"))
+    if value is None:
+        return ""
+    if column.startswith("paper_"):
+        return f"{value:.{PAPER_DECIMALS.get(column.removeprefix('paper_'), 0)}f}"
+    if column == "train_cpu_s":
+        return f"{value:,.0f}"
+    return {"yes": "✓", "no": ""}.get(value, str(value)) if isinstance(value, str) else f"{value:,}"
+
+
+def rounded(mean: float, sd: float | None = None) -> str:
+    """`mean +- sd` with two digits of the deviation, or three significant digits of the mean alone."""
+    if not sd:
+        return f"{mean:#.3g}".rstrip(".")
+    decimals = min(max(1 - math.floor(math.log10(sd)), 0), 6)
+    return f"{mean:.{decimals}f} ± {sd:.{decimals}f}"

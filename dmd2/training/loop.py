@@ -1,0 +1,140 @@
+"""The loop around a training step: resume, log, checkpoint, export, stop on a signal.
+
+What is in training (`Trainee`) knows nothing of files; what is here knows nothing of losses.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from dmd2.config import Runtime
+from dmd2.errors import Interrupted
+from dmd2.progress import Progress
+from dmd2.training import ranks, sharding
+from dmd2.training.checkpoint_store import CheckpointStore
+from dmd2.training.log import TrainLog
+from dmd2.training.optimizer import FiniteGuard
+
+log = logging.getLogger(__name__)
+
+
+class Trainee(Protocol):
+    """What can be fitted: see `method.distillation.Distillation` and `method.teacher_fit.TeacherFit`."""
+
+    guard: FiniteGuard
+
+    def step(self, index: int) -> dict[str, Tensor]: ...
+    def export(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class StopSignals:
+    """While in force, SIGTERM, SIGINT and SIGUSR1 are noted instead of ending the process; a second SIGINT ends it."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> Self:
+        self._old = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for s, handler in self._old.items():
+            signal.signal(s, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.received == signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum
+
+
+class Clock:
+    """Wall and processor seconds, with those of earlier attempts."""
+
+    def __init__(self, wall_s: float = 0.0, cpu_s: float = 0.0):
+        self._wall, self._cpu = time.monotonic() - wall_s, time.process_time() - cpu_s
+
+    def read(self) -> dict[str, float]:
+        """Seconds so far."""
+        wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
+        return {"wall_s": round(wall, 3), "cpu_s": round(cpu, 3)}
+
+
+def fit(
+    trainee: Trainee,
+    iterations: int,
+    store: CheckpointStore,
+    runtime: Runtime,
+    *,
+    title: str,
+    snapshots: Iterable[int] = (),
+    alarm: Callable[[dict[str, float]], str | None] | None = None,
+) -> dict[str, float]:
+    """Trains up to `iterations`, from the newest checkpoint of `store` if there is one; returns the seconds it took.
+
+    The store must be entered (its lease held). Snapshots of `trainee.export()` are written into the store's folder
+    as `snapshot-00000500.safetensors`. `alarm` sees each log row and may return a warning. Raises UserError when a
+    loss is not finite, and Interrupted after saving on a signal: with one process after the iteration it arrived in,
+    with several after the next, since the ranks tell one another beside the work (`distributed.Notices`): two
+    iterations and the writing must fit into the time that a cluster grants (Slurm: 30 s), else it counts as a crash,
+    which loses at most what follows the newest checkpoint: `runtime.checkpoint_every` iterations or
+    `checkpoint_minutes`, and what was done while that was written.
+    """
+    start, clock = _take_up(trainee, store)
+    if start:
+        log.info("%s: resuming after iteration %d of %d", title, start, iterations)
+    snapshots = set(snapshots)
+    is_main = ranks.rank() == 0
+    saved_at, num_saved, notices = time.monotonic(), 0, ranks.Notices()
+
+    with StopSignals() as stop, TrainLog(store.folder, start, enabled=is_main) as rows:
+        progress = Progress(title, iterations, start)
+        for index in range(start, iterations):
+            with ranks.exchange(f"iteration {index + 1}"):
+                rows.add(trainee.step(index))
+            store.check()
+            done = index + 1
+            is_time = time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes
+            # A rank whose clock is up asks for the next checkpoint by its number: heard twice, it is made once.
+            signum, wanted = notices(stop.received or 0, num_saved + is_time, now=done == iterations)
+            saving = done % runtime.checkpoint_every == 0 or wanted > num_saved or signum > 0 or done == iterations
+            if done % runtime.log_every == 0 or done in snapshots or saving:
+                trainee.guard.raise_if_tripped()
+                row = rows.flush(done, clock.read())
+                progress.update(done, row.get("denoising_loss"))
+                if is_main and alarm is not None and (warning := alarm(row)):
+                    log.warning("%s: iteration %d: %s", title, done, warning)
+            if done in snapshots and (weights := sharding.gather(trainee.export())):  # on the first rank
+                store.save_weights(f"snapshot-{done:08d}", weights)
+            if saving:
+                store.save(done, trainee.state_dict(), **clock.read())
+                saved_at, num_saved = time.monotonic(), num_saved + 1
+            if signum:
+                store.wait()
+                ranks.barrier()  # a rank that ended first would have the others ended too
+                raise Interrupted(signum, done)
+        store.wait()
+    ranks.barrier()
+    return clock.read()
+
+
+def _take_up(trainee: Trainee, store: CheckpointStore) -> tuple[int, Clock]:
+    """Puts the trainee where the newest checkpoint left it: how many iterations are done, and the clock of them."""
+    found = store.load(trainee.state_dict())
+    if found is None:
+        return 0, Clock()
+    state, facts = found
+    trainee.load_state_dict(state)
+    return facts["step"], Clock(facts["wall_s"], facts["cpu_s"])
