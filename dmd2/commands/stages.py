@@ -139,7 +139,7 @@ def metrics(
     """Measure a set of samples, or those of a model's weights, or the floor where neither is given."""
     from dmd2.stages import measure
 
-    measured = measure.Measured(samples, weights)
+    measured = measure.SampleSource(samples, weights)
     measure.metrics(_spec(spec, "metrics"), measured, reference, extractor, state, out, _runtime(runtime))
 
 

@@ -9,7 +9,7 @@ from dmd2.config.base import Beta, Model, Precision, Seed, WeightsFile
 from dmd2.config.data import Data
 from dmd2.config.evaluation import Evaluation, Features, Pairs, Sampler
 from dmd2.config.preset import Preset, Run, RunFile
-from dmd2.config.teacher import Network, Teacher, TeacherTraining
+from dmd2.config.teacher import Network, TeacherConfig, TeacherTraining
 from dmd2.config.train import Runtime, Train, largest_part
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "Runtime",
     "Sampler",
     "Seed",
-    "Teacher",
+    "TeacherConfig",
     "TeacherTraining",
     "Train",
     "WeightsFile",

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from dmd2.config.base import Model, WeightsFile
 from dmd2.config.data import Data
 from dmd2.config.evaluation import Evaluation, Features, Pairs, Sampler
-from dmd2.config.teacher import Teacher
+from dmd2.config.teacher import TeacherConfig
 from dmd2.config.train import Runtime, Train
 
 
@@ -19,7 +19,7 @@ class Preset(Model):
     name: str
     description: str
     data: Data
-    teacher: Teacher
+    teacher: TeacherConfig
     features: Features
     pairs: Pairs = Pairs()
     samplers: dict[str, Sampler]

@@ -40,7 +40,7 @@ class TeacherTraining(Model):
     grad_clip: float = Field(10.0, gt=0)
 
 
-class Teacher(Model):
+class TeacherConfig(Model):
     """The many-step diffusion model that is distilled: trained here, or read from a file."""
 
     kind: str = Field(description="key of teachers.TEACHERS")

@@ -121,7 +121,7 @@ class Feed:
         return self.read(index)
 
     def pairs(self, index: int) -> tuple[Tensor, Tensor, Cond]:
-        """See `training.Pairs`; an image stands for its noise as well."""
+        """See `distillation.PairBatches`; an image stands for its noise as well."""
         x0, cond = self.read(index)
         return x0, x0, cond
 
@@ -132,7 +132,7 @@ class Feed:
 
 def bare_pass(run: Distillation, times: int) -> float:
     """Milliseconds, the median, of a forward and backward pass of the generator on as many samples as it is given."""
-    num, rng, watch, found = run.parts.size, step_rng(0, 0, device=run.device), Stopwatch(run.device), []
+    num, rng, watch, found = run.micro_batches.size, step_rng(0, 0, device=run.device), Stopwatch(run.device), []
     x, cond = normal((num, *run.teacher.sample_shape), rng), move(run.teacher.conditioner.draw(num, rng), run.device)
     for _ in range(times):
         start = watch.now()
@@ -142,7 +142,7 @@ def bare_pass(run: Distillation, times: int) -> float:
     return 1000 * median(found)
 
 
-def measure(run: Distillation, feed: Feed, iterations: int, warmup: int) -> tuple[float, float, dict[str, float]]:
+def time_step(run: Distillation, feed: Feed, iterations: int, warmup: int) -> tuple[float, float, dict[str, float]]:
     """Milliseconds per iteration of the step as it is, of the step under the watch, and of each part."""
     for index in range(warmup):
         run.step(index)
@@ -234,7 +234,7 @@ def main(
             teacher, period = load_teacher(bare, plan.preset.data), train.critic_steps_per_generator
             feed = Feed(Path(folder) / name, plan, teacher, ranks.local_share(train.batch_size))
             built, num = trainee(teacher, train, feed, where, how, micro_batch), -(-iterations // period) * period
-            times = measure(built, feed, num, warmup=2 * period)
+            times = time_step(built, feed, num, warmup=2 * period)
             busy, listing = profiled(built, 2 * period + 2 * num, period) if profile else (None, "")
             feed.close()
             row = row_of(plan, name, train, built, times, bare_pass(built, num))

@@ -46,7 +46,7 @@ def row_of(
     plain, whole, parts = times
     device, flops = run.device, step_cost(plan.preset.teacher, plan.preset.data, train).total
     label = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    rate = run.parts.num * run.parts.size / plain * 1000  # of this rank
+    rate = run.micro_batches.num * run.micro_batches.size / plain * 1000  # of this rank
     gpu, tflops = gpus.known(label), flops * rate / 1e12
     beside = parts.get(DATA, 0.0) if device.type == "cuda" else 0.0
     return {
@@ -58,7 +58,7 @@ def row_of(
         "threads": torch.get_num_threads(),
         "precision": train.precision,
         "batch": train.batch_size,
-        "micro_batch": run.parts.size,
+        "micro_batch": run.micro_batches.size,
         "ms": f"{plain:.2f}",
         "ms_pass": f"{bare:.2f}",
         "images_per_s": f"{rate * ranks.world_size():.1f}",

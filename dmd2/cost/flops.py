@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dmd2 import config
-from dmd2.cost.meta_run import shadow_batch, shadow_run, shadow_teacher, shadows
+from dmd2.cost.meta_run import meta_batch, meta_run, meta_teacher, meta_tensors
 from dmd2.cost.step_parts import PARTS, observed
 from dmd2.method import sampling
 from dmd2.method.critic import RealismHead
@@ -49,7 +49,7 @@ def _attention_backward(_: Any, q: Any, k: Any, v: Any, *__: Any, **___: Any) ->
     return 2 * sdpa_flop_count(q, k, v)
 
 
-class Counter:
+class FlopCounter:
     """Operations by part of a step; an observer of `passes.observed`."""
 
     def __init__(self) -> None:
@@ -108,17 +108,17 @@ class StepCost:
 
 
 def _counted(function: Callable[[], object]) -> int:
-    counter = Counter()
+    counter = FlopCounter()
     with counter.counting():
         function()
     return counter.total
 
 
-def pass_cost(teacher: config.Teacher, data: config.Data) -> PassCost:
+def pass_cost(teacher: config.TeacherConfig, data: config.Data) -> PassCost:
     """What a network of this architecture costs."""
-    with shadows(), torch.no_grad():
-        built = shadow_teacher(teacher, data)
-        (x, cond), sigma = shadow_batch(built, BATCH), torch.ones(BATCH)
+    with meta_tensors(), torch.no_grad():
+        built = meta_teacher(teacher, data)
+        (x, cond), sigma = meta_batch(built, BATCH), torch.ones(BATCH)
         features = built.denoiser.denoise_and_tap(x, sigma, cond, 0)[1]
         head = RealismHead(built.denoiser.feature_shapes[0])
         return PassCost(
@@ -128,12 +128,12 @@ def pass_cost(teacher: config.Teacher, data: config.Data) -> PassCost:
         )
 
 
-def step_cost(teacher: config.Teacher, data: config.Data, train: config.Train) -> StepCost:
+def step_cost(teacher: config.TeacherConfig, data: config.Data, train: config.Train) -> StepCost:
     """What a step of `train` costs: the mean of an iteration that moves the generator and R - 1 that do not."""
     train = train.model_copy(update={"batch_size": BATCH})
     period = train.critic_steps_per_generator
-    with shadows(), use("triton"):  # a fused op is one step here, as it is on a GPU
-        run = shadow_run(shadow_teacher(teacher, data), train)
+    with meta_tensors(), use("triton"):  # a fused op is one step here, as it is on a GPU
+        run = meta_run(meta_teacher(teacher, data), train)
         iterations = [(0, 1.0)] + ([(1, period - 1.0)] if period > 1 else [])
         # Backward simulation takes k = 0 .. n - 1 steps, all as often: its mean is that of the two ends.
         ends = sorted({0, train.num_steps - 1})
@@ -147,7 +147,7 @@ def step_cost(teacher: config.Teacher, data: config.Data, train: config.Train) -
 
 def _iteration(run: Distillation, index: int, k: int) -> tuple[dict[str, int], int]:
     """FLOPs by part of iteration `index` with `k` simulated steps, and what fused attention does again."""
-    counter, simulate = Counter(), sampling.simulate
+    counter, simulate = FlopCounter(), sampling.simulate
 
     def exactly(generator: Any, cond: Any, sigmas: Any, init_scale: float, _: int, noise: Any) -> Any:
         return simulate(generator, cond, sigmas, init_scale, k, noise)
@@ -163,7 +163,7 @@ def inception_cost() -> float:
     """FLOPs of the Inception features of one image, on torchvision's network of that architecture."""
     from torchvision.models import inception_v3
 
-    with shadows(), torch.no_grad():
+    with meta_tensors(), torch.no_grad():
         network = inception_v3(weights=None, aux_logits=False, init_weights=False).eval()
         x = torch.zeros(1, 3, 299, 299)
         return float(_counted(lambda: network(x)))
@@ -173,7 +173,7 @@ def features_cost(features: config.Features, data: config.Data) -> float:
     """FLOPs of the features of one image."""
     if features.kind == "inception":
         return inception_cost()
-    with shadows(), torch.no_grad():
+    with meta_tensors(), torch.no_grad():
         network = Classifier(data.channels, data.resolution, data.num_classes)
         x = torch.zeros(1, data.channels, data.resolution, data.resolution)
         return float(_counted(lambda: network.hidden(x)))

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dmd2 import config
-from dmd2.cost.meta_run import shadow_run, shadow_teacher, shadows
+from dmd2.cost.meta_run import meta_run, meta_teacher, meta_tensors
 from dmd2.cost.step_parts import CRITIC_TURN, GENERATOR_TURN, OPTIMIZERS, observed
 from dmd2.method.distillation import Distillation
 from dmd2.training.sharding import blocks
@@ -178,8 +178,8 @@ def state_of(run: Distillation, train: config.Train) -> State:
     )
 
 
-def measure(
-    teacher: config.Teacher,
+def measure_memory(
+    teacher: config.TeacherConfig,
     data: config.Data,
     train: config.Train,
     *,
@@ -193,17 +193,17 @@ def measure(
     With `recompute` the trained networks keep their blocks' inputs alone (`Runtime.activation_checkpointing`).
     """
 
-    def shadow(samples: int) -> tuple[State, dict[str, int]]:
+    def measured(samples: int) -> tuple[State, dict[str, int]]:
         batch = train.model_copy(update={"batch_size": samples * parts})
         live = LiveBytes()
-        with shadows(), use(kernels), live:
-            run = shadow_run(shadow_teacher(teacher, data), batch, micro_batch_size=samples)
+        with meta_tensors(), use(kernels), live:
+            run = meta_run(meta_teacher(teacher, data), batch, micro_batch_size=samples)
             for network in (run.generator, run.critic.fake, run.teacher.denoiser):
                 network.prepare(activation_checkpointing=recompute)
             peaks_of_step(run, live)
             return state_of(run, train), live.peaks
 
-    found = [shadow(samples) for samples in sizes]
+    found = [measured(samples) for samples in sizes]
     state = found[0][0]
     names = dict.fromkeys(name for _, peaks in found for name in peaks)
     turns = {

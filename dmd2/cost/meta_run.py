@@ -56,7 +56,7 @@ class _AnyGenerator(torch.Generator):
 
 
 @contextmanager
-def shadows() -> Iterator[None]:
+def meta_tensors() -> Iterator[None]:
     """Within the block new tensors have a shape and a life, but no content; generators are there but draw nothing."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch, "Generator", _AnyGenerator))
@@ -78,7 +78,7 @@ class _Grid(NoiseGrid):
         return torch.empty(num)
 
 
-def shadow_teacher(teacher: config.Teacher, data: config.Data) -> Teacher:
+def meta_teacher(teacher: config.TeacherConfig, data: config.Data) -> Teacher:
     """The teacher that a configuration describes, without its weights."""
     bare = teacher.model_copy(update={"weights": None})
     with torch.device(META):
@@ -87,8 +87,8 @@ def shadow_teacher(teacher: config.Teacher, data: config.Data) -> Teacher:
     return Teacher(built.denoiser, grid, built.codec, built.conditioner, built.sample_shape, built.sigma_data)
 
 
-def shadow_batch(teacher: Teacher, num: int) -> tuple[Tensor, Cond]:
-    """`num` samples with their conditions, inside `shadows`."""
+def meta_batch(teacher: Teacher, num: int) -> tuple[Tensor, Cond]:
+    """`num` samples with their conditions, inside `meta_tensors`."""
     return torch.empty((num, *teacher.sample_shape)), teacher.conditioner.draw(num, torch.Generator())
 
 
@@ -100,9 +100,9 @@ def _pairs(x0: Tensor, cond: Cond, index: int) -> tuple[Tensor, Tensor, Cond]:
     return x0, x0, cond
 
 
-def shadow_run(teacher: Teacher, train: config.Train, **settings: Any) -> Distillation:
-    """The run of `train` on a shadow teacher, inside `shadows`; `settings` are further arguments of `Distillation`."""
-    x0, cond = shadow_batch(teacher, train.batch_size)
+def meta_run(teacher: Teacher, train: config.Train, **settings: Any) -> Distillation:
+    """The run of `train` on a meta teacher, inside `meta_tensors`; `settings` go to `Distillation`."""
+    x0, cond = meta_batch(teacher, train.batch_size)
     data, pairs = partial(_batch, x0, cond), partial(_pairs, x0, cond)
     if train.regression_weight > 0 and train.regression_loss == "lpips":
         settings["regression_distance"] = distance_by(without_values().to(META))

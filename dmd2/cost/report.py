@@ -12,12 +12,12 @@ from dmd2.cost import gpu_hours
 from dmd2.cost.disk import NetworkBytes, Supply, disk, supplies
 from dmd2.cost.flops import pass_cost, step_cost
 from dmd2.cost.gpus import UTILISATION, gpu
-from dmd2.cost.memory import Memory, State, measure
+from dmd2.cost.memory import Memory, State, measure_memory
 from dmd2.cost.placement import Layout, Placement, capacity, check_share, place
 from dmd2.lineage.jobs import Job, Jobs, chain, rules
 from dmd2.lineage.plan import Plan
 from dmd2.report.table_schema import FLOOR, Table
-from dmd2.report.tables import load_table, needed
+from dmd2.report.tables import load_table, measured_entries
 
 Report = dict[str, Any]
 """What JSON holds."""
@@ -63,7 +63,7 @@ def tables(plan: Plan, names: Sequence[str], machines: Machines) -> Report:
     """What the tables `names` take from nothing to the last row."""
     loaded = {name: load_table(plan.folder / "tables" / f"{name}.yaml") for name in names}
     jobs = Jobs(plan)
-    entries = dict.fromkeys(entry for table in loaded.values() for entry in needed(table, plan.preset.name))
+    entries = dict.fromkeys(entry for table in loaded.values() for entry in measured_entries(table, plan.preset.name))
     keys = {entry: jobs.metrics(entry).key for entry in entries}
     every, costs, rates = jobs.closure(keys.values()), gpu_hours.Costs(plan.preset), machines.rates()
     runs = [job.spec.name for job in every if job.spec.stage == "train"]
@@ -137,7 +137,7 @@ def _placements(plan: Plan, runs: Iterable[str], machines: Machines) -> dict[str
 
     @cache
     def measured(content: str, parts: int) -> Memory:
-        return measure(teacher, data, Train.model_validate_json(content), parts=parts, recompute=recompute)
+        return measure_memory(teacher, data, Train.model_validate_json(content), parts=parts, recompute=recompute)
 
     found = {}
     for run in runs:

@@ -36,7 +36,7 @@ class Observer(Protocol):
     def end(self, part: str) -> None: ...
 
 
-class _Teller:
+class StepTracer:
     """Decides from the passes which part is on, and tells the observer."""
 
     def __init__(self, observer: Observer):
@@ -89,10 +89,10 @@ class _Teller:
 @contextmanager
 def observed(run: Distillation, observer: Observer, more: Sequence[Place] = ()) -> Iterator[None]:
     """Within the block, `observer` is told of the parts of `run.step`, and of the calls of the functions in `more`."""
-    teller = _Teller(observer)
+    teller = StepTracer(observer)
     named: list[Place] = [
-        (optimizer.Descent, "step", OPTIMIZERS),
-        (optimizer.Average, "update", AVERAGE),
+        (optimizer.Optimizer, "step", OPTIMIZERS),
+        (optimizer.EMA, "update", AVERAGE),
         (run.teacher.denoiser, "denoise_and_tap", REAL),  # which a pass of it always calls
         *more,
     ]

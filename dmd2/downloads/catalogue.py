@@ -92,7 +92,7 @@ def _is_pattern(path: str) -> bool:
     return any(sign in path for sign in "*?[{")
 
 
-def needed(preset: Preset, runs: Iterable[Run] = ()) -> dict[str, list[str]]:
+def needed_downloads(preset: Preset, runs: Iterable[Run] = ()) -> dict[str, list[str]]:
     """The paths from outside that a preset and runs on it name, each with the keys that name it."""
     found: dict[str, list[str]] = {}
     if preset.data.path is not None:

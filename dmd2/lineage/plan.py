@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dmd2.config import Data, Evaluation, Features, Preset, Run, Teacher, Train
+from dmd2.config import Data, Evaluation, Features, Preset, Run, TeacherConfig, Train
 from dmd2.config.reading import load_preset, load_run
 from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
@@ -66,11 +66,11 @@ class Plan:
     @cached_property
     def latents(self) -> Spec:
         """The data set in the teacher's space, with its conditions."""
-        space = Teacher(kind=self.preset.teacher.kind)  # codec and conditioner depend on nothing else
+        space = TeacherConfig(kind=self.preset.teacher.kind)  # codec and conditioner depend on nothing else
         return Spec.of("latents", "latents", {"shards": self.shards}, data=self._data, teacher=space)
 
     @cached_property
-    def _teacher(self) -> Teacher:
+    def _teacher(self) -> TeacherConfig:
         """The teacher section for what builds on its weights: their origin is in the digest of the teacher's stage."""
         return self.preset.teacher.model_copy(update={"training": None, "weights": None})
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from dmd2.config import Data, Evaluation, Features, Model, Pairs, Sampler, Teacher, Train, WeightsFile
+from dmd2.config import Data, Evaluation, Features, Model, Pairs, Sampler, TeacherConfig, Train, WeightsFile
 from dmd2.config.reading import parse, read_mapping, read_yaml
 
 VERSIONS = {
@@ -42,7 +42,7 @@ class Spec(Model):
     name: str
     version: int
     data: Data | None = None
-    teacher: Teacher | None = None
+    teacher: TeacherConfig | None = None
     features: Features | None = None
     pairs: Pairs | None = None
     sampler: Sampler | None = None

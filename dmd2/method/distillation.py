@@ -19,19 +19,19 @@ from dmd2.method.critic import Critic
 from dmd2.method.denoiser import Cond, Denoiser, Teacher, move
 from dmd2.method.noise import add_noise, expand
 from dmd2.training import sharding
-from dmd2.training.micro_batches import Parts, Shares, means
-from dmd2.training.optimizer import Average, Descent, FiniteGuard, warmup
+from dmd2.training.micro_batches import BatchReader, MicroBatches, means
+from dmd2.training.optimizer import EMA, FiniteGuard, Optimizer, warmup
 from dmd2.training.rng import normal, shared_choice
 
 Batches = Callable[[int], tuple[Tensor, Cond]]
 """Batch number -> (x0, conditions) of this rank's share of real samples, the samples first."""
-Pairs = Callable[[int], tuple[Tensor, Tensor, Cond]]
+PairBatches = Callable[[int], tuple[Tensor, Tensor, Cond]]
 """Batch number -> (noise, the teacher's x0, conditions) of this rank's share of pairs."""
 Distance = Callable[[Tensor, Tensor], Tensor]
 """The mean distance () of two batches of images (B, ...), with its gradient in the first."""
 
 
-class Made(NamedTuple):
+class Generated(NamedTuple):
     """What the generator made of one part, with the random numbers that the part goes on with."""
 
     x0: Tensor  # (B, ...), detached
@@ -53,7 +53,7 @@ class Distillation:
         train: Train,
         *,
         data: Batches | None = None,
-        pairs: Pairs | None = None,
+        pairs: PairBatches | None = None,
         regression_distance: Distance = torch.nn.functional.mse_loss,
         start: Mapping[str, Tensor] | None = None,
         micro_batch_size: int | None = None,
@@ -64,9 +64,9 @@ class Distillation:
         self.train = train
         self.device = torch.device(device)
         self.teacher = teacher.to(self.device)
-        self.parts = Parts.of(train.batch_size, micro_batch_size)
-        self._data = Shares(data, self.parts, self.device) if data is not None else None
-        self._pairs = Shares(pairs, self.parts, self.device) if pairs is not None else None
+        self.micro_batches = MicroBatches.of(train.batch_size, micro_batch_size)
+        self._data = BatchReader(data, self.micro_batches, self.device) if data is not None else None
+        self._pairs = BatchReader(pairs, self.micro_batches, self.device) if pairs is not None else None
         self._regression_distance = regression_distance
         self._sigmas = teacher.grid.student_steps(train.num_steps)
         self._sigma_table = torch.tensor(self._sigmas, device=self.device)
@@ -83,14 +83,14 @@ class Distillation:
         for network in (self.generator, self.critic):
             sharding.place(network, layout)
         sharding.place(self.teacher.denoiser, layout, entry_points=("denoise_and_tap",))
-        self.average = Average(self.generator, train.ema_decay)
+        self.ema = EMA(self.generator, train.ema_decay)
         self.guard = FiniteGuard(self.device)
-        self._generator_descent = self._descent(self.generator, train.generator_learning_rate)
-        self._critic_descent = self._descent(self.critic, train.critic_learning_rate)
+        self._generator_optimizer = self._optimizer(self.generator, train.generator_learning_rate)
+        self._critic_optimizer = self._optimizer(self.critic, train.critic_learning_rate)
 
-    def _descent(self, network: torch.nn.Module, learning_rate: float) -> Descent:
+    def _optimizer(self, network: torch.nn.Module, learning_rate: float) -> Optimizer:
         train = self.train
-        return Descent(
+        return Optimizer(
             network,
             learning_rate=learning_rate,
             betas=train.betas,
@@ -110,50 +110,50 @@ class Distillation:
         moves_critic = self.train.turns == "both" or not moves_generator
         regresses = self.train.regression_weight > 0
 
-        made: list[Made] = []
+        made: list[Generated] = []
         rows: list[dict[str, Tensor]] = []
-        for part in range(self.parts.num):
-            rng = self.parts.rng(self.train.seed, index, part, self.device)
+        for part in range(self.micro_batches.num):
+            rng = self.micro_batches.rng(self.train.seed, index, part, self.device)
             x, sigma, cond = self._generator_input(index, part, rng)
             with torch.set_grad_enabled(moves_generator):
                 x0 = self.generator(x, sigma, cond)
-            made.append(Made(x0.detach(), cond, rng))
+            made.append(Generated(x0.detach(), cond, rng))
             if moves_generator:
                 grad, metrics = self._generator_gradient(made[part])
-                with self._generator_descent.accumulating(last=self.parts.is_last(part) and not regresses):
-                    x0.backward(grad / self.parts.num)
+                with self._generator_optimizer.accumulating(last=self.micro_batches.is_last(part) and not regresses):
+                    x0.backward(grad / self.micro_batches.num)
                 if regresses:
                     metrics["regression_loss"] = self._add_regression(index, part)
                 rows.append(metrics | _describe(made[part].x0))
         metrics = {}
         if moves_generator:
-            metrics = self._descend(self._generator_descent, index, means(rows), "generator_grad_norm")
-            self.average.update()
+            metrics = self._update(self._generator_optimizer, index, means(rows), "generator_grad_norm")
+            self.ema.update()
 
         if moves_critic:
-            rows = [self._add_critic_losses(index, part, made[part]) for part in range(self.parts.num)]
-            metrics |= self._descend(self._critic_descent, index, means(rows), "critic_grad_norm")
+            rows = [self._add_critic_losses(index, part, made[part]) for part in range(self.micro_batches.num)]
+            metrics |= self._update(self._critic_optimizer, index, means(rows), "critic_grad_norm")
             metrics |= self._lag(index, metrics["denoising_loss"])
         return metrics
 
-    def _descend(self, descent: Descent, index: int, metrics: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
+    def _update(self, optimizer: Optimizer, index: int, metrics: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
         """One update from the gradients that are there, its losses guarded; `metrics` and the gradient's norm."""
         terms = {name: value for name, value in metrics.items() if name.endswith("_loss")}
-        return metrics | {norm: descent.step(index, self.guard, terms, norm)}
+        return metrics | {norm: optimizer.step(index, self.guard, terms, norm)}
 
     def _generator_input(self, index: int, part: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
         """(x, sigma, conditions): pure noise for one step; for several, the student's own input at a step that all
         slots draw alike."""
         train, grid = self.train, self.teacher.grid
-        shape = (self.parts.size, *self.teacher.sample_shape)
+        shape = (self.micro_batches.size, *self.teacher.sample_shape)
         if train.num_steps > 1 and not train.backward_simulation:
-            return self._noised_data(index, part, rng)
-        cond = move(self.teacher.conditioner.draw(self.parts.size, rng), self.device)
+            return self._noised_real_input(index, part, rng)
+        cond = move(self.teacher.conditioner.draw(self.micro_batches.size, rng), self.device)
         k = shared_choice(train.seed, index, train.num_steps)
         x, sigma = sampling.simulate(self.generator, cond, self._sigmas, grid.init_scale, k, lambda: normal(shape, rng))
         return x, sigma, cond
 
-    def _noised_data(self, index: int, part: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
+    def _noised_real_input(self, index: int, part: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
         """Without backward simulation: noised real samples with their own conditions, at a step of their own each;
         pure noise at the first."""
         x0, cond = self._real(index, part)
@@ -163,7 +163,7 @@ class Distillation:
         pure = self.teacher.grid.init_scale * eps
         return torch.where(expand(k == 0, x0), pure, add_noise(x0, sigma, eps)), sigma, cond
 
-    def _generator_gradient(self, made: Made) -> tuple[Tensor, dict[str, Tensor]]:
+    def _generator_gradient(self, made: Generated) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of matching and GAN losses on the images, and what the log wants of them."""
         train, (x0, cond, rng) = self.train, made
         matching, gan = losses.generator_terms(x0, cond, self.teacher, self.critic, train, rng)
@@ -188,17 +188,17 @@ class Distillation:
         sigma = torch.full((noise.shape[0],), self._sigmas[0], device=self.device)
         x0 = self.generator(self.teacher.grid.init_scale * noise, sigma, cond)
         loss = self._regression_distance(x0, target)
-        with self._generator_descent.accumulating(last=self.parts.is_last(part)):
-            (self.train.regression_weight / self.parts.num * loss).backward()
+        with self._generator_optimizer.accumulating(last=self.micro_batches.is_last(part)):
+            (self.train.regression_weight / self.micro_batches.num * loss).backward()
         return loss.detach()
 
-    def _add_critic_losses(self, index: int, part: int, made: Made) -> dict[str, Tensor]:
+    def _add_critic_losses(self, index: int, part: int, made: Generated) -> dict[str, Tensor]:
         """Fake-score and discriminator losses on what the generator made: adds their gradient to the critic's."""
         x0, cond, rng = made
         real = partial(self._real, index, part)
         terms = losses.critic_losses(x0, cond, real, self.teacher, self.critic, self.train, rng)
-        with self._critic_descent.accumulating(last=self.parts.is_last(part)):
-            (terms.total / self.parts.num).backward()
+        with self._critic_optimizer.accumulating(last=self.micro_batches.is_last(part)):
+            (terms.total / self.micro_batches.num).backward()
         metrics = {"denoising_loss": terms.denoising.loss.detach()}
         if terms.gan is not None:
             metrics["gan_critic_loss"] = terms.gan.loss.detach()
@@ -221,7 +221,7 @@ class Distillation:
 
     def export(self) -> dict[str, Tensor]:
         """The generator to sample with: its average, or its weights where the run keeps none."""
-        return self.average.weights()
+        return self.ema.weights()
 
     def networks(self) -> dict[str, Tensor]:
         """Generator and critic as they are, for a run that goes on from this one."""
@@ -241,9 +241,9 @@ class Distillation:
         """Everything a resumed run needs beside the step number."""
         return {
             "networks": self.networks(),
-            "average": self.average.state_dict(),
-            "generator_optimizer": self._generator_descent.state_dict(),
-            "critic_optimizer": self._critic_descent.state_dict(),
+            "average": self.ema.state_dict(),
+            "generator_optimizer": self._generator_optimizer.state_dict(),
+            "critic_optimizer": self._critic_optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -251,9 +251,9 @@ class Distillation:
         networks = state["networks"]
         self.generator.load_state_dict({k[10:]: v for k, v in networks.items() if k.startswith("generator.")})
         self.critic.load_state_dict({k[7:]: v for k, v in networks.items() if k.startswith("critic.")})
-        self.average.load_state_dict(state["average"])
-        self._generator_descent.load_state_dict(state["generator_optimizer"])
-        self._critic_descent.load_state_dict(state["critic_optimizer"])
+        self.ema.load_state_dict(state["average"])
+        self._generator_optimizer.load_state_dict(state["generator_optimizer"])
+        self._critic_optimizer.load_state_dict(state["critic_optimizer"])
 
 
 def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool) -> None:

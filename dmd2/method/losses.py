@@ -165,7 +165,7 @@ def critic_losses(
         return CriticLosses(denoising.loss, denoising, None)
 
     gen = score if train.share_critic_pass else noised(x0, cond, teacher.grid, train.gan_levels, rng)
-    judged = [gen, *_noised_data(*data(), teacher, train, rng)]
+    judged = [gen, *_noised_for_discriminator(*data(), teacher, train, rng)]
     x0_fake, logits = _critic_pass(score, judged, teacher, critic, train)
     gen_logits, data_logits, *perturbed = (part.reshape(-1) for part in logits.split([len(part.x) for part in judged]))
     denoising = denoising_loss(x0_fake, x0, weight)
@@ -179,7 +179,9 @@ def critic_losses(
     return CriticLosses(denoising.loss + train.gan_critic_weight * gan.loss, denoising, gan)
 
 
-def _noised_data(x0: Tensor, cond: Cond, teacher: Teacher, train: Train, rng: torch.Generator) -> list[Noised]:
+def _noised_for_discriminator(
+    x0: Tensor, cond: Cond, teacher: Teacher, train: Train, rng: torch.Generator
+) -> list[Noised]:
     """Real samples noised for D; then, for the approximate R1, the same moved a little.
 
     The *noised* sample is moved, so that a move of 0 costs exactly 0.

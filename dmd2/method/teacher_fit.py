@@ -13,8 +13,8 @@ from dmd2.method.distillation import Batches
 from dmd2.method.losses import critic_weight
 from dmd2.method.noise import add_noise
 from dmd2.training import sharding
-from dmd2.training.micro_batches import Parts, Shares, means
-from dmd2.training.optimizer import Average, Descent, FiniteGuard, warmup_decay
+from dmd2.training.micro_batches import BatchReader, MicroBatches, means
+from dmd2.training.optimizer import EMA, FiniteGuard, Optimizer, warmup_decay
 from dmd2.training.rng import normal
 from dmd2_kernels import denoising_loss
 
@@ -34,14 +34,14 @@ class TeacherFit:
     ):
         self.training = training
         self.device = torch.device(device)
-        self.parts = Parts.of(training.batch_size, micro_batch_size)
-        self._data = Shares(data, self.parts, self.device)
+        self.micro_batches = MicroBatches.of(training.batch_size, micro_batch_size)
+        self._data = BatchReader(data, self.micro_batches, self.device)
         self.sigma_data = teacher.sigma_data
         self.network = teacher.copy_network().to(self.device)
         sharding.place(self.network, layout)
-        self.average = Average(self.network, training.ema_decay)
+        self.ema = EMA(self.network, training.ema_decay)
         self.guard = FiniteGuard(self.device)
-        self._descent = Descent(
+        self._optimizer = Optimizer(
             self.network,
             learning_rate=training.learning_rate,
             betas=training.betas,
@@ -54,39 +54,39 @@ class TeacherFit:
 
     def step(self, index: int) -> dict[str, Tensor]:
         """Iteration `index`: the weighted denoising loss at log-normal noise levels over all parts, one update."""
-        terms = means([self._add_loss(index, part) for part in range(self.parts.num)])
-        norm = self._descent.step(index, self.guard, terms, "grad_norm")
-        self.average.update()
+        terms = means([self._add_loss(index, part) for part in range(self.micro_batches.num)])
+        norm = self._optimizer.step(index, self.guard, terms, "grad_norm")
+        self.ema.update()
         return {**terms, "grad_norm": norm}
 
     def _add_loss(self, index: int, part: int) -> dict[str, Tensor]:
         """The loss of one part; adds its gradient to the network's."""
         training = self.training
-        rng = self.parts.rng(training.seed, index, part, self.device)
+        rng = self.micro_batches.rng(training.seed, index, part, self.device)
         # The network's dropout draws from torch's global generator; its stream must not be that of the noise.
         torch.manual_seed(rng.initial_seed() ^ 0x5DEECE66D)
         x0, cond = self._data(index, part)
         sigma = (training.p_mean + training.p_std * normal((x0.shape[0],), rng)).exp()
         x = add_noise(x0, sigma, normal(x0.shape, rng))
         loss = denoising_loss(self.network(x, sigma, cond), x0, critic_weight(sigma, self.sigma_data)).loss
-        with self._descent.accumulating(last=self.parts.is_last(part)):
-            (loss / self.parts.num).backward()
+        with self._optimizer.accumulating(last=self.micro_batches.is_last(part)):
+            (loss / self.micro_batches.num).backward()
         return {"denoising_loss": loss.detach()}
 
     def export(self) -> dict[str, Tensor]:
         """The averaged network: the teacher."""
-        return self.average.weights()
+        return self.ema.weights()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside the step number."""
         return {
             "network": self.network.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self._descent.state_dict(),
+            "average": self.ema.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         self.network.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
-        self._descent.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])

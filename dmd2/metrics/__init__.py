@@ -13,7 +13,7 @@ import torch
 
 from dmd2 import config
 from dmd2.errors import UserError
-from dmd2.metrics.blocks import Make, measure, resample_floor, summary, tally_range
+from dmd2.metrics.blocks import Make, measure_blocks, resample_floor, summary, tally_range
 from dmd2.metrics.classifier import load_classifier, train_classifier
 from dmd2.metrics.extractor import Extractor
 from dmd2.metrics.frechet import FeatureStats, frechet_distance, read_published
@@ -32,7 +32,7 @@ __all__ = [
     "Tally",
     "frechet_distance",
     "load_extractor",
-    "measure",
+    "measure_blocks",
     "pixel_features",
     "read_published",
     "resample_floor",

@@ -30,7 +30,7 @@ def tally_range(meter: Meter, make: Make, ids: range) -> Tally:
     return reduce(Tally.merge, (meter.tally(*make(part), part.start % meter.num_samples) for part in parts))
 
 
-def measure(meter: Meter, make: Make, num_blocks: int = 1) -> dict[str, Any]:
+def measure_blocks(meter: Meter, make: Make, num_blocks: int = 1) -> dict[str, Any]:
     """The measures of consecutive blocks of `meter.num_samples`, with their mean and standard deviation.
 
     Samples are made, measured and forgotten in batches.

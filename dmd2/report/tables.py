@@ -48,7 +48,7 @@ def load_table(path: Path | str) -> Table:
     return parse(Table, read_yaml(path), str(path))
 
 
-def needed(table: Table, preset: str) -> list[str]:
+def measured_entries(table: Table, preset: str) -> list[str]:
     """The entries `MODEL/SAMPLER`, and perhaps `floor`, whose metric records the table reads; each once, in order."""
     entries = [row.entry(preset) for row in table.rows_of(preset)]
     return list(dict.fromkeys(entry for entry in entries if entry))

@@ -10,7 +10,7 @@ from torch import Tensor
 from dmd2.datasets.loader import Loader, to_batch, to_pairs
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Cond, Teacher
-from dmd2.method.distillation import Batches, Pairs
+from dmd2.method.distillation import Batches, PairBatches
 from dmd2.training import ranks
 
 
@@ -27,7 +27,7 @@ def data_batches(
     return batch
 
 
-def pair_batches(spec: Spec, manifest: Path, batch_size: int, seed: int, device: torch.device) -> Pairs:
+def pair_batches(spec: Spec, manifest: Path, batch_size: int, seed: int, device: torch.device) -> PairBatches:
     """Noise and the teacher's images, in an order of their own."""
     loader = _loader(spec, "pairs", manifest, batch_size, seed + 1)
 

@@ -18,7 +18,7 @@ from dmd2.report.figures import read_curve
 from dmd2.report.table_schema import TRAINING
 from dmd2.stages.measure import open_extractor
 from dmd2.stages.open_weights import checked_record
-from dmd2.stages.resumable import Shares, patience
+from dmd2.stages.resumable import ResumableFiles, patience
 from dmd2.stages.sample import maker, open_model
 from dmd2.training import ranks
 
@@ -39,7 +39,7 @@ def curve(
     listed = read_json(snapshots)["snapshots"]
     files = [snapshots.parent / item["file"] for item in listed]
     contents = [read_record(path)["sha256"] for path in (reference, extractor_weights, *files)]
-    shares = Shares(state, spec, contents, [f"row-{item['step']:08d}.json" for item in listed])
+    shares = ResumableFiles(state, spec, contents, [f"row-{item['step']:08d}.json" for item in listed])
     count = Counter(f"curve {spec.name}", -(-len(listed) // ranks.world_size()))
     for number, path in shares.mine(read_json):
         model = open_model(spec, files[number], STUDENT, device)

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from dmd2.config import Run
 from dmd2.config.reading import overrides, parse, read_mapping, read_yaml
-from dmd2.downloads.catalogue import FOLDER, Download, load_catalogue, needed, provide, state
+from dmd2.downloads.catalogue import FOLDER, Download, load_catalogue, needed_downloads, provide, state
 from dmd2.errors import UserError
 from dmd2.lineage.plan import Plan
 from dmd2.report.table_schema import FLOOR
-from dmd2.report.tables import load_table
-from dmd2.report.tables import needed as needed_entries
+from dmd2.report.tables import load_table, measured_entries
 
 
 def download(name: str, entry: str, record: Path, mirror: str | None) -> None:
@@ -58,13 +57,13 @@ def fetch(workflow: Path, preset: str, mirror: str | None, over: Path | None = N
 def _needed(workflow: Path, preset: str, over: Path | None) -> dict[str, list[str]]:
     """What a preset needs, with the keys of a user's file over it."""
     plan = Plan(workflow, preset, overrides(read_yaml(over)) if over else {})
-    return needed(plan.preset, _runs(plan, workflow))
+    return needed_downloads(plan.preset, _runs(plan, workflow))
 
 
 def _runs(plan: Plan, workflow: Path) -> list[Run]:
     """The runs in the tables of a preset, and those that they start from."""
     tables = [load_table(path) for path in sorted((workflow / "tables").glob("*.yaml"))]
-    models = [entry.partition("/")[0] for table in tables for entry in needed_entries(table, plan.preset.name)]
+    models = [entry.partition("/")[0] for table in tables for entry in measured_entries(table, plan.preset.name)]
     names = [model for model in dict.fromkeys(models) if model not in ("teacher", FLOOR)]
     for name in names:  # grows by the parents
         parent = plan.run(name).train.init_run

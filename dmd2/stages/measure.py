@@ -23,7 +23,7 @@ from dmd2.metrics import (
     Reference,
     Tally,
     load_extractor,
-    measure,
+    measure_blocks,
     read_published,
     resample_floor,
     summary,
@@ -33,7 +33,7 @@ from dmd2.metrics import (
 from dmd2.metrics.images import Images, Labels
 from dmd2.progress import Counter
 from dmd2.stages.open_weights import checked_record
-from dmd2.stages.resumable import Shares, patience
+from dmd2.stages.resumable import ResumableFiles, patience
 from dmd2.stages.sample import fields_of, maker, model_facts, open_model
 from dmd2.teachers.weights import check_sha256
 from dmd2.training import ranks
@@ -98,7 +98,7 @@ def open_extractor(spec: Spec, weights: Path, runtime: Runtime, device: torch.de
     return load_extractor(spec.need("features"), spec.need("data"), weights, device, runtime.sample_batch_size)
 
 
-class Measured(NamedTuple):
+class SampleSource(NamedTuple):
     """What is measured: stored samples, a model's weights whose samples are streamed, or neither: the floor."""
 
     samples: Path | None
@@ -107,7 +107,7 @@ class Measured(NamedTuple):
 
 def metrics(
     spec: Spec,
-    measured: Measured,
+    measured: SampleSource,
     reference: Path,
     extractor_weights: Path,
     state: Path,
@@ -124,7 +124,7 @@ def metrics(
     elif measured.weights is not None:
         meter = _meter(spec, real, extractor_weights, runtime, device)
         contents = [read_record(path)["sha256"] for path in (measured.weights, reference, extractor_weights)]
-        shares = Shares(state, spec, contents, [_chunk_name(ids) for ids in _chunks(evaluation)])
+        shares = ResumableFiles(state, spec, contents, [_chunk_name(ids) for ids in _chunks(evaluation)])
         found, facts = _of_stream(spec, measured.weights, meter, shares, runtime)
     else:
         found = resample_floor(real, evaluation.num_samples, evaluation.num_blocks, evaluation.seed, device)
@@ -162,12 +162,12 @@ def _of_stored(spec: Spec, manifest: Path, meter: Meter) -> tuple[dict[str, Any]
         progress(len(ids))
         return [content[name] for name in names], content["cls"]
 
-    found = measure(meter, make, spec.need("evaluation").num_blocks)
+    found = measure_blocks(meter, make, spec.need("evaluation").num_blocks)
     return found, read_manifest(manifest, spec.upstream["samples"])["facts"]
 
 
 def _of_stream(
-    spec: Spec, weights: Path, meter: Meter, shares: Shares, runtime: Runtime
+    spec: Spec, weights: Path, meter: Meter, shares: ResumableFiles, runtime: Runtime
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measures and facts of a model's samples, which are made, measured and forgotten; of the first rank alone."""
     evaluation, sampler = spec.need("evaluation"), spec.need("sampler")

@@ -31,7 +31,7 @@ def patience(runtime: Runtime) -> float:
     return max(runtime.collective_timeout_minutes, SLOW_BATCH_MINUTES)
 
 
-class Shares:
+class ResumableFiles:
     """The files `names` of one job, of which this process makes its share."""
 
     def __init__(self, state: Path, spec: Spec, contents: Sequence[str], names: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ class Loader(Protocol):
     """Builds one kind of teacher, with the weights of a file or with initial ones drawn from `seed`."""
 
     def __call__(
-        self, teacher: config.Teacher, data: config.Data, weights: Path | None, *, seed: int = 0
+        self, teacher: config.TeacherConfig, data: config.Data, weights: Path | None, *, seed: int = 0
     ) -> Teacher: ...
 
 
@@ -39,14 +39,14 @@ TEACHERS: dict[str, Kind] = {
 }
 
 
-def load_space(teacher: config.Teacher, data: config.Data) -> tuple[Codec, Conditioner]:
+def load_space(teacher: config.TeacherConfig, data: config.Data) -> tuple[Codec, Conditioner]:
     """The codec and the conditioner of the teacher that a configuration describes."""
     _check_kind(teacher.kind)
     return TEACHERS[teacher.kind].space(data)
 
 
 def load_teacher(
-    teacher: config.Teacher, data: config.Data, weights: Path | str | None = None, *, seed: int = 0
+    teacher: config.TeacherConfig, data: config.Data, weights: Path | str | None = None, *, seed: int = 0
 ) -> Teacher:
     """The frozen teacher that a configuration describes, on the CPU and in evaluation mode.
 
@@ -63,7 +63,7 @@ def load_teacher(
     return TEACHERS[teacher.kind].load(teacher, data, path, seed=seed)
 
 
-def outline(teacher: config.Teacher, data: config.Data) -> Denoiser:
+def outline(teacher: config.TeacherConfig, data: config.Data) -> Denoiser:
     """A teacher's network without memory for its weights (meta tensors)."""
     with torch.device("meta"):
         return load_teacher(teacher.model_copy(update={"weights": None}), data).denoiser

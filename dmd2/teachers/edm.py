@@ -71,14 +71,14 @@ class EDMDenoiser(Denoiser):
         return self.model.blocks()
 
 
-def build_denoiser(teacher: config.Teacher, data: config.Data) -> EDMDenoiser:
+def build_denoiser(teacher: config.TeacherConfig, data: config.Data) -> EDMDenoiser:
     """The denoiser that a configuration describes, with uninitialised weights; `torch.device("meta")` works."""
     shape = (data.channels, data.resolution, data.resolution)
     unet = NETWORKS[teacher.network.arch](teacher.network, data.resolution, data.channels, data.num_classes)
     return EDMDenoiser(unet, shape, teacher.sigma_data)
 
 
-def load_edm(teacher: config.Teacher, data: config.Data, weights: Path | None, *, seed: int = 0) -> Teacher:
+def load_edm(teacher: config.TeacherConfig, data: config.Data, weights: Path | None, *, seed: int = 0) -> Teacher:
     """The teacher with the weights in a file (see `load_weights`), or with initial ones drawn from `seed`."""
     denoiser = build_denoiser(teacher, data)
     if weights is None:

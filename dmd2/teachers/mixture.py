@@ -150,7 +150,7 @@ def mixture_teacher(
     )
 
 
-def load_mixture(teacher: config.Teacher, data: config.Data, weights: Path | None, *, seed: int = 0) -> Teacher:
+def load_mixture(teacher: config.TeacherConfig, data: config.Data, weights: Path | None, *, seed: int = 0) -> Teacher:
     """The teacher of a fixed mixture on samples of the data's shape: two modes a class, at places that never change."""
     shape = (data.channels, data.resolution, data.resolution)
     places = torch.rand(

@@ -87,7 +87,7 @@ def fit(
     The store must be entered (its lease held). Snapshots of `trainee.export()` are written into the store's folder
     as `snapshot-00000500.safetensors`. `alarm` sees each log row and may return a warning. Raises UserError when a
     loss is not finite, and Interrupted after saving on a signal: with one process after the iteration it arrived in,
-    with several after the next, since the ranks tell one another beside the work (`distributed.Notices`): two
+    with several after the next, since the ranks tell one another beside the work (`distributed.AsyncFlags`): two
     iterations and the writing must fit into the time that a cluster grants (Slurm: 30 s), else it counts as a crash,
     which loses at most what follows the newest checkpoint: `runtime.checkpoint_every` iterations or
     `checkpoint_minutes`, and what was done while that was written.
@@ -97,7 +97,7 @@ def fit(
         log.info("%s: resuming after iteration %d of %d", title, start, iterations)
     snapshots = set(snapshots)
     is_main = ranks.rank() == 0
-    saved_at, num_saved, notices = time.monotonic(), 0, ranks.Notices()
+    saved_at, num_saved, notices = time.monotonic(), 0, ranks.AsyncFlags()
 
     with StopSignals() as stop, TrainLog(store.folder, start, enabled=is_main) as rows:
         progress = Progress(title, iterations, start)

@@ -22,14 +22,14 @@ from dmd2.training.rng import step_rng
 
 
 @dataclass(frozen=True)
-class Parts:
+class MicroBatches:
     """`num` parts of `size` samples: this rank's share of a global batch."""
 
     num: int
     size: int
 
     @classmethod
-    def of(cls, batch_size: int, micro_batch_size: int | None) -> Parts:
+    def of(cls, batch_size: int, micro_batch_size: int | None) -> MicroBatches:
         """The fewest equal parts of at most `micro_batch_size` samples; one part where there is no such limit.
 
         Raises UserError if the ranks do not divide the batch.
@@ -47,14 +47,14 @@ class Parts:
         return step_rng(seed, step, ranks.rank() * self.num + part, device=device)
 
 
-class Shares:
+class BatchReader:
     """A rank's batches, read once a step and handed out in parts on the device.
 
     `batches` gives this rank's share of global batch `step`: tensors with the samples first, and conditions.
     """
 
-    def __init__(self, batches: Callable[[int], tuple[Any, ...]], parts: Parts, device: torch.device):
-        self._batches, self._parts, self._device = batches, parts, device
+    def __init__(self, batches: Callable[[int], tuple[Any, ...]], parts: MicroBatches, device: torch.device):
+        self._batches, self._micro_batches, self._device = batches, parts, device
         self._step = -1
         self._batch: tuple[Any, ...] = ()
 
@@ -62,10 +62,10 @@ class Shares:
         """Samples `part * size` to `(part + 1) * size` of the share: what `batches` gives, B samples of it."""
         if step != self._step:
             self._step, self._batch = step, self._batches(step)
-            if (found := len(self._batch[0])) != self._parts.num * self._parts.size:
-                raise ValueError(f"batch {step} has {found} samples; this rank's share is {self._parts}")
-        start = part * self._parts.size
-        return tuple(self._taken(item, slice(start, start + self._parts.size)) for item in self._batch)
+            if (found := len(self._batch[0])) != self._micro_batches.num * self._micro_batches.size:
+                raise ValueError(f"batch {step} has {found} samples; this rank's share is {self._micro_batches}")
+        start = part * self._micro_batches.size
+        return tuple(self._taken(item, slice(start, start + self._micro_batches.size)) for item in self._batch)
 
     def _taken(self, item: Tensor | Mapping[str, Tensor], span: slice) -> Any:
         if isinstance(item, Tensor):

@@ -38,7 +38,7 @@ def warmup_decay(num_warmup: int, iterations: int, decay_from: float, final: flo
 
 
 class FiniteGuard:
-    """Notices on the device, without waiting for it, the first step at which a term is not finite on any rank.
+    """AsyncFlags on the device, without waiting for it, the first step at which a term is not finite on any rank.
 
     From then on `tripped` is 1 and every update guarded by it is skipped on the device, so the weights stay as they
     were before the bad step. The host asks with `raise_if_tripped` when it synchronises anyway.
@@ -85,7 +85,7 @@ class Moments(NamedTuple):
         return cls(step, torch.zeros_like(weights), torch.zeros_like(weights))
 
 
-class Descent:
+class Optimizer:
     """AdamW on a network with a global-norm clip and a learning-rate schedule (paper, appendix F; released code).
 
     The network must be in its layout already (`sharding.place`). Its gradients become means over the ranks. The update
@@ -202,7 +202,7 @@ class Descent:
             own.exp_avg_sq.copy_(sharding.local(state["exp_avg_sq"][name]))
 
 
-class Average:
+class EMA:
     """An exponential moving average of a network's parameters, counted in that network's updates.
 
     The decay rises as (1 + n) / (10 + n) up to `decay`, so that a short run does not average its start; with decay 0

@@ -135,7 +135,7 @@ def agree(numbers: Sequence[int]) -> list[int]:
     return [int(n) for n in maximum(torch.tensor(list(numbers), dtype=torch.int64)).tolist()]
 
 
-class Notices:
+class AsyncFlags:
     """Numbers that the ranks tell one another in each iteration without waiting: known to all one iteration later.
 
     They travel between the hosts, beside the work of the devices, so that a loop needs no synchronisation to learn

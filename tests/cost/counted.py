@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from dmd2.config import Data, Network, Teacher, Train
+from dmd2.config import Data, Network, TeacherConfig, Train
 from dmd2.method.distillation import Distillation
 from dmd2.teachers import load_teacher
 
 DATA = Data(source="digits", resolution=8, channels=3, num_classes=5)
-FLAT = Teacher(
+FLAT = TeacherConfig(
     kind="edm",
     network=Network(model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), channels_per_head=16),
 )
 """One level of one block at 8x8: attention is in the decoder's first block alone."""
-DEEP = Teacher(
+DEEP = TeacherConfig(
     kind="edm",
     network=Network(
         model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8, 4), channels_per_head=16
@@ -31,7 +31,7 @@ def train(**keys: Any) -> Train:
 NO_GAN = {"gan_generator_weight": 0, "gan_critic_weight": 0}
 
 
-def real_run(teacher: Teacher, keys: Train, **settings: Any) -> Distillation:
+def real_run(teacher: TeacherConfig, keys: Train, **settings: Any) -> Distillation:
     """A run with memory, on the CPU."""
     built = load_teacher(teacher, DATA)
     rng = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ import pytest
 from counted import DATA, DEEP, FLAT, NO_GAN, real_run, train
 
 from dmd2.cost import step_parts
-from dmd2.cost.flops import Counter, StepCost, features_cost, inception_cost, pass_cost, step_cost
+from dmd2.cost.flops import FlopCounter, StepCost, features_cost, inception_cost, pass_cost, step_cost
 from dmd2.lineage.plan import Plan
 
 PIXELS, C, EMB = 64, 16, 64  # of FLAT: 8x8, its channels, the width of its embedding
@@ -95,12 +95,12 @@ SWITCHES: list[dict[str, object]] = [
 
 
 @pytest.mark.parametrize("keys", SWITCHES, ids=lambda keys: "-".join(keys) or "paper")
-def test_a_shadow_counts_what_a_real_run_counts(keys: dict[str, object]):
+def test_a_meta_run_counts_what_a_real_run_counts(keys: dict[str, object]):
     wanted = train(critic_steps_per_generator=2, **keys)
     run, period = real_run(DEEP, wanted), wanted.critic_steps_per_generator
     found: dict[str, float] = {}
     for index in range(period):
-        counter = Counter()
+        counter = FlopCounter()
         with step_parts.observed(run, counter), counter.counting():
             run.step(index)
         for part, flops in counter.parts.items():

@@ -22,7 +22,7 @@ from dmd2.training.checkpoint_store import CheckpointStore
 from dmd2.training.gradient_buckets import Buckets, _split
 from dmd2.training.log import TrainLog
 from dmd2.training.loop import fit
-from dmd2.training.optimizer import Descent, FiniteGuard, warmup
+from dmd2.training.optimizer import FiniteGuard, Optimizer, warmup
 
 CPU = torch.device("cpu")
 
@@ -111,7 +111,9 @@ def watched(rank: int, world: int, port: int, out: Path) -> None:
     join(rank, world, port)
     with ranks.process_group(CPU):
         built, guard = network(), FiniteGuard(CPU)
-        descent = Descent(built, learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.0, grad_clip=1.0, rate=warmup(0))
+        descent = Optimizer(
+            built, learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.0, grad_clip=1.0, rate=warmup(0)
+        )
         weights = []
         for index in range(3):
             built(sample(rank)).sum().backward()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmd2.config import Data, Network, Teacher, Train
+from dmd2.config import Data, Network, TeacherConfig, Train
 from dmd2.method.denoiser import Cond
 from dmd2.method.distillation import Distillation
 from dmd2.teachers.edm import load_edm
@@ -47,7 +47,7 @@ def distillation(rank: int = 0, world: int = 1, **keys: Any) -> Distillation:
     """A student in training; settings of the run in `train`, how its blocks run in `prepare`, others as they are."""
     prepare = keys.pop("prepare", {})
     train = Train(**{**TRAIN, **keys.pop("train", {})})
-    teacher = load_edm(Teacher(kind="edm", network=NETWORK), DATA, None, seed=1)
+    teacher = load_edm(TeacherConfig(kind="edm", network=NETWORK), DATA, None, seed=1)
     with torch.no_grad():  # EDM starts the last layers at zero: nothing would reach the others
         rng = torch.Generator().manual_seed(2)
         for p in teacher.denoiser.parameters():

@@ -11,7 +11,16 @@ import pytest
 from server import Server
 
 from dmd2.config.reading import read_yaml
-from dmd2.downloads.catalogue import FOLDER, Download, load_catalogue, needed, provide, record_of, requirement, state
+from dmd2.downloads.catalogue import (
+    FOLDER,
+    Download,
+    load_catalogue,
+    needed_downloads,
+    provide,
+    record_of,
+    requirement,
+    state,
+)
 from dmd2.errors import UserError
 from dmd2.lineage.plan import Plan
 from dmd2.stages.download import download, fetch, listing
@@ -40,7 +49,7 @@ def test_every_listed_file_can_be_fetched_or_says_how_to_get_it() -> None:
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (WORKFLOW / "presets").glob("*.yaml")))
 def test_what_a_preset_names_is_listed_and_its_checksum_is_the_lists(preset: str) -> None:
     plan = Plan(WORKFLOW, preset)
-    for path, keys in needed(plan.preset, runs_of(plan)).items():
+    for path, keys in needed_downloads(plan.preset, runs_of(plan)).items():
         assert Path(path).parent == FOLDER, keys
         assert Path(path).name in CATALOGUE, keys
     texts = [read_yaml(WORKFLOW / "presets" / f"{preset}.yaml"), *map(read_yaml, (WORKFLOW / "runs").glob("*.yaml"))]
@@ -50,7 +59,7 @@ def test_what_a_preset_names_is_listed_and_its_checksum_is_the_lists(preset: str
 
 def test_needed_names_every_file_with_the_keys_that_ask_for_it() -> None:
     plan = Plan(WORKFLOW, "imagenet64")
-    found = needed(plan.preset, [plan.run("dmd"), plan.run("dmd2")])
+    found = needed_downloads(plan.preset, [plan.run("dmd"), plan.run("dmd2")])
     assert found == {
         "data/downloads/ILSVRC2012_img_train.tar": ["data.path"],
         "data/downloads/edm-imagenet-64x64-cond-adm.pkl": ["teacher.weights"],
@@ -58,7 +67,7 @@ def test_needed_names_every_file_with_the_keys_that_ask_for_it() -> None:
         "data/downloads/imagenet-64x64.npz": ["features.reference"],
         "data/downloads/vgg16-397923af.pth": ["run dmd: train.vgg_weights"],
     }
-    assert needed(Plan(WORKFLOW, "digits").preset) == {}
+    assert needed_downloads(Plan(WORKFLOW, "digits").preset) == {}
 
 
 def test_a_listed_path_waits_for_its_record_and_one_that_is_there_for_nothing(tmp_path: Path) -> None:

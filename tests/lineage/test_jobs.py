@@ -16,7 +16,7 @@ from dmd2.cost.flops import StepCost
 from dmd2.cost.gpu_hours import Costs, Rates, work
 from dmd2.lineage.jobs import Jobs, chain, key_of, rules
 from dmd2.lineage.plan import Plan
-from dmd2.report.tables import load_table, needed
+from dmd2.report.tables import load_table, measured_entries
 
 ROOT = Path(__file__).parents[2]
 WORKFLOW = ROOT / "workflow"
@@ -25,7 +25,7 @@ WORKFLOW = ROOT / "workflow"
 def jobs_of(plan: Plan, *tables: str) -> tuple[Jobs, list[str]]:
     jobs = Jobs(plan)
     files = [load_table(WORKFLOW / "tables" / f"{table}.yaml") for table in tables]
-    return jobs, [jobs.metrics(entry).key for table in files for entry in needed(table, plan.preset.name)]
+    return jobs, [jobs.metrics(entry).key for table in files for entry in measured_entries(table, plan.preset.name)]
 
 
 @pytest.mark.parametrize("preset", ["smoke", "imagenet64"])

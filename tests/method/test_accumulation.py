@@ -12,8 +12,8 @@ from dmd2.errors import UserError
 from dmd2.method import losses
 from dmd2.method.distillation import Distillation
 from dmd2.method.teacher_fit import TeacherFit
-from dmd2.training.micro_batches import Parts, Shares
-from dmd2.training.optimizer import Descent
+from dmd2.training.micro_batches import BatchReader, MicroBatches
+from dmd2.training.optimizer import Optimizer
 from dmd2.training.rng import step_rng
 
 BATCH = 6
@@ -63,14 +63,14 @@ def gradients(run: Any, index: int, monkeypatch: pytest.MonkeyPatch) -> tuple[di
     """What iteration `index` brings to each optimizer, and what it logs. No weight moves."""
     found: dict[str, Tensor] = {}
 
-    def spy(self: Descent, index: int, guard: Any, terms: Any, name: str) -> Tensor:
+    def spy(self: Optimizer, index: int, guard: Any, terms: Any, name: str) -> Tensor:
         found[name] = torch.cat([p.grad.flatten() for p in self.params]).double()
         for p in self.params:
             p.grad = None
         return found[name].norm().float()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Descent, "step", spy)
+        patch.setattr(Optimizer, "step", spy)
         metrics = run.step(index)
     return found, metrics
 
@@ -118,19 +118,19 @@ def test_all_parts_are_made_before_the_one_update_and_each_network_moves_once(mo
     run = whole(2)
     order: list[str] = []
     seen: list[Tensor] = []
-    judge, step = losses.critic_losses, Descent.step
+    judge, step = losses.critic_losses, Optimizer.step
 
     def critic_losses(x0: Tensor, *rest: Any) -> Any:
         order.append("critic")
         seen.append(x0)
         return judge(x0, *rest)
 
-    def moved(self: Descent, index: int, guard: Any, terms: Any, name: str) -> Tensor:
+    def moved(self: Optimizer, index: int, guard: Any, terms: Any, name: str) -> Tensor:
         order.append(name)
         return step(self, index, guard, terms, name)
 
     monkeypatch.setattr(losses, "critic_losses", critic_losses)
-    monkeypatch.setattr(Descent, "step", moved)
+    monkeypatch.setattr(Optimizer, "step", moved)
     with recorded(run.generator) as calls:
         run.step(0)
     made = [call.output.detach() for call in calls if call.output.requires_grad][::2]  # every other is of pairs
@@ -145,7 +145,7 @@ def test_ranks_exchange_gradients_in_the_last_backward_pass_alone(
 ):
     run = whole(2, regression_weight=regression)
     asked: dict[str, list[bool]] = {"generator": [], "critic": []}
-    for name, descent in (("generator", run._generator_descent), ("critic", run._critic_descent)):
+    for name, descent in (("generator", run._generator_optimizer), ("critic", run._critic_optimizer)):
         block = descent.accumulating
 
         def spy(*, last: bool, name: str = name, block: Any = block) -> Any:
@@ -162,7 +162,7 @@ def test_average_counts_updates_of_the_generator_and_not_parts_or_critic_steps(t
     run = whole(2, turns=turns, critic_steps_per_generator=3, ema_decay=0.9)
     for index in range(7):
         run.step(index)
-    assert run.average.state_dict()["num_updates"] == 3
+    assert run.ema.state_dict()["num_updates"] == 3
 
 
 def test_slots_have_the_same_samples_and_random_numbers_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch):
@@ -171,10 +171,10 @@ def test_slots_have_the_same_samples_and_random_numbers_on_any_number_of_ranks(m
         monkeypatch.setenv("WORLD_SIZE", str(world))
         for rank in range(world):
             monkeypatch.setenv("RANK", str(rank))
-            parts = Parts.of(24, 24 // (world * num_parts))
-            assert parts == Parts(num_parts, 24 // (world * num_parts))
+            parts = MicroBatches.of(24, 24 // (world * num_parts))
+            assert parts == MicroBatches(num_parts, 24 // (world * num_parts))
             ids = torch.arange(24).chunk(world)[rank]
-            share = Shares(lambda step, ids=ids: (ids + 1000 * step, {"label": ids}), parts, CPU)
+            share = BatchReader(lambda step, ids=ids: (ids + 1000 * step, {"label": ids}), parts, CPU)
             for part in range(parts.num):
                 x0, cond = share(5, part)
                 found.append((x0, cond["label"], torch.randn(3, generator=parts.rng(1, 5, part, CPU))))
@@ -196,13 +196,13 @@ def test_batches_are_read_once_a_step_and_must_be_a_ranks_share():
         asked.append(index)
         return data(index)
 
-    share = Shares(batches, Parts(3, 2), CPU)
+    share = BatchReader(batches, MicroBatches(3, 2), CPU)
     for step in (4, 5):
         for part in range(3):
             share(step, part)
     assert asked == [4, 5]
     with pytest.raises(ValueError, match="batch 0 has 6 samples"):
-        Shares(batches, Parts(2, 2), CPU)(0, 0)
+        BatchReader(batches, MicroBatches(2, 2), CPU)(0, 0)
 
 
 @pytest.mark.parametrize(
@@ -222,13 +222,13 @@ def test_a_share_is_cut_into_the_fewest_equal_parts_within_the_limit(
     world: int, batch_size: int, micro: int | None, parts: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    assert Parts.of(batch_size, micro) == Parts(*parts)
+    assert MicroBatches.of(batch_size, micro) == MicroBatches(*parts)
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(UserError, match="batch_size 286 is not divisible by 8 ranks; use 280 or 288"):
-        Parts.of(286, 16)
+        MicroBatches.of(286, 16)
 
 
 def test_teachers_gradient_too_is_the_mean_of_those_of_single_slots(monkeypatch: pytest.MonkeyPatch):

@@ -106,8 +106,8 @@ def test_each_turn_gives_gradient_to_its_own_network_alone():
 
         descent.step = spy
 
-    watch("generator", run._generator_descent)
-    watch("critic", run._critic_descent)
+    watch("generator", run._generator_optimizer)
+    watch("critic", run._critic_optimizer)
     frozen = weights(run.teacher.denoiser)
     run.step(0)
     assert seen == {"generator": {"generator"}, "critic": {"critic"}}
@@ -119,13 +119,13 @@ def test_each_turn_gives_gradient_to_its_own_network_alone():
 def generator_gradient(run: Distillation) -> Tensor:
     """The gradient that iteration 0 brings to the generator's optimizer."""
     found = []
-    step = run._generator_descent.step
+    step = run._generator_optimizer.step
 
     def spy(*arguments: Any) -> Tensor:
         found.append(torch.cat([p.grad.flatten() for p in run.generator.parameters()]).double())
         return step(*arguments)
 
-    run._generator_descent.step = spy  # type: ignore[method-assign]
+    run._generator_optimizer.step = spy  # type: ignore[method-assign]
     run.step(0)
     return found[0]
 

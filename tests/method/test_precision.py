@@ -11,11 +11,11 @@ from dmd2 import config
 from dmd2.config import Train
 from dmd2.method.distillation import Distillation
 from dmd2.teachers import load_teacher
-from dmd2.training.optimizer import Descent
+from dmd2.training.optimizer import Optimizer
 
 BATCH, CLASSES = 8, 3
 DATA = config.Data(source="digits", resolution=8, channels=1, num_classes=CLASSES)
-TEACHER = config.Teacher(
+TEACHER = config.TeacherConfig(
     kind="edm",
     network=config.Network(
         model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=16
@@ -69,15 +69,15 @@ def test_networks_compute_in_the_precision_and_all_around_them_stays_float32(key
 
 def gradients(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
-    step = Descent.step
+    step = Optimizer.step
 
-    def spy(self: Descent, index: int, guard: Any, terms: Any, name: str) -> Tensor:
+    def spy(self: Optimizer, index: int, guard: Any, terms: Any, name: str) -> Tensor:
         found[name] = torch.cat([p.grad.flatten() for p in self.params])
         assert found[name].dtype == torch.float32
         return step(self, index, guard, terms, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Descent, "step", spy)
+        patch.setattr(Optimizer, "step", spy)
         return found, distillation(**keys).step(0)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dmd2.errors import UserError
 from dmd2.metrics import FeatureStats, Meter, Reference, frechet_distance, pixel_features, resample_floor
-from dmd2.metrics import measure as measure_made
+from dmd2.metrics import measure_blocks as measure_made
 from dmd2.metrics.distances import to_nearest
 from dmd2.metrics.diversity import ClassMoments, relative_diversity
 from dmd2.metrics.images import batches

@@ -10,7 +10,7 @@ from table_records import NUMBERS, PRESET, ROOT, load, record
 
 from dmd2.errors import UserError
 from dmd2.lineage.plan import Plan
-from dmd2.report.tables import check_presets, load_table, needed, rows, write_markdown
+from dmd2.report.tables import check_presets, load_table, measured_entries, rows, write_markdown
 
 
 def paper_rows(number: int) -> dict[str, dict[str, Any]]:
@@ -42,7 +42,7 @@ def test_every_row_of_the_paper_is_there_in_its_order_with_its_figures(number):
 def test_every_entry_that_a_table_measures_exists_on_the_preset(preset):
     plan = Plan(ROOT / "workflow", preset)
     for number in NUMBERS:
-        for entry in set(needed(load(number), preset)) - {"floor"}:
+        for entry in set(measured_entries(load(number), preset)) - {"floor"}:
             plan.metrics(entry)  # raises for an unknown run or sampler
 
 
@@ -61,10 +61,10 @@ def _paper_of(measure):
 
 
 def test_needed_lists_each_entry_once_in_order():
-    assert needed(load(1), "digits") == [
+    assert measured_entries(load(1), "digits") == [
         "dmd/student", "dmd2/student", "dmd2_long/student", "teacher/ode", "teacher/sde", "floor"
     ]  # fmt: skip
-    assert needed(load(2), "digits") == []
+    assert measured_entries(load(2), "digits") == []
 
 
 def test_ablation_ticks_are_the_papers():
@@ -110,8 +110,8 @@ OF_OTHERS = "{id: t1.big, group: New, method: Big, nfe: 1, measure: big/student,
 
 def test_row_of_other_presets_is_neither_needed_nor_shown(tmp_path: Path):
     table = table_with(tmp_path, OF_OTHERS)
-    assert "big/student" not in needed(table, "digits")
-    assert needed(table, "imagenet64") == [*needed(load(1), "imagenet64"), "big/student"]
+    assert "big/student" not in measured_entries(table, "digits")
+    assert measured_entries(table, "imagenet64") == [*measured_entries(load(1), "imagenet64"), "big/student"]
     shown = {
         preset: [row["row_id"] for row in rows(table, {}, preset, PRESET.data)] for preset in ("digits", "cifar10")
     }
@@ -135,7 +135,10 @@ def test_row_is_filled_by_the_entry_that_stands_for_it_on_the_preset():
         records = {"dmd2/student": record(0.2), "dmd2/ablation": record(0.4, checkpoint_step=1500)}
         return next(row for row in rows(load(3), records, preset, PRESET.data) if row["row_id"] == "t3.full")
 
-    assert ("dmd2/ablation" in needed(load(3), "digits"), "dmd2/student" in needed(load(3), "digits")) == (True, False)
+    assert (
+        "dmd2/ablation" in measured_entries(load(3), "digits"),
+        "dmd2/student" in measured_entries(load(3), "digits"),
+    ) == (True, False)
     assert (full("digits")["fid"], full("digits")["checkpoint_step"]) == (0.4, 1500)
     assert (full("imagenet64")["fid"], full("imagenet64")["checkpoint_step"]) == (0.2, 2500)
 

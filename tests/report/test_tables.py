@@ -10,14 +10,14 @@ from table_records import NUMBERS, PRESET, ROOT, load, record
 from dmd2.config.reading import load_preset
 from dmd2.errors import UserError
 from dmd2.files import write_json
-from dmd2.report.tables import needed, read_records, rounded, rows, write_csv, write_markdown
+from dmd2.report.tables import measured_entries, read_records, rounded, rows, write_csv, write_markdown
 
 
 def test_without_records_rows_are_pending_or_quoted_and_nothing_is_measured():
     for number in NUMBERS:
         table = load(number)
         for row, spec in zip(
-            rows(table, dict.fromkeys(needed(table, PRESET.name)), PRESET.name, PRESET.data),
+            rows(table, dict.fromkeys(measured_entries(table, PRESET.name)), PRESET.name, PRESET.data),
             table.rows_of(PRESET.name),
             strict=True,
         ):
@@ -46,7 +46,7 @@ def test_a_record_fills_its_row_and_no_other():
 
 def test_quoted_rows_stay_quoted_whatever_records_there_are():
     table = load(1)
-    records = {entry: record(0.01) for entry in [*needed(table, PRESET.name), "t1.adm", "ADM/student"]}
+    records = {entry: record(0.01) for entry in [*measured_entries(table, PRESET.name), "t1.adm", "ADM/student"]}
     found = {row["row_id"]: row for row in rows(table, records, PRESET.name, PRESET.data)}
     assert found["t1.adm"]["source"] == "quoted"
     assert found["t1.adm"]["fid"] is None

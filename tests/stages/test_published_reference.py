@@ -71,7 +71,7 @@ def test_distance_is_to_the_published_moments_and_the_rest_to_the_data(world: Wo
     np.testing.assert_allclose(found.kept_features, quarters(real), rtol=1e-5)
     assert found.pixels.mean.mean() == pytest.approx(real.mean() / 127.5 - 1)
     out = tmp_path / "m.json"
-    measured = measure.Measured(None, world.student)
+    measured = measure.SampleSource(None, world.student)
     spec = plan.metrics("dmd2/student")
     measure.metrics(spec, measured, setting.reference, setting.extractor, tmp_path / "state", out, RUNTIME)
     record = json.loads(out.read_text())

@@ -8,7 +8,7 @@ import pytest
 
 from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
-from dmd2.stages.resumable import Shares
+from dmd2.stages.resumable import ResumableFiles
 
 NAMES = [f"part-{i}" for i in range(5)]
 SPEC = Spec.of("metrics", "teacher/ode")
@@ -23,8 +23,8 @@ def as_rank(monkeypatch: pytest.MonkeyPatch):
     return set_rank
 
 
-def shares(folder: Path, *contents: str) -> Shares:
-    return Shares(folder, SPEC, contents, NAMES)
+def shares(folder: Path, *contents: str) -> ResumableFiles:
+    return ResumableFiles(folder, SPEC, contents, NAMES)
 
 
 def exists(path: Path) -> None:

@@ -71,7 +71,7 @@ class World:
 
     def metrics(self, plan: Plan, entry: str, out: Path, runtime: Runtime = RUNTIME, **measured: Path) -> dict:
         """The record that the stage writes of an entry's `samples` or `weights`, without what names the making."""
-        given = measure.Measured(measured.get("samples"), measured.get("weights"))
+        given = measure.SampleSource(measured.get("samples"), measured.get("weights"))
         state = self.folder / "state"
         measure.metrics(plan.metrics(entry), given, self.reference, self.extractor, state, out, runtime)
         found = json.loads(out.read_text())

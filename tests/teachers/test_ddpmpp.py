@@ -38,7 +38,8 @@ def inputs(num: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 def full_size() -> EDMDenoiser:
     with torch.device("meta"):
         return build_denoiser(
-            config.Teacher(kind="edm", network=CIFAR10), config.Data(source="cifar10", resolution=32, num_classes=10)
+            config.TeacherConfig(kind="edm", network=CIFAR10),
+            config.Data(source="cifar10", resolution=32, num_classes=10),
         )
 
 
@@ -121,7 +122,7 @@ def test_initial_network_is_nearly_silent_and_its_biases_are_zero():
 
 
 def test_pickle_of_edms_format_becomes_a_teacher_with_the_same_outputs(tmp_path: Path):
-    teacher = config.Teacher(kind="edm", network=SMALL)
+    teacher = config.TeacherConfig(kind="edm", network=SMALL)
     source = randomised(load_teacher(teacher, DATA).denoiser)
     path = tmp_path / "edm-cifar10.pkl"
     path.write_bytes(edm_pickle(source))

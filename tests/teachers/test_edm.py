@@ -21,7 +21,7 @@ DATA = config.Data(source="digits", resolution=8, channels=1, num_classes=10, le
 NETWORK = config.Network(
     model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8
 )
-CONFIG = config.Teacher(kind="edm", network=NETWORK)
+CONFIG = config.TeacherConfig(kind="edm", network=NETWORK)
 
 
 def network() -> EDMDenoiser:
@@ -196,8 +196,8 @@ def test_weights_written_and_read_give_the_same_outputs(kind: str, tmp_path: Pat
     assert torch.equal(loaded.denoiser(x, sigma, cond), source(x, sigma, cond))
 
 
-def configured(path: Path, sha256: str | None) -> config.Teacher:
-    return config.Teacher(kind="edm", network=NETWORK, weights=config.WeightsFile(path=str(path), sha256=sha256))
+def configured(path: Path, sha256: str | None) -> config.TeacherConfig:
+    return config.TeacherConfig(kind="edm", network=NETWORK, weights=config.WeightsFile(path=str(path), sha256=sha256))
 
 
 def test_configured_file_is_read_and_its_checksum_kept(tmp_path: Path):

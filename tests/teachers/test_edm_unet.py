@@ -35,7 +35,7 @@ def inputs(num: int, seed: int = 1, resolution: int = 16) -> tuple[Tensor, Tenso
 def full_size() -> nn.Module:
     data = config.Data(source="imagenet", resolution=64, num_classes=1000)
     with torch.device("meta"):
-        return build_denoiser(config.Teacher(kind="edm"), data)
+        return build_denoiser(config.TeacherConfig(kind="edm"), data)
 
 
 def test_full_size_state_dict_is_that_of_the_published_network():

@@ -20,7 +20,7 @@ from dmd2.stages.open_weights import open_teacher
 from dmd2.teachers.edm import build_denoiser
 
 DATA = config.Data(source="imagenet_tar", resolution=64, num_classes=1000)
-TEACHER = config.Teacher(kind="edm")
+TEACHER = config.TeacherConfig(kind="edm")
 PRECISIONS = {"fp32": 1e-5}
 if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # elsewhere a pass takes ten minutes; small networks are tested anyway
     PRECISIONS["bf16"] = 3e-2

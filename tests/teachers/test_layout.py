@@ -86,7 +86,7 @@ def test_cpu_keeps_the_plain_layout():
 
 def denoiser_of(precision: str) -> nn.Module:
     data = config.Data(source="digits", resolution=8, channels=3, num_classes=5)
-    teacher = config.Teacher(kind="edm", network=config.Network(channels_per_head=8, **SIZES))
+    teacher = config.TeacherConfig(kind="edm", network=config.Network(channels_per_head=8, **SIZES))
     denoiser = randomised(load_teacher(teacher, data).copy_network().eval())
     denoiser.precision = precision
     return denoiser

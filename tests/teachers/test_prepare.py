@@ -24,7 +24,7 @@ ARCHS = ["adm", "ddpmpp"]
 
 def network(arch: str, levels: tuple[int, ...] = (1,), **more: Any) -> Denoiser:
     sizes = config.Network(arch=arch, channel_mult=levels, **SIZE, **more)
-    return randomised(load_teacher(config.Teacher(kind="edm", network=sizes), DATA).copy_network().eval())
+    return randomised(load_teacher(config.TeacherConfig(kind="edm", network=sizes), DATA).copy_network().eval())
 
 
 def batch(num: int = 3) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

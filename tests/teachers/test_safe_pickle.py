@@ -24,7 +24,7 @@ DATA = config.Data(source="digits", resolution=8, channels=1, num_classes=10, le
 NETWORK = config.Network(
     model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8
 )
-TEACHER = config.Teacher(kind="edm", network=NETWORK)
+TEACHER = config.TeacherConfig(kind="edm", network=NETWORK)
 
 
 @pytest.fixture

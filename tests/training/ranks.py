@@ -20,7 +20,7 @@ from dmd2.training import micro_batches, ranks
 from dmd2.training import rng as rng_module
 from dmd2.training.checkpoint_store import CheckpointStore
 from dmd2.training.loop import fit
-from dmd2.training.optimizer import Descent, FiniteGuard, warmup
+from dmd2.training.optimizer import FiniteGuard, Optimizer, warmup
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def collectives(rank: int, world: int, port: int, out: Path) -> None:
     with ranks.process_group(CPU):
         tensors = [torch.full((2, 3), float(rank)), torch.tensor(10.0 * rank)]
         ranks.average(tensors)
-        notices = ranks.Notices()
+        notices = ranks.AsyncFlags()
         told = [notices(0, rank), notices(5 * rank, 10 + rank), notices(0, 0), notices(12 - rank, 9 + rank, now=True)]
         torch.save({"average": tensors, "told": told, "update": update(rank, world)}, out / f"{rank}.pt")
 
@@ -50,7 +50,7 @@ def update(rank: int, world: int) -> Tensor:
         model.bias.zero_()
     x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
     mine = x.chunk(world)[rank]
-    descent = Descent(
+    descent = Optimizer(
         model,
         learning_rate=0.1,
         betas=(0.9, 0.99),
@@ -93,7 +93,7 @@ def steps(rank: int, world: int, port: int, out: Path, manifest: Path, num: int)
     share_randomness(rank, world)
     with ranks.process_group(CPU):
         run = distillation(Source(manifest, rank=rank, world=world))
-        assert run.parts.size == BATCH // world
+        assert run.micro_batches.size == BATCH // world
         for index in range(num):
             run.step(index)
         torch.save(run.state_dict(), out / f"{rank}.pt")

@@ -65,7 +65,7 @@ def test_one_process_averages_and_waits_for_nothing():
     ranks.average([tensor])
     ranks.barrier()
     assert torch.equal(tensor, torch.ones(3))
-    notices = ranks.Notices()
+    notices = ranks.AsyncFlags()
     assert [notices(3, 0), notices(0, 1, now=True)] == [[3, 0], [0, 1]]
     with ranks.process_group(torch.device("cpu")):
         assert not torch.distributed.is_initialized()

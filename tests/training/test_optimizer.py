@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from trainees import assert_same_state
 
 from dmd2.errors import UserError
-from dmd2.training.optimizer import Average, Descent, FiniteGuard, warmup, warmup_decay
+from dmd2.training.optimizer import EMA, FiniteGuard, Optimizer, warmup, warmup_decay
 
 CPU = torch.device("cpu")
 
@@ -24,12 +24,12 @@ def gradients(index: int, size: float) -> list[Tensor]:
     return [size * torch.randn(p.shape, generator=rng) for p in parameters()]
 
 
-def descent(params: list[nn.Parameter], **keys: Any) -> Descent:
+def descent(params: list[nn.Parameter], **keys: Any) -> Optimizer:
     usual = {"learning_rate": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1, "grad_clip": 2.0, "rate": warmup(4)}
-    return Descent(nn.ParameterList(params), **{**usual, **keys})
+    return Optimizer(nn.ParameterList(params), **{**usual, **keys})
 
 
-def update(moved: Descent, index: int, grads: list[Tensor], guard: FiniteGuard, **terms: Tensor) -> Tensor:
+def update(moved: Optimizer, index: int, grads: list[Tensor], guard: FiniteGuard, **terms: Tensor) -> Tensor:
     for p, grad in zip(moved.params, grads, strict=True):
         p.grad = grad.clone()
     return moved.step(index, guard, terms, "grad_norm")
@@ -123,12 +123,12 @@ def test_two_networks_share_a_guard():
 def test_optimizer_and_average_go_on_from_their_state():
     params = parameters()
     network = nn.ParameterList(params)
-    moved, average, guard = descent(params), Average(network, 0.5), FiniteGuard(CPU)
+    moved, average, guard = descent(params), EMA(network, 0.5), FiniteGuard(CPU)
     for index in range(3):
         update(moved, index, gradients(index, 1.0), guard)
         average.update()
     copies = [nn.Parameter(p.detach().clone()) for p in params]
-    other, other_average = descent(copies), Average(nn.ParameterList(copies), 0.5)
+    other, other_average = descent(copies), EMA(nn.ParameterList(copies), 0.5)
     other.load_state_dict(copy.deepcopy(moved.state_dict()))
     other_average.load_state_dict(copy.deepcopy(average.state_dict()))
     for index in range(3, 6):
@@ -141,7 +141,7 @@ def test_optimizer_and_average_go_on_from_their_state():
 
 def test_average_follows_its_formula_and_keeps_buffers():
     network = nn.BatchNorm1d(2)
-    average = Average(network, 0.8)
+    average = EMA(network, 0.8)
     mean = network.weight.detach().double().clone()
     for num in range(50):
         with torch.no_grad():
@@ -158,7 +158,7 @@ def test_state_of_another_network_is_refused():
     moved, other = descent(parameters()), descent(parameters()[:2])
     with pytest.raises(ValueError, match="other parameters than the network's"):
         moved.load_state_dict(other.state_dict())
-    average, another = Average(nn.Linear(2, 2), 0.5), Average(nn.Linear(2, 2, bias=False), 0.5)
+    average, another = EMA(nn.Linear(2, 2), 0.5), EMA(nn.Linear(2, 2, bias=False), 0.5)
     with pytest.raises(ValueError, match="other tensors than the network's"):
         average.load_state_dict(another.state_dict())
 

@@ -22,7 +22,7 @@ STUDENT = "results/smoke/released/student/metrics.json"
 def write_weights(path: Path) -> dict[str, str]:
     """Initial weights of the smoke preset's network, and how a preset names them."""
     preset = Plan(Path(__file__).parents[2] / "workflow", "smoke").preset
-    teacher: config.Teacher = preset.teacher.model_copy(update={"training": None})
+    teacher: config.TeacherConfig = preset.teacher.model_copy(update={"training": None})
     save_file(load_teacher(teacher, preset.data).denoiser.state_dict(), path)
     return {"path": str(path), "sha256": sha256(path)}
 

@@ -70,7 +70,7 @@ def write_images(folder: Path) -> None:
 
 def network(seed: int) -> nn.Module:
     data = config.Data(source="image_folder", resolution=SIDE, num_classes=CLASSES)
-    denoiser = build_denoiser(config.Teacher(kind="edm", network=config.Network(**NETWORK)), data)
+    denoiser = build_denoiser(config.TeacherConfig(kind="edm", network=config.Network(**NETWORK)), data)
     denoiser.model.reset(torch.Generator().manual_seed(seed))
     return denoiser
 

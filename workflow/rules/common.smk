@@ -12,7 +12,7 @@ from dmd2.errors import UserError
 from dmd2.lineage.plan import Plan
 from dmd2.config.reading import overrides, read_chain
 from dmd2.lineage.spec import files_in
-from dmd2.report.tables import check_presets, load_table, needed
+from dmd2.report.tables import check_presets, load_table, measured_entries
 
 FOLDER = Path(workflow.basedir) / "workflow"
 # Stages are started by launch.sh with this Python, also where the environment is not activated.
@@ -20,7 +20,7 @@ SEARCH = [str(FOLDER), str(Path(sys.executable).parent), os.environ.get("PATH", 
 os.environ.update(PATH=os.pathsep.join(SEARCH))
 
 
-def or_stop(function, *arguments):
+def user_errors_stop_planning(function, *arguments):
     """The function's value; an error the user can mend stops the planning in one line."""
     try:
         return function(*arguments)
@@ -31,17 +31,17 @@ def or_stop(function, *arguments):
 OVERRIDES = overrides(config)
 # With `--config pending=true` a table is made of what is measured already; its other rows say `pending`.
 MEASURED_ALREADY = str(config.get("pending", False)).lower() == "true"
-PLAN = or_stop(Plan, FOLDER, config.get("preset", "digits"), OVERRIDES)
+PLAN = user_errors_stop_planning(Plan, FOLDER, config.get("preset", "digits"), OVERRIDES)
 PRESET = PLAN.preset
 RUNS = sorted(path.stem for path in (FOLDER / "runs").glob("*.yaml"))
 TABLES = {
-    path.stem: or_stop(load_table, path)
+    path.stem: user_errors_stop_planning(load_table, path)
     for path in sorted((FOLDER / "tables").glob("*.yaml"))
 }
 for name, table in TABLES.items():
     presets = [path.stem for path in (FOLDER / "presets").glob("*.yaml")]
-    or_stop(check_presets, table, presets, f"{FOLDER}/tables/{name}.yaml")
-ENTRIES = {name: needed(table, PRESET.name) for name, table in TABLES.items()}
+    user_errors_stop_planning(check_presets, table, presets, f"{FOLDER}/tables/{name}.yaml")
+ENTRIES = {name: measured_entries(table, PRESET.name) for name, table in TABLES.items()}
 SAMPLED = sorted(
     {entry for entries in ENTRIES.values() for entry in entries} - {"floor"}
 )
@@ -50,10 +50,10 @@ for (
 ) in (
     SAMPLED
 ):  # a mistake in a row or its run is told here, in one line, and not by the job that needs it
-    or_stop(PLAN.split, entry)
+    user_errors_stop_planning(PLAN.split, entry)
 # Runs that were trained elsewhere, and those that are trained here and measured in a table.
 IMPORTED = [
-    run for run in RUNS if or_stop(read_chain, FOLDER / "runs", run).get("weights")
+    run for run in RUNS if user_errors_stop_planning(read_chain, FOLDER / "runs", run).get("weights")
 ]
 STUDENTS = [
     run
@@ -72,7 +72,7 @@ for run in RUNS:
 os.environ.update(
     DMD2_RUNTIME=PRESET.runtime.model_dump_json(), DMD2_FILES=json.dumps(FILES)
 )
-CATALOGUE = or_stop(load_catalogue, FOLDER / "downloads.yaml")
+CATALOGUE = user_errors_stop_planning(load_catalogue, FOLDER / "downloads.yaml")
 if "mirror" in config:
     os.environ.update(DMD2_MIRROR=str(config["mirror"]))
 
@@ -86,7 +86,7 @@ wildcard_constraints:
 
 def spec(name):
     """The spec of a stage without wildcards, as the canonical string that triggers it."""
-    return lambda wildcards: or_stop(lambda: getattr(PLAN, name).to_json())
+    return lambda wildcards: user_errors_stop_planning(lambda: getattr(PLAN, name).to_json())
 
 
 def supplied(path, key, output):
@@ -96,20 +96,20 @@ def supplied(path, key, output):
     for `ancient`: one that is written again starts nothing.
     """
     done = Path(output).exists()
-    record = or_stop(lambda: requirement(path, key, CATALOGUE, done=done))
+    record = user_errors_stop_planning(lambda: requirement(path, key, CATALOGUE, done=done))
     return [] if record is None else str(record)
 
 
 def released(wildcards):
     """What the import of a released student waits for."""
-    path = or_stop(PLAN.run, wildcards.run).weights.path
+    path = user_errors_stop_planning(PLAN.run, wildcards.run).weights.path
     output = f"{RESULTS}/{wildcards.run}/generator.safetensors"
     return supplied(path, f"run {wildcards.run}: weights", output)
 
 
 def perceptual(wildcards):
     """What a run with LPIPS waits for: the network behind it."""
-    weights = or_stop(PLAN.run, wildcards.run).train.vgg_weights
+    weights = user_errors_stop_planning(PLAN.run, wildcards.run).train.vgg_weights
     output = f"{RESULTS}/{wildcards.run}/generator.safetensors"
     return supplied(
         weights and weights.path, f"run {wildcards.run}: train.vgg_weights", output
@@ -142,13 +142,13 @@ def curve_of(wildcards):
 
 def pairs_of(wildcards):
     """The teacher's pairs, for a run with a regression loss."""
-    needs = or_stop(PLAN.run, wildcards.run).train.regression_weight > 0
+    needs = user_errors_stop_planning(PLAN.run, wildcards.run).train.regression_weight > 0
     return f"{DATA}/pairs/manifest.json" if needs else []
 
 
 def start_of(wildcards):
     """The networks of the run that this one goes on from."""
-    parent = or_stop(PLAN.run, wildcards.run).train.init_run
+    parent = user_errors_stop_planning(PLAN.run, wildcards.run).train.init_run
     return f"{RESULTS}/{parent}/networks.safetensors" if parent else []
 
 

@@ -72,7 +72,7 @@ rule sample:
     resources:
         gpu=PRESET.gpus,
     params:
-        spec=lambda wildcards: or_stop(PLAN.sample, entry_of(wildcards)).to_json(),
+        spec=lambda wildcards: user_errors_stop_planning(PLAN.sample, entry_of(wildcards)).to_json(),
     shell:
         "launch.sh {resources.gpu} --log {log} --threads {threads} sample --spec {params.spec:q}"
         " --weights {input.weights} --manifest {output.manifest}"
@@ -95,7 +95,7 @@ rule metrics:
         gpu=PRESET.gpus if STREAMED else min(PRESET.gpus, 1),
         state="state",
     params:
-        spec=lambda wildcards: or_stop(PLAN.metrics, entry_of(wildcards)).to_json(),
+        spec=lambda wildcards: user_errors_stop_planning(PLAN.metrics, entry_of(wildcards)).to_json(),
         source=lambda wildcards, input: (
             f"--weights {input.weights}" if STREAMED else f"--samples {input.samples}"
         ),
@@ -116,7 +116,7 @@ rule floor:
         "../../environment.yml"
     threads: THREADS
     params:
-        spec=lambda wildcards: or_stop(PLAN.metrics, "floor").to_json(),
+        spec=lambda wildcards: user_errors_stop_planning(PLAN.metrics, "floor").to_json(),
     shell:
         "launch.sh 0 --log {log} --threads {threads} metrics --spec {params.spec:q}"
         " --reference {input.reference} --extractor {input.extractor} --state state --out {output}"
@@ -138,7 +138,7 @@ rule curve:
         gpu=PRESET.gpus,
         state="state",
     params:
-        spec=lambda wildcards: or_stop(PLAN.curve, wildcards.run).to_json(),
+        spec=lambda wildcards: user_errors_stop_planning(PLAN.curve, wildcards.run).to_json(),
     shell:
         "launch.sh {resources.gpu} --log {log} --threads {threads} curve --spec {params.spec:q}"
         " --snapshots {input.snapshots} --reference {input.reference} --extractor {input.extractor}"
@@ -158,7 +158,7 @@ rule select:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: or_stop(
+        spec=lambda wildcards: user_errors_stop_planning(
             PLAN.select, f"{wildcards.run}/{wildcards.sampler}"
         ).to_json(),
         curve=lambda wildcards, input: f"--curve {input.curve}" if input.curve else "",

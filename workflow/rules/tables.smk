@@ -19,7 +19,7 @@ rule table:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: or_stop(PLAN.table, ENTRIES[wildcards.table]).to_json(),
+        spec=lambda wildcards: user_errors_stop_planning(PLAN.table, ENTRIES[wildcards.table]).to_json(),
         content=lambda wildcards, input: sha256(
             Path(input.source).read_bytes()
         ).hexdigest()[:16],

@@ -26,7 +26,7 @@ rule train:
         gpu=PRESET.gpus,
         state="state",
     params:
-        spec=lambda wildcards: or_stop(PLAN.train, wildcards.run).to_json(),
+        spec=lambda wildcards: user_errors_stop_planning(PLAN.train, wildcards.run).to_json(),
         pairs=lambda wildcards, input: f"--pairs {input.pairs}" if input.pairs else "",
         start=lambda wildcards, input: f"--start {input.start}" if input.start else "",
     shell:
@@ -49,7 +49,7 @@ rule import_student:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: or_stop(PLAN.train, wildcards.run).to_json(),
+        spec=lambda wildcards: user_errors_stop_planning(PLAN.train, wildcards.run).to_json(),
     shell:
         "launch.sh 0 --log {log} import-student --spec {params.spec:q} --generator {output.generator}"
 
@@ -66,6 +66,6 @@ rule import_networks:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: or_stop(PLAN.train, wildcards.run).to_json(),
+        spec=lambda wildcards: user_errors_stop_planning(PLAN.train, wildcards.run).to_json(),
     shell:
         "launch.sh 0 --log {log} import-student --spec {params.spec:q} --networks {output.networks}"
