@@ -1,15 +1,15 @@
 # One command each, on a fresh machine: sets up the environment in .venv if it is not there, then does the job.
 #   make table1   results/table1.csv on the embedded digits      make test    the test suite
-#   make tables   all six tables and figures                     make lint    style, types, layers, workflow
+#   make tables   all six tables, each on its own preset         make lint    style, types, layers, workflow
 # Choose another preset or number of cores: make table1 PRESET=smoke CORES=1
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
-PRESET ?= digits
+PRESET ?=
 CORES ?= all
 SETUP := .venv/installed-$(shell sha256sum pyproject.toml | cut -c1-16)
 RUN := source .venv/bin/activate &&
-SNAKEMAKE := $(RUN) snakemake --cores $(CORES) --config preset=$(PRESET)
+SNAKEMAKE := $(RUN) snakemake --cores $(CORES) $(if $(PRESET),--config preset=$(PRESET))
 
 TABLES := table1 table2 table3 table4 table5 table6
 .PHONY: help setup $(TABLES) tables report unlock test fast-test lint aot format dag bench plan
@@ -59,8 +59,8 @@ dag: $(SETUP)
 	@$(SNAKEMAKE) --rulegraph mermaid-js -- results/table1.csv results/table3.csv
 
 plan: $(SETUP)
-	@$(RUN) dmd2 plan table1 table3 --preset $(PRESET)
+	@$(RUN) dmd2 plan table1 table3 --preset $(or $(PRESET),digits)
 
 bench: $(SETUP)
 	@$(RUN) python -m dmd2_kernels.bench && python -m dmd2_kernels.plot results/bench/kernels.csv kernels/bench.svg \
-	    && python -m dmd2.cost.bench --preset $(PRESET)
+	    && python -m dmd2.cost.bench --preset $(or $(PRESET),digits)

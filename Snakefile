@@ -1,5 +1,6 @@
-# DMD2 (arXiv 2405.14867), every table of the paper as one target: snakemake --cores all results/table1.csv
-# Choose the data with --config preset=NAME (workflow/presets); override any of its keys with --configfile.
+# DMD2 (arXiv 2405.14867), every table of the paper in one call: snakemake --cores all
+# One table: snakemake --cores all results/table1.csv. Each names its preset; choose another with --config preset=NAME
+# (workflow/presets), override any of its keys with --configfile.
 from snakemake.utils import min_version
 
 min_version("9.0")
@@ -20,19 +21,30 @@ include: "workflow/rules/report.smk"
 # Snakemake gives a job fewer devices where there are fewer; a batch that was checked for `gpus` might not divide then.
 onstart:
     devices = workflow.global_resources.get("gpu").value
-    if devices is not None and devices < PRESET.gpus:
-        raise WorkflowError(
-            f"preset {PRESET.name}: gpus is {PRESET.gpus}, but {devices} can be used here;"
-            f" say `--config gpus={devices}`, or `--resources gpu={PRESET.gpus}` if there are more"
-        )
+    for preset in sorted(PLANNED):
+        wanted = TARGETS.plan(preset).preset.gpus
+        if devices is not None and devices < wanted:
+            raise WorkflowError(
+                f"preset {preset}: gpus is {wanted}, but {devices} can be used here;"
+                f" say `--config gpus={devices}`, or `--resources gpu={wanted}` if there are more"
+            )
 
 
 rule all:
     default_target: True
     input:
-        expand("results/{table}.csv", table=TABLES),
-        expand(f"{RESULTS}/{{entry}}/grid.png", entry=SAMPLED),
-        rules.curves.output,
-        rules.real_grid.output,
-        rules.compare.output,
-        rules.configuration.output,
+        expand("results/{table}.csv", table=TARGETS.tables),
+        [
+            f"results/{preset}/{entry}/grid.png"
+            for preset in TARGETS.in_use
+            for entry in TARGETS.sampled(preset)
+        ],
+        expand(
+            [
+                *rules.curves.output,
+                *rules.real_grid.output,
+                *rules.compare.output,
+                *rules.configuration.output,
+            ],
+            preset=TARGETS.in_use,
+        ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import logging
 import os
 import sys
@@ -22,8 +23,14 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 def settings(
     log: Annotated[Path | None, typer.Option(help="also write the log there")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="processor threads")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="whose settings of execution in DMD2_RUNTIMES, JSON by preset, are used")
+    ] = None,
 ) -> None:
     """Settings of every stage."""
+    if preset is not None and "DMD2_RUNTIME" not in os.environ:
+        runtimes = json.loads(os.environ.get("DMD2_RUNTIMES", "{}"))
+        os.environ["DMD2_RUNTIME"] = json.dumps(runtimes.get(preset, {}))  # read by the command's --runtime
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -191,11 +191,11 @@ def grid(manifest: PathOption, out: PathOption) -> None:
     figures.grid(manifest, out)
 
 
-def compare(panel: Annotated[list[str], typer.Option(help="TITLE=FILE, repeated")], out: PathOption) -> None:
+def compare(panels: Annotated[list[str], typer.Argument(help="TITLE=FILE ...")], out: PathOption) -> None:
     """Draw sets of samples side by side."""
     from dmd2.stages import figures
 
-    figures.compare(_named(panel), out)
+    figures.compare(_named(panels), out)
 
 
 def configuration(preset: str, runs: str, out: PathOption) -> None:

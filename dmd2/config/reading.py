@@ -93,7 +93,7 @@ def parse(model: type[M], content: Mapping[str, Any], where: str) -> M:
 
 def overrides(content: Mapping[str, Any]) -> dict[str, Any]:
     """The keys over the preset's in what a user gives Snakemake; the others choose the preset, or how it is run."""
-    return {key: value for key, value in content.items() if key not in ("preset", "mirror", "pending")}
+    return {key: value for key, value in content.items() if key not in ("preset", "presets", "mirror", "pending")}
 
 
 def load_preset(folder: Path | str, name: str, overrides: Mapping[str, Any] | None = None) -> Preset:

@@ -39,6 +39,7 @@ class Row(Model):
     instead: dict[str, Entry] = Field({}, description="presets on which another entry stands for the row")
     only: tuple[str, ...] = Field((), description="presets that have this row; none means all")
     pending: str | None = Field(None, description="why this project cannot measure the row yet")
+    panel: str | None = Field(None, description="title of the row's samples in the side-by-side sheet; none: not there")
 
     @model_validator(mode="after")
     def _measured_or_pending(self) -> Self:
@@ -46,11 +47,13 @@ class Row(Model):
             raise ValueError("set `measure` or `pending`, not both")
         if self.instead and not self.measure:
             raise ValueError("`instead` needs `measure`, which it replaces on some presets")
+        if self.panel and (not self.measure or self.measure == FLOOR):
+            raise ValueError("`panel` needs `measure: MODEL/SAMPLER`, whose samples it shows")
         return self
 
-    def entry(self, preset: str) -> str | None:
+    def entry(self, preset: str | None) -> str | None:
         """What stands for the row on `preset`: MODEL/SAMPLER, `floor`, or nothing."""
-        return self.instead.get(preset, self.measure)
+        return self.instead.get(preset or "", self.measure)
 
 
 class Table(Model):
@@ -58,6 +61,7 @@ class Table(Model):
 
     number: int = Field(gt=0)
     title: str
+    preset: str | None = Field(None, description="fills the table unless another is chosen; none: all is quoted")
     paper_data: PaperData
     ticks: tuple[str, ...] = Field((), description="columns of yes and no")
     compute: bool = Field(False, description="whether the Markdown states the training of each row")
@@ -65,6 +69,8 @@ class Table(Model):
 
     @model_validator(mode="after")
     def _rows_belong_here(self) -> Self:
+        if self.preset is None and (measured := [row.id for row in self.rows if row.measure]):
+            raise ValueError(f"row {measured[0]} is measured, but the table has no `preset` to measure it on")
         seen = set()
         for row in self.rows:
             if not row.id.startswith(f"t{self.number}."):
@@ -92,7 +98,7 @@ class Table(Model):
             *("config_digest", "commit", "note"),
         ]
 
-    def rows_of(self, preset: str) -> tuple[Row, ...]:
+    def rows_of(self, preset: str | None) -> tuple[Row, ...]:
         """The rows that the table has on `preset`."""
         return tuple(row for row in self.rows if not row.only or preset in row.only)
 

@@ -55,13 +55,13 @@ def measured_entries(table: Table, preset: str) -> list[str]:
 
 
 def check_presets(table: Table, presets: Sequence[str], where: str) -> None:
-    """Raises UserError, beginning with `where`, for a row that names a preset that does not exist."""
+    """Raises UserError, beginning with `where`, for a table or row that names a preset that does not exist."""
+    named = [("`preset`", [table.preset] if table.preset else [])]
     for row in table.rows:
-        for key, names in (("only", row.only), ("instead", row.instead)):
-            if unknown := [name for name in names if name not in presets]:
-                raise UserError(
-                    f"{where}: row {row.id}: `{key}`: no preset {unknown[0]!r}; known: {', '.join(sorted(presets))}"
-                )
+        named += [(f"row {row.id}: `only`", list(row.only)), (f"row {row.id}: `instead`", list(row.instead))]
+    for key, names in named:
+        if unknown := [name for name in names if name not in presets]:
+            raise UserError(f"{where}: {key}: no preset {unknown[0]!r}; known: {', '.join(sorted(presets))}")
 
 
 def read_records(files: Mapping[str, Path]) -> dict[str, dict[str, Any] | None]:
@@ -72,15 +72,15 @@ def read_records(files: Mapping[str, Path]) -> dict[str, dict[str, Any] | None]:
 def rows(
     table: Table,
     records: Mapping[str, Mapping[str, Any] | None],
-    preset: str,
-    data: Data,
+    preset: str | None,
+    data: Data | None,
     files: Mapping[str, Path] | None = None,
 ) -> list[Cells]:
     """The cells of every row, keyed by `table.columns()`, in the table's order; None where there is no value.
 
-    `source` is never empty: `measured`, `quoted` from the paper, or `pending`. `records` maps what `needed` lists to
-    metric records; a missing one leaves its row pending. Raises UserError for a malformed record, naming its entry in
-    `files` and the key.
+    Without a preset nothing is measured. `source` is never empty: `measured`, `quoted` from the paper, or `pending`.
+    `records` maps what `measured_entries` lists to metric records; a missing one leaves its row pending. Raises
+    UserError for a malformed record, naming its entry in `files` and the key.
     """
     parsed = {
         entry: parse(MetricsRecord, record, str((files or {}).get(entry, f"metrics of {entry}")))
@@ -88,8 +88,7 @@ def rows(
         if record is not None
     }
     columns = table.columns()
-    side = data.resolution
-    where = {"preset": preset, "dataset": f"{data.source} {side}x{side}"}
+    where = {"preset": preset, "dataset": data and f"{data.source} {data.resolution}x{data.resolution}"}
     return [{column: cells.get(column) for column in columns} for cells in _cells(table, parsed, where)]
 
 

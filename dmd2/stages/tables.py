@@ -17,6 +17,6 @@ def table(spec: Spec, source: Path, metrics: Mapping[str, Path], out_csv: Path, 
     for entry, record in records.items():
         if record is not None:
             expect_digest(metrics[entry], record, spec.upstream[entry])
-    filled = rows(content, records, spec.name, spec.need("data"), metrics)
+    filled = rows(content, records, spec.name if spec.data else None, spec.data, metrics)
     write_csv(filled, out_csv)
     write_markdown(content, filled, out_markdown)

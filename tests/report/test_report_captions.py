@@ -16,10 +16,11 @@ LINKS = "\n\n.. _Workflow: javascript:show_panel('workflow')\n.. _Statistics: ja
 
 def render(path: Path, preset: str | None, **params: object) -> str:
     """The caption as HTML; anything docutils complains about fails."""
+    named = preset or "digits"
     job = SimpleNamespace(
         config={"preset": preset} if preset else {},
-        wildcards={"table": "table1", "model": "dmd2", "run": "dmd2"},
-        params=params,
+        wildcards={"model": "dmd2", "run": "dmd2", "preset": named} if path.stem != "table" else {"table": "table1"},
+        params=params | ({"preset": named} if path.stem == "table" else {}),
     )
     complaints = io.StringIO()
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)

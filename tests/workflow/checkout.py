@@ -51,7 +51,7 @@ class Checkout:
 
     def command(self, *arguments: str, overlay: Overlay = None, config: str = "preset=smoke") -> list[str]:
         """`snakemake ARGUMENTS` with preset smoke and `overlay` on it; targets come first in `arguments`."""
-        options = ["--config", config]
+        options = ["--config", *config.split()]
         if overlay:
             file = self / "overlay.yaml"
             file.write_text(json.dumps(overlay))  # JSON is YAML
@@ -105,12 +105,17 @@ class Checkout:
 
 
 def jobs_in(text: str) -> set[str]:
-    """The jobs that Snakemake announced in `text`, without the target rule that only collects."""
+    """The jobs that Snakemake announced in `text`, without the target rule that only collects.
+
+    Those of another preset than smoke begin with its name: `other: train dmd2`.
+    """
     jobs = set()
     for rule, properties in RULE.findall(text):
         found = re.search(r"^ {4}wildcards: (.*)$", properties, re.MULTILINE)
-        values = [item.partition("=")[2] for item in found[1].split(", ")] if found else []
-        jobs.add(" ".join([rule, "/".join(values)]).strip())
+        values = dict(item.partition("=")[::2] for item in found[1].split(", ")) if found else {}
+        preset = values.pop("preset", "smoke")
+        job = " ".join([rule, "/".join(values.values())]).strip()
+        jobs.add(job if preset == "smoke" else f"{preset}: {job}")
     return jobs - {"all"}
 
 

@@ -1,5 +1,4 @@
 # From outside to shards of images, and from those to shards in the teacher's space.
-import re
 
 
 rule download:
@@ -9,7 +8,7 @@ rule download:
     log:
         "logs/downloads/{name}.log",
     wildcard_constraints:
-        name="|".join(map(re.escape, CATALOGUE)),
+        name=one_of(CATALOGUE),
     priority: 30
     localrule: True  # a cluster's nodes may have no connection
     conda:
@@ -24,20 +23,18 @@ rule download:
 
 rule shards:
     input:
-        source=ancient(
-            supplied(PRESET.data.path, "data.path", f"{DATA}/shards/manifest.json")
-        ),
+        source=ancient(supplied_key("data.path", f"{DATA}/shards/manifest.json")),
     output:
         manifest=f"{DATA}/shards/manifest.json",
     log:
         f"{LOGS}/shards.log",
     conda:
         "../../environment.yml"
-    threads: 16 if PRESET.data.path else 1
-    # Where the data lies and how many images may be unreadable starts nothing again, so they are no parameters.
+    threads: preset_key(lambda preset: 16 if preset.data.path else 1)
+    # Where the data are and how many images may be unreadable starts nothing again, so they are no parameters.
     resources:
-        source=PRESET.data.path or "",
-        max_unreadable=PRESET.data.max_unreadable,
+        source=preset_key(lambda preset: preset.data.path or ""),
+        max_unreadable=preset_key(lambda preset: preset.data.max_unreadable),
     params:
         spec=spec("shards"),
     shell:
@@ -57,5 +54,5 @@ rule latents:
     params:
         spec=spec("latents"),
     shell:
-        "launch.sh 0 --log {log} --threads {threads} latents --spec {params.spec:q}"
+        "launch.sh 0 --preset {wildcards.preset} --log {log} --threads {threads} latents --spec {params.spec:q}"
         " --images {input.images} --manifest {output.manifest}"

@@ -1,18 +1,34 @@
 # Samples and their metrics. An entry is a model with a sampler: teacher/ode, dmd2/student.
-# Metrics of streamed samples are made from the weights; only the samples of a sheet are stored.
-STREAMED = PRESET.evaluation.streamed
-# Of each process beside a device, for the statistics.
-THREADS = 8 if PRESET.gpus else 1
+
+
+def extractor_data(wildcards):
+    """The images, for an extractor that is trained."""
+    trained = plan_of(wildcards).preset.features.weights is None
+    return (
+        f"{DATA}/shards/manifest.json".format(preset=wildcards.preset)
+        if trained
+        else []
+    )
+
+
+def metrics_source(wildcards):
+    """What metrics are made of: stored samples, or the weights whose samples are streamed."""
+    samples = rules.sample.output.manifest.format(**dict(wildcards.items()))
+    return weights_of(wildcards) if is_streamed(wildcards) else samples
+
+
+def curve_of(wildcards):
+    """What the best snapshot is chosen by; that of an iteration needs nothing."""
+    best = plan_of(wildcards).preset.samplers[wildcards.sampler].checkpoint == "best"
+    return rules.curve.output[0].format(**dict(wildcards.items())) if best else []
 
 
 rule features:
     input:
-        images=[] if PRESET.features.weights else rules.shards.output.manifest,
+        images=extractor_data,
         source=ancient(
-            supplied(
-                PRESET.features.weights and PRESET.features.weights.path,
-                "features.weights.path",
-                f"{RESULTS}/features/extractor.weights",
+            supplied_key(
+                "features.weights.path", f"{RESULTS}/features/extractor.weights"
             )
         ),
     output:
@@ -37,10 +53,8 @@ rule reference:
         images=rules.shards.output.manifest,
         extractor=rules.features.output.weights,
         published=ancient(
-            supplied(
-                PRESET.features.reference and PRESET.features.reference.path,
-                "features.reference.path",
-                f"{RESULTS}/features/reference.npz",
+            supplied_key(
+                "features.reference.path", f"{RESULTS}/features/reference.npz"
             )
         ),
     output:
@@ -50,13 +64,13 @@ rule reference:
         f"{LOGS}/reference.log",
     conda:
         "../../environment.yml"
-    threads: THREADS
+    threads: statistics_threads
     resources:
-        gpu=min(PRESET.gpus, 1),
+        gpu=one_gpu,
     params:
         spec=spec("reference"),
     shell:
-        "launch.sh {resources.gpu} --log {log} --threads {threads} reference --spec {params.spec:q}"
+        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} reference --spec {params.spec:q}"
         " --images {input.images} --extractor {input.extractor} --out {output.stats}"
 
 
@@ -70,18 +84,17 @@ rule sample:
     conda:
         "../../environment.yml"
     resources:
-        gpu=PRESET.gpus,
+        gpu=gpus,
     params:
-        spec=lambda wildcards: user_errors_stop_planning(PLAN.sample, entry_of(wildcards)).to_json(),
+        spec=spec("sample", ENTRY),
     shell:
-        "launch.sh {resources.gpu} --log {log} --threads {threads} sample --spec {params.spec:q}"
+        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} sample --spec {params.spec:q}"
         " --weights {input.weights} --manifest {output.manifest}"
 
 
 rule metrics:
     input:
-        samples=[] if STREAMED else rules.sample.output.manifest,
-        weights=weights_of if STREAMED else [],
+        source=metrics_source,
         reference=rules.reference.output.stats,
         extractor=rules.features.output.weights,
     output:
@@ -90,17 +103,17 @@ rule metrics:
         f"{LOGS}/metrics/{{model}}-{{sampler}}.log",
     conda:
         "../../environment.yml"
-    threads: THREADS
+    threads: statistics_threads
     resources:
-        gpu=PRESET.gpus if STREAMED else min(PRESET.gpus, 1),
+        gpu=lambda wildcards: (gpus if is_streamed(wildcards) else one_gpu)(wildcards),
         state="state",
     params:
-        spec=lambda wildcards: user_errors_stop_planning(PLAN.metrics, entry_of(wildcards)).to_json(),
+        spec=spec("metrics", ENTRY),
         source=lambda wildcards, input: (
-            f"--weights {input.weights}" if STREAMED else f"--samples {input.samples}"
+            f"--{'weights' if is_streamed(wildcards) else 'samples'} {input.source}"
         ),
     shell:
-        "launch.sh {resources.gpu} --log {log} --threads {threads} metrics --spec {params.spec:q} {params.source}"
+        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} metrics --spec {params.spec:q} {params.source}"
         " --reference {input.reference} --extractor {input.extractor} --state {resources.state} --out {output}"
 
 
@@ -114,9 +127,9 @@ rule floor:
         f"{LOGS}/metrics/floor.log",
     conda:
         "../../environment.yml"
-    threads: THREADS
+    threads: statistics_threads
     params:
-        spec=lambda wildcards: user_errors_stop_planning(PLAN.metrics, "floor").to_json(),
+        spec=spec("metrics", "floor"),
     shell:
         "launch.sh 0 --log {log} --threads {threads} metrics --spec {params.spec:q}"
         " --reference {input.reference} --extractor {input.extractor} --state state --out {output}"
@@ -133,14 +146,14 @@ rule curve:
         f"{LOGS}/curve/{{run}}.log",
     conda:
         "../../environment.yml"
-    threads: THREADS
+    threads: statistics_threads
     resources:
-        gpu=PRESET.gpus,
+        gpu=gpus,
         state="state",
     params:
-        spec=lambda wildcards: user_errors_stop_planning(PLAN.curve, wildcards.run).to_json(),
+        spec=spec("curve", "{run}"),
     shell:
-        "launch.sh {resources.gpu} --log {log} --threads {threads} curve --spec {params.spec:q}"
+        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} curve --spec {params.spec:q}"
         " --snapshots {input.snapshots} --reference {input.reference} --extractor {input.extractor}"
         " --state {resources.state} --out {output}"
 
@@ -158,9 +171,7 @@ rule select:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: user_errors_stop_planning(
-            PLAN.select, f"{wildcards.run}/{wildcards.sampler}"
-        ).to_json(),
+        spec=spec("select", "{run}/{sampler}"),
         curve=lambda wildcards, input: f"--curve {input.curve}" if input.curve else "",
     shell:
         "launch.sh 0 --log {log} select --spec {params.spec:q} {params.curve} --snapshots {input.snapshots}"

@@ -1,38 +1,64 @@
 # What people look at: curves, sheets of samples and the configuration, all of them in `snakemake --report`.
 
 
+def of_students(file, form="{file}"):
+    """A function of wildcards: `form` filled with the name and that file of every student."""
+
+    def forms(wildcards):
+        folder = RESULTS.format(preset=wildcards.preset)
+        runs = user_errors_stop_planning(TARGETS.students, wildcards.preset)
+        return [form.format(run=run, file=f"{folder}/{run}/{file}") for run in runs]
+
+    return forms
+
+
+def panels_of(wildcards):
+    """The sets of samples in the side-by-side sheet, by title."""
+    panels = user_errors_stop_planning(TARGETS.panels, wildcards.preset)
+    return {
+        title: f"results/{wildcards.preset}/{entry}/samples/manifest.json"
+        for title, entry in panels.items()
+    }
+
+
 rule curves:
     input:
-        logs=expand(f"{RESULTS}/{{run}}/train_log.jsonl", run=STUDENTS),
-        curves=expand(f"{RESULTS}/{{run}}/curve.csv", run=STUDENTS),
+        logs=of_students("train_log.jsonl"),
+        curves=of_students("curve.csv"),
         real=rules.shards.output.manifest,
     output:
         training=report(
             f"{RESULTS}/figures/curves.svg",
             caption="../report/curves.rst",
             category="Training",
-            labels={"figure": "losses and diagnostics"},
+            labels={"preset": "{preset}", "figure": "losses and diagnostics"},
         ),
         brightness=report(
             f"{RESULTS}/figures/brightness.svg",
             caption="../report/brightness.rst",
             category="Training",
-            labels={"figure": "brightness (as the paper's figure 8)"},
+            labels={
+                "preset": "{preset}",
+                "figure": "brightness (as the paper's figure 8)",
+            },
         ),
         quality=report(
             f"{RESULTS}/figures/fid_curve.svg",
             caption="../report/fid_curve.rst",
             category="Training",
-            labels={"figure": "distance against training (as the paper's figure 9)"},
+            labels={
+                "preset": "{preset}",
+                "figure": "distance against training (as the paper's figure 9)",
+            },
         ),
     log:
         f"{LOGS}/curves.log",
     conda:
         "../../environment.yml"
     params:
-        samples=PRESET.evaluation.curve_samples,
-        logs=[f"--log {run}={RESULTS}/{run}/train_log.jsonl" for run in STUDENTS],
-        curves=[f"--curve {run}={RESULTS}/{run}/curve.csv" for run in STUDENTS],
+        samples=preset_key(lambda preset: preset.evaluation.curve_samples),
+        logs=of_students("train_log.jsonl", "--log {run}={file}"),
+        curves=of_students("curve.csv", "--curve {run}={file}"),
         folder=lambda wildcards, output: Path(output.training).parent,
     shell:
         "launch.sh 0 --log {log} curves {params.logs} {params.curves} --real {input.real} --folder {params.folder}"
@@ -46,7 +72,7 @@ rule grid:
             f"{RESULTS}/{{model}}/{{sampler}}/grid.png",
             caption="../report/grid.rst",
             category="Samples",
-            labels={"model": "{model}", "sampler": "{sampler}"},
+            labels={"preset": "{preset}", "model": "{model}", "sampler": "{sampler}"},
         ),
     log:
         f"{LOGS}/grid/{{model}}-{{sampler}}.log",
@@ -64,7 +90,7 @@ rule real_grid:
             f"{RESULTS}/figures/real.png",
             caption="../report/grid.rst",
             category="Samples",
-            labels={"model": "real images", "sampler": ""},
+            labels={"preset": "{preset}", "model": "real images", "sampler": ""},
         ),
     log:
         f"{LOGS}/grid/real.log",
@@ -77,24 +103,24 @@ rule real_grid:
 rule compare:
     input:
         real=rules.shards.output.manifest,
-        teacher=f"{RESULTS}/teacher/ode/samples/manifest.json",
-        student=f"{RESULTS}/dmd2/student/samples/manifest.json",
-        collapsed=f"{RESULTS}/noreg/student/samples/manifest.json",
+        samples=lambda wildcards: list(panels_of(wildcards).values()),
     output:
         report(
             f"{RESULTS}/figures/compare.png",
             caption="../report/compare.rst",
             category="Samples",
-            labels={"model": "side by side", "sampler": ""},
+            labels={"preset": "{preset}", "model": "side by side", "sampler": ""},
         ),
     log:
         f"{LOGS}/compare.log",
     conda:
         "../../environment.yml"
+    params:
+        panels=lambda wildcards: [
+            f"{title}={file}" for title, file in panels_of(wildcards).items()
+        ],
     shell:
-        "launch.sh 0 --log {log} compare --out {output} --panel 'real images'={input.real}"
-        " --panel 'teacher, ODE'={input.teacher} --panel 'DMD2, one step'={input.student}"
-        " --panel 'no regression, 1:1'={input.collapsed}"
+        "launch.sh 0 --log {log} compare --out {output} 'real images'={input.real} {params.panels:q}"
 
 
 rule configuration:
@@ -103,15 +129,21 @@ rule configuration:
             f"{RESULTS}/config.yaml",
             caption="../report/config.rst",
             category="Configuration",
+            labels={"preset": "{preset}"},
         ),
     log:
         f"{LOGS}/configuration.log",
     conda:
         "../../environment.yml"
     params:
-        preset=json.dumps(PRESET.model_dump(mode="json"), sort_keys=True),
+        preset=preset_key(
+            lambda preset: json.dumps(preset.model_dump(mode="json"), sort_keys=True)
+        ),
         runs=lambda wildcards: json.dumps(
-            {run: PLAN.run(run).model_dump(mode="json") for run in STUDENTS},
+            {
+                run: plan_of(wildcards).run(run).model_dump(mode="json")
+                for run in TARGETS.students(wildcards.preset)
+            },
             sort_keys=True,
         ),
     shell:

@@ -4,7 +4,7 @@ from hashlib import sha256
 
 rule table:
     input:
-        metrics=metrics_files,
+        metrics=lambda wildcards: list(table_metrics(wildcards).values()),
         source=os.path.relpath(FOLDER / "tables/{table}.yaml"),  # so that a moved checkout has nothing to do
     output:
         csv=report(
@@ -15,17 +15,20 @@ rule table:
         ),
         markdown="results/{table}.md",
     log:
-        f"{LOGS}/tables/{{table}}.log",
+        "logs/tables/{table}.log",
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: user_errors_stop_planning(PLAN.table, ENTRIES[wildcards.table]).to_json(),
+        preset=lambda wildcards: TARGETS.preset_of(wildcards.table) or "",  # for the caption
+        spec=lambda wildcards: user_errors_stop_planning(
+            TARGETS.table_spec, wildcards.table
+        ).to_json(),
         content=lambda wildcards, input: sha256(
             Path(input.source).read_bytes()
         ).hexdigest()[:16],
         metrics=lambda wildcards: [
-            f"--metrics {entry}={metrics_file(entry)}"
-            for entry in entries_of(wildcards)
+            f"--metrics {entry}={file}"
+            for entry, file in table_metrics(wildcards).items()
         ],
     shell:
         "launch.sh 0 --log {log} table --spec {params.spec:q} --source {input.source} {params.metrics}"

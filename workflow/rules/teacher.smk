@@ -1,14 +1,22 @@
 # The teacher's weights, and its noise-image pairs for the original DMD.
 
 
+def teacher_data(wildcards):
+    """The latents, for a teacher that is trained."""
+    trained = plan_of(wildcards).preset.teacher.training is not None
+    return (
+        f"{DATA}/latents/manifest.json".format(preset=wildcards.preset)
+        if trained
+        else []
+    )
+
+
 rule teacher:
     input:
-        latents=rules.latents.output.manifest if PRESET.teacher.training else [],
+        latents=teacher_data,
         source=ancient(
-            supplied(
-                PRESET.teacher.weights and PRESET.teacher.weights.path,
-                "teacher.weights.path",
-                f"{RESULTS}/teacher/teacher.safetensors",
+            supplied_key(
+                "teacher.weights.path", f"{RESULTS}/teacher/teacher.safetensors"
             )
         ),
     output:
@@ -20,7 +28,7 @@ rule teacher:
     conda:
         "../../environment.yml"
     resources:
-        gpu=PRESET.gpus if PRESET.teacher.training else 0,
+        gpu=preset_key(lambda preset: preset.gpus if preset.teacher.training else 0),
         state="state",
     params:
         spec=spec("teacher"),
@@ -28,7 +36,7 @@ rule teacher:
             f"--latents {input.latents}" if input.latents else ""
         ),
     shell:
-        "launch.sh {resources.gpu} --log {log} --threads {threads} teacher --spec {params.spec:q}"
+        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} teacher --spec {params.spec:q}"
         " {params.latents} --state {resources.state} --weights {output.weights} --train-log {output.train_log}"
 
 
@@ -47,9 +55,9 @@ rule pairs:
     conda:
         "../../environment.yml"
     resources:
-        gpu=PRESET.gpus,
+        gpu=gpus,
     params:
         spec=spec("pairs"),
     shell:
-        "launch.sh {resources.gpu} --log {log} --threads {threads} pairs --spec {params.spec:q}"
+        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} pairs --spec {params.spec:q}"
         " --teacher {input.weights} --manifest {output.manifest}"

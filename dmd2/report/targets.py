@@ -1,0 +1,132 @@
+"""What one call of the workflow makes: each table on its preset, the entries it reads, and the sheets. No torch.
+
+A table names its default preset; `--config preset=NAME` chooses another for all of them. The keys that a user lays over
+a preset belong to the chosen one, or to the default of the first table; `presets: {NAME: {...}}` reaches any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from dmd2.config.reading import merge, overrides, read_chain
+from dmd2.errors import UserError
+from dmd2.lineage.plan import Plan
+from dmd2.lineage.spec import Spec, files_in
+from dmd2.report.table_schema import FLOOR, Table
+from dmd2.report.tables import check_presets, load_table, measured_entries
+
+RESERVED_PRESETS = frozenset({"bench", "reference", "downloads", "tables"})
+"""Folders of `results/`, `data/` and `logs/` that are no preset's."""
+RESERVED_RUNS = frozenset({"teacher", "features", "figures", FLOOR})
+"""Folders of `results/PRESET/` that are no run's."""
+
+
+def names_in(folder: Path, reserved: frozenset[str] = frozenset()) -> list[str]:
+    """The names of a folder's YAML files, which become folders of results; hidden files are passed over.
+
+    Raises UserError for a name that cannot be a folder of its own.
+    """
+    names = sorted(path.stem for path in folder.glob("*.yaml") if not path.name.startswith("."))
+    folded: dict[str, str] = {}
+    for name in names:
+        where = f"{folder / name}.yaml"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise UserError(f"{where}: a name has letters, digits, - and _ alone; rename the file")
+        if name in reserved:
+            raise UserError(f"{where}: {name} is the name of another folder of results; rename the file")
+        if (other := folded.setdefault(name.lower(), name)) != name:
+            raise UserError(f"{where}: {other} and {name} would share a folder of results on some disks; rename one")
+    return names
+
+
+class Targets:
+    """The tables, presets and runs of a workflow folder under one configuration of Snakemake.
+
+    Raises UserError, in one line, for a mistake in any table, and in the presets and runs that the tables use.
+    """
+
+    def __init__(self, folder: Path | str, config: Mapping[str, Any]):
+        self.folder = Path(folder)
+        self.presets = names_in(self.folder / "presets", RESERVED_PRESETS)
+        self.runs = names_in(self.folder / "runs", RESERVED_RUNS)
+        self.tables = {name: self._load(name) for name in names_in(self.folder / "tables")}
+        defaults = [table.preset for table in self.tables.values() if table.preset]
+        self._chosen: str | None = config.get("preset")
+        self._main = self._chosen or next(iter(defaults), None)
+        self._over = overrides(config)
+        self._over_by_name: Mapping[str, Any] = config.get("presets") or {}
+        self.plan = cache(self._plan)  # not as a decorator, which would keep every instance
+        for preset in dict.fromkeys([*self.in_use, *self._over_by_name]):
+            for entry in self.sampled(preset):
+                self.plan(preset).split(entry)
+
+    def _load(self, name: str) -> Table:
+        path = self.folder / "tables" / f"{name}.yaml"
+        table = load_table(path)
+        check_presets(table, self.presets, str(path))
+        return table
+
+    def _plan(self, preset: str) -> Plan:
+        """The plan of a preset, built once."""
+        over = self._over if preset == self._main else {}
+        return Plan(self.folder, preset, merge(over, self._over_by_name.get(preset) or {}))
+
+    def preset_of(self, table: str) -> str | None:
+        """The preset that fills a table: the chosen one, or the table's own; None where no preset can."""
+        default = self.tables[table].preset
+        return default and (self._chosen or default)
+
+    def entries(self, table: str) -> list[str]:
+        """The entries that a table reads."""
+        preset = self.preset_of(table)
+        return measured_entries(self.tables[table], preset) if preset else []
+
+    def table_spec(self, table: str) -> Spec:
+        """The spec of a table's stage; without a preset all of its figures are quoted."""
+        preset = self.preset_of(table)
+        return self.plan(preset).table(self.entries(table)) if preset else Spec.of("table", table)
+
+    @cached_property
+    def in_use(self) -> list[str]:
+        """The presets that fill the tables, each once."""
+        return list(dict.fromkeys(preset for table in self.tables if (preset := self.preset_of(table))))
+
+    def _tables_on(self, preset: str) -> list[str]:
+        """The tables that a preset fills; one that fills none by itself stands for every table that presets fill."""
+        own = [name for name in self.tables if self.preset_of(name) == preset]
+        return own or [name for name, table in self.tables.items() if table.preset]
+
+    def sampled(self, preset: str) -> list[str]:
+        """The entries MODEL/SAMPLER of a preset's tables, sorted."""
+        entries = {e for name in self._tables_on(preset) for e in measured_entries(self.tables[name], preset)}
+        return sorted(entries - {FLOOR})
+
+    def panels(self, preset: str) -> dict[str, str]:
+        """The panels of a preset's side-by-side sheet, entries by title, as the rows of its tables name them."""
+        rows = [row for name in self._tables_on(preset) for row in self.tables[name].rows_of(preset)]
+        found = {row.panel: entry for row in rows if row.panel and (entry := row.entry(preset))}
+        return dict(sorted(found.items(), key=lambda panel: not panel[1].startswith("teacher/")))  # the teacher first
+
+    @cached_property
+    def imported(self) -> list[str]:
+        """The runs whose weights were released instead of trained here."""
+        return [run for run in self.runs if self._run_file(run).get("weights")]
+
+    def _run_file(self, run: str) -> dict[str, Any]:
+        return read_chain(self.folder / "runs", run)
+
+    def students(self, preset: str) -> list[str]:
+        """The runs that are trained on a preset and measured in one of its tables."""
+        models = {entry.partition("/")[0] for entry in self.sampled(preset)}
+        return [run for run in self.runs if run in models and run not in self.imported]
+
+    def files(self, preset: str) -> dict[str, str]:
+        """The files from outside that a preset and the runs name, path by SHA-256."""
+        found = files_in(self.plan(preset).preset.model_dump())
+        for run in self.runs:
+            found |= files_in(self._run_file(run))
+        return found

@@ -1,0 +1,126 @@
+"""Which table is made on which preset, what it reads, and what is refused before any job."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dmd2.errors import UserError
+from dmd2.report.targets import Targets
+
+WORKFLOW = Path(__file__).parents[2] / "workflow"
+CLASS_TABLES = ("table1", "table3")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The workflow's files, to be edited."""
+    return Path(shutil.copytree(WORKFLOW, tmp_path / "workflow"))
+
+
+def edit_table(folder: Path, name: str, **keys: object) -> None:
+    path = folder / "tables" / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **keys}))
+
+
+def test_every_table_is_made_on_its_own_preset(folder: Path):
+    edit_table(folder, "table3", preset="smoke")
+    targets = Targets(folder, {})
+    assert {name: targets.preset_of(name) for name in targets.tables} == {
+        "table1": "digits", "table3": "smoke", **dict.fromkeys(("table2", "table4", "table5", "table6"))
+    }  # fmt: skip
+    assert targets.in_use == ["digits", "smoke"]
+    assert "teacher/ode" in targets.sampled("digits")
+    assert "teacher/ode" not in targets.sampled("smoke"), "table 3 has no row of the teacher"
+    assert "noreg/student" not in targets.sampled("digits")
+
+
+@pytest.mark.parametrize("preset", ["smoke", "imagenet64", "cifar10"])
+def test_chosen_preset_fills_every_table_that_presets_fill(preset: str):
+    targets = Targets(WORKFLOW, {"preset": preset})
+    assert targets.in_use == [preset]
+    assert [name for name in targets.tables if targets.preset_of(name) == preset] == list(CLASS_TABLES)
+    assert targets.entries("table2") == []
+    assert targets.table_spec("table1").name == preset
+
+
+def test_keys_over_the_preset_belong_to_the_chosen_one_and_others_go_by_name(folder: Path):
+    edit_table(folder, "table3", preset="smoke")
+    keys = {"train": {"seed": 5}, "presets": {"smoke": {"train": {"seed": 6}}}}
+    seeds = {name: Targets(folder, keys).plan(name).preset.train.seed for name in ("digits", "smoke", "cifar10")}
+    assert (seeds["digits"], seeds["smoke"]) == (5, 6)
+    assert seeds["cifar10"] == Targets(folder, {}).plan("cifar10").preset.train.seed
+    chosen = Targets(folder, {"preset": "cifar10", "train": {"seed": 7}})
+    assert (chosen.plan("cifar10").preset.train.seed, chosen.plan("digits").preset.train.seed) == (7, 10)
+
+
+def test_side_by_side_sheet_takes_its_panels_from_the_tables(folder: Path):
+    assert Targets(folder, {}).panels("digits") == {
+        "teacher, ODE": "teacher/ode", "DMD2, one step": "dmd2/student", "no regression, 1:1": "noreg/student"
+    }  # fmt: skip
+    path = folder / "tables/table3.yaml"
+    path.write_text(path.read_text().replace("measure: gan/student}", "measure: gan/student, panel: GAN alone}"))
+    assert Targets(folder, {}).panels("digits")["GAN alone"] == "gan/student"
+
+
+def test_preset_outside_the_tables_can_be_planned_whole(folder: Path):
+    targets = Targets(folder, {})
+    assert "cifar10" not in targets.in_use
+    assert "dmd2/best" in targets.sampled("cifar10")
+    assert "dmd2" in targets.students("cifar10")
+
+
+def test_hidden_files_are_passed_over(folder: Path):
+    expected = Targets(folder, {})
+    for kind in ("presets", "runs", "tables"):
+        (folder / kind / "._digits.yaml").write_bytes(b"\x00\x05\x16\x07")
+    found = Targets(folder, {})
+    assert (found.presets, found.runs, list(found.tables)) == (expected.presets, expected.runs, list(expected.tables))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "words"),
+    [
+        ("presets", "reference", "presets/reference.yaml: reference is the name of another folder of results; rename"),
+        ("runs", "teacher", "runs/teacher.yaml: teacher is the name of another folder of results; rename"),
+        ("presets", "Digits", "Digits and digits would share a folder of results on some disks; rename one"),
+        ("runs", "my run", "a name has letters, digits, - and _ alone; rename the file"),
+        ("runs", "a+b", "a name has letters, digits, - and _ alone; rename the file"),
+    ],
+)
+def test_name_without_a_folder_of_its_own_is_refused(folder: Path, kind: str, name: str, words: str):
+    (folder / kind / f"{name}.yaml").write_text("extends: digits\n" if kind == "presets" else "extends: dmd2\n")
+    refused(folder, {}, words)
+
+
+@pytest.mark.parametrize(
+    ("keys", "config", "words"),
+    [
+        (
+            {"preset": "digts"},
+            {},
+            "table1.yaml: `preset`: no preset 'digts'; known: cifar10, digits, imagenet64, smoke",
+        ),
+        ({"preset": None}, {}, "row t1.dmd is measured, but the table has no `preset` to measure it on"),
+        ({}, {"preset": "digts"}, "digts.yaml: no such file; did you mean 'digits'?"),
+        ({}, {"presets": {"digts": {}}}, "digts.yaml: no such file; did you mean 'digits'?"),
+        ({}, {"presets": {"smoke": {"trian": {}}}}, "preset smoke: unknown key `trian`; did you mean 'train'?"),
+    ],
+)
+def test_preset_that_does_not_exist_is_named(folder: Path, keys: dict, config: dict, words: str):
+    edit_table(folder, "table1", **keys)
+    refused(folder, config, words)
+
+
+def test_sampler_that_a_row_names_and_a_preset_lacks_is_named(folder: Path):
+    path = folder / "presets/digits.yaml"
+    path.write_text(path.read_text().replace("  sde: {kind", "  sdee: {kind"))
+    refused(folder, {}, "entry teacher/sde: no sampler 'sde' in preset digits; known: ode, sdee, student, ablation")
+
+
+def refused(folder: Path, config: dict, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Targets(folder, config)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
