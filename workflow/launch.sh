@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Starts a stage: launch.sh NUM_GPUS ARGUMENTS... runs `python -m dmd2 ARGUMENTS...` once, or once for each GPU when there
-# are several (`dmd2.training.launcher`). Works in an environment without this project installed.
+# Starts a stage: launch.sh NUM_GPUS|cpu:N ARGUMENTS... runs `python -m dmd2 ARGUMENTS...` once, or once for each GPU when
+# there are several, or N times on CPU (`dmd2.training.launcher`). Works in an environment without this project installed.
 #
 # Jobs that run side by side on one machine take different GPUs: as many free ones of CUDA_VISIBLE_DEVICES, or of all, as
 # NUM_GPUS says, each held by a lock while the stage runs; with 0 a stage sees none and runs once, on any number of
@@ -23,6 +23,12 @@ export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 gpus=$1
 shift
 nodes=${DMD2_NODES:-1}
+processes=$gpus
+if [[ $gpus == cpu:* ]]; then  # several processes that share the work on CPU
+    processes=${gpus#cpu:}
+    gpus=0
+    nodes=1
+fi
 
 devices() {  # the numbers of this machine's GPUs, or those that the user allows
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
@@ -56,11 +62,11 @@ take() {  # holds NUM free devices by locks that end with this process, and show
 if [ -z "${SLURM_JOB_ID:-}" ] && [ -n "$(devices)" ]; then
     take "$gpus"
 fi
-if [ "$gpus" -eq 0 ] || { [ "$gpus" -eq 1 ] && [ "$nodes" -le 1 ]; }; then
+if [ "$processes" -eq 0 ] || { [ "$processes" -eq 1 ] && [ "$nodes" -le 1 ]; }; then
     exec python -m dmd2 "$@"
 fi
 if [ "$nodes" -gt 1 ] && [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${DMD2_NODE:-}" ]; then
     exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-        ${DMD2_CPUS:+--cpus-per-task="$DMD2_CPUS"} python -m dmd2.training.launcher "$gpus" "$@"
+        ${DMD2_CPUS:+--cpus-per-task="$DMD2_CPUS"} python -m dmd2.training.launcher "$processes" "$@"
 fi
-exec python -m dmd2.training.launcher "$gpus" "$@"
+exec python -m dmd2.training.launcher "$processes" "$@"

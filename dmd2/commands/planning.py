@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,4 +115,19 @@ def downloads(
         typer.echo(stage.listing(workflow, preset, configfile))
 
 
-COMMANDS = (download, downloads, cost, plan)
+def times(
+    folder: Annotated[Path, typer.Option(help="where Snakemake ran")] = Path(),
+    only: Annotated[str, typer.Option(help="jobs whose log's path contains this text, such as logs/digits")] = "",
+    cores: Annotated[int, typer.Option(min=1, help="cores that Snakemake was given; this machine's by default")] = (
+        os.cpu_count() or 1
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Print where a workflow's time went: seconds of its jobs by rule, and idle core seconds."""
+    from dmd2.cost import job_times
+
+    report = job_times.report(job_times.read_jobs(folder, only), cores)
+    _tell(report, job_times.text(report), as_json)
+
+
+COMMANDS = (download, downloads, cost, plan, times)

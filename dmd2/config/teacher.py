@@ -38,6 +38,22 @@ class TeacherTraining(Model):
     p_mean: float = -1.2
     p_std: float = Field(1.2, gt=0)
     grad_clip: float = Field(10.0, gt=0)
+    cpu_processes: int = Field(
+        1, gt=0, description="processes that share a batch on CPU; fewer pass it in as many micro-batches, equal for 2"
+    )
+
+    @model_validator(mode="after")
+    def _processes_divide_the_batch(self) -> Self:
+        if self.batch_size % self.cpu_processes:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by cpu_processes {self.cpu_processes}")
+        return self
+
+    def micro_batch_size(self, limit: int | None, device: str) -> int | None:
+        """Samples that pass the network at a time on `device` ("cpu", "cuda"), at most `limit`; None: no limit."""
+        if device != "cpu" or self.cpu_processes == 1:
+            return limit
+        share = self.batch_size // self.cpu_processes
+        return min(share, limit or share)
 
 
 class TeacherConfig(Model):

@@ -71,7 +71,7 @@ def teacher(
                 initial,
                 training,
                 data,
-                micro_batch_size=runtime.micro_batch_size,
+                micro_batch_size=training.micro_batch_size(runtime.micro_batch_size, device.type),
                 layout=runtime.layout,
                 device=device,
             )
@@ -174,8 +174,11 @@ def _progress(train: Train, step: int, took: Mapping[str, float] | None, device:
 
 
 def _train_seconds(took: Mapping[str, float], device: str) -> dict[str, Any]:
-    """Wall and processor seconds of the main process, over all attempts, and GPU seconds of all processes."""
-    seconds = {"train_wall_s": took["wall_s"], "train_cpu_s": took["cpu_s"]}
+    """Wall seconds of the main process over all attempts; processor and GPU seconds of all processes.
+
+    Processes share the work equally: the main one's processor seconds count for each of them.
+    """
+    seconds = {"train_wall_s": took["wall_s"], "train_cpu_s": took["cpu_s"] * ranks.world_size()}
     if device == "cuda":
         seconds["gpu_s"] = took["wall_s"] * ranks.world_size()
     return {**seconds, "num_processes": ranks.world_size(), "device": device}

@@ -11,6 +11,15 @@ def teacher_data(wildcards):
     )
 
 
+def teacher_processes(preset):
+    """Processes, one thread each, that train the teacher of a preset on CPU."""
+    training = preset.teacher.training
+    return training.cpu_processes if training and not preset.gpus else 1
+
+
+teacher_gpus = preset_key(lambda preset: preset.gpus if preset.teacher.training else 0)
+
+
 rule teacher:
     input:
         latents=teacher_data,
@@ -27,8 +36,13 @@ rule teacher:
         f"{LOGS}/teacher.log",
     conda:
         "../../environment.yml"
+    threads: preset_key(teacher_processes)
     resources:
-        gpu=preset_key(lambda preset: preset.gpus if preset.teacher.training else 0),
+        gpu=teacher_gpus,
+        # One process for each GPU, or several on CPU: as many as this call has cores for, with equal results.
+        processes=lambda wildcards, threads: (
+            teacher_gpus(wildcards) if threads == 1 else f"cpu:{threads}"
+        ),
         state="state",
     params:
         spec=spec("teacher"),
@@ -36,8 +50,8 @@ rule teacher:
             f"--latents {input.latents}" if input.latents else ""
         ),
     shell:
-        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} teacher --spec {params.spec:q}"
-        " {params.latents} --state {resources.state} --weights {output.weights} --train-log {output.train_log}"
+        "launch.sh {resources.processes} --preset {wildcards.preset} --log {log} --threads {threads} teacher"
+        " --spec {params.spec:q} {params.latents} --state {resources.state} --weights {output.weights} --train-log {output.train_log}"
 
 
 rule pairs:
