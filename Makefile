@@ -1,6 +1,7 @@
 # One command each, on a fresh machine: sets up the environment in .venv if it is not there, then does the job.
 #   make table1   results/table1.csv on the embedded digits      make test    the test suite
 #   make tables   all six tables, each on its own preset         make lint    style, types, layers, workflow
+#   make report   all of them as one HTML file                   make docs    the documentation as a site in site/
 # Choose another preset or number of cores: make table1 PRESET=smoke CORES=1
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -8,13 +9,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command 
 PRESET ?=
 CORES ?= all
 SETUP := .venv/installed-$(shell sha256sum pyproject.toml | cut -c1-16)
+DOCS := $(SETUP:.venv/installed-%=.venv/docs-%)
 RUN := source .venv/bin/activate &&
 SNAKEMAKE := $(RUN) snakemake --cores $(CORES) $(if $(PRESET),--config preset=$(PRESET))
 
 TABLES := table1 table2 table3 table4 table5 table6
-.PHONY: help setup $(TABLES) tables report unlock test fast-test lint aot format dag bench plan
+.PHONY: help setup $(TABLES) tables report unlock test fast-test lint docs aot format dag bench plan
 help:
-	@sed -n '1,4p' Makefile | cut -c3-
+	@sed -n '1,5p' Makefile | cut -c3-
 
 setup: $(SETUP)
 $(SETUP):
@@ -48,6 +50,13 @@ fast-test: $(SETUP)
 lint: $(SETUP)
 	@$(RUN) ruff check . && ruff format --check . && mypy && lint-imports && snakefmt --check Snakefile workflow \
 	    && snakemake --lint && python -m dmd2_kernels.lint
+
+$(DOCS): $(SETUP)
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@rm -f .venv/docs-* && touch $@
+
+docs: $(DOCS)
+	@$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build && echo "open site/index.html"
 
 aot: $(SETUP)
 	@$(RUN) env -u TRITON_INTERPRET python -m dmd2_kernels.aot --arch 80,90,100 --check --jobs 2
