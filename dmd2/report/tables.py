@@ -187,7 +187,7 @@ def _markdown_columns(table: Table, table_rows: Sequence[Cells], has_measured: b
         ("Method", "method"),
         *((TITLES.get(tick, tick.replace("_", " ")), tick) for tick in table.ticks),
     ]
-    if any(row.nfe for row in table.rows):
+    if table.number and any(row.nfe for row in table.rows):
         columns.append(("passes (paper)", "paper_nfe"))
     columns += [(f"{TITLES[metric]} (paper)", f"paper_{metric}") for metric in table.paper_metrics()]
     if has_measured:
