@@ -14,7 +14,7 @@ RUN := source .venv/bin/activate &&
 SNAKEMAKE := $(RUN) snakemake --cores $(CORES) $(if $(PRESET),--config preset=$(PRESET))
 
 TABLES := table1 table2 table3 table4 table5 table6
-.PHONY: help setup $(TABLES) tables report unlock test fast-test lint docs aot format dag bench plan
+.PHONY: help setup $(TABLES) deviations tables times report unlock test fast-test lint docs aot format dag bench plan
 help:
 	@sed -n '1,5p' Makefile | cut -c3-
 
@@ -27,12 +27,15 @@ $(SETUP):
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@rm -f .venv/installed-* && touch $@
 
-$(TABLES): $(SETUP)
+$(TABLES) deviations: $(SETUP)
 	@$(SNAKEMAKE) -- results/$@.csv
 	@echo && cat results/$@.md
 
 tables: $(SETUP)
 	@$(SNAKEMAKE)
+
+times: $(SETUP)
+	@$(RUN) dmd2 times
 
 unlock: $(SETUP)
 	@$(SNAKEMAKE) --unlock

@@ -33,7 +33,7 @@ onstart:
 rule all:
     default_target: True
     input:
-        expand("results/{table}.csv", table=TARGETS.tables),
+        expand("results/{table}.csv", table=TARGETS.paper_tables),
         [
             f"results/{preset}/{entry}/grid.png"
             for preset in TARGETS.in_use

@@ -8,6 +8,7 @@ run lie over the preset's `train` section, and the preset may adjust a run by na
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,10 +106,21 @@ def load_preset(folder: Path | str, name: str, overrides: Mapping[str, Any] | No
     return parse(Preset, {"name": name, **content}, f"preset {name}")
 
 
+SEEDED = re.compile(r"(?P<run>.+)_seed(?P<seed>[0-9]+)")
+"""`NAME_seedN` is the run NAME with another training seed; so is the run that it starts from, if there is one."""
+
+
 def load_run(folder: Path | str, name: str, preset: Preset) -> Run:
-    """The run `name` from `folder`/runs, resolved on `preset`."""
-    file = parse(RunFile, read_chain(Path(folder) / "runs", name), f"run {name}")
-    keys = merge(merge(preset.train.model_dump(exclude_unset=True), file.train), preset.runs.get(name, {}))
+    """The run `name` from `folder`/runs, or `name_seedN` for another seed, resolved on `preset`."""
+    seeded = None if (Path(folder) / "runs" / f"{name}.yaml").exists() else SEEDED.fullmatch(name)
+    base = seeded["run"] if seeded else name
+    file = parse(RunFile, read_chain(Path(folder) / "runs", base), f"run {base}")
+    keys = merge(merge(preset.train.model_dump(exclude_unset=True), file.train), preset.runs.get(base, {}))
+    if seeded:
+        if file.weights is not None:
+            raise UserError(f"run {name}: {base} is imported, and a training seed changes nothing; use {base}")
+        parent = keys.get("init_run")
+        keys |= {"seed": int(seeded["seed"])} | ({"init_run": f"{parent}_seed{seeded['seed']}"} if parent else {})
     where = f"run {name} on preset {preset.name}"
     train = parse(Train, keys, where)
     try:

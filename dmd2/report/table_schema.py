@@ -36,6 +36,7 @@ class Row(Model):
     paper: dict[Metric, float] = Field(default_factory=dict)
     ticks: tuple[str, ...] = ()
     measure: Entry | None = Field(None, description="MODEL/SAMPLER, or floor")
+    seeds: tuple[int, ...] = Field((), description="training seeds to average over; none: the run's own")
     instead: dict[str, Entry] = Field({}, description="presets on which another entry stands for the row")
     only: tuple[str, ...] = Field((), description="presets that have this row; none means all")
     pending: str | None = Field(None, description="why this project cannot measure the row yet")
@@ -47,22 +48,32 @@ class Row(Model):
             raise ValueError("set `measure` or `pending`, not both")
         if self.instead and not self.measure:
             raise ValueError("`instead` needs `measure`, which it replaces on some presets")
+        if self.seeds and (not self.measure or self.measure == FLOOR or self.measure.startswith("teacher/")):
+            raise ValueError("`seeds` needs `measure: RUN/SAMPLER`, a run to train with them")
         if self.panel and (not self.measure or self.measure == FLOOR):
             raise ValueError("`panel` needs `measure: MODEL/SAMPLER`, whose samples it shows")
         return self
 
     def entry(self, preset: str | None) -> str | None:
-        """What stands for the row on `preset`: MODEL/SAMPLER, `floor`, or nothing."""
+        """What stands for the row on `preset`: MODEL/SAMPLER, `floor`, or nothing; its seeds are in `entries`."""
         return self.instead.get(preset or "", self.measure)
+
+    def entries(self, preset: str | None) -> list[str]:
+        """The entries whose metrics the row averages: one for each of its seeds."""
+        entry = self.entry(preset)
+        if entry is None or not self.seeds:
+            return [entry] if entry else []
+        model, sampler = entry.split("/")
+        return [f"{model}_seed{seed}/{sampler}" for seed in self.seeds]
 
 
 class Table(Model):
     """The content of `workflow/tables/tableN.yaml`."""
 
-    number: int = Field(gt=0)
+    number: int | None = Field(None, gt=0, description="in the paper; none: ours, made when it is requested by name")
     title: str
     preset: str | None = Field(None, description="fills the table unless another is chosen; none: all is quoted")
-    paper_data: PaperData
+    paper_data: PaperData | None = None
     ticks: tuple[str, ...] = Field((), description="columns of yes and no")
     compute: bool = Field(False, description="whether the Markdown states the training of each row")
     rows: tuple[Row, ...] = Field(min_length=1)
@@ -71,9 +82,11 @@ class Table(Model):
     def _rows_belong_here(self) -> Self:
         if self.preset is None and (measured := [row.id for row in self.rows if row.measure]):
             raise ValueError(f"row {measured[0]} is measured, but the table has no `preset` to measure it on")
+        if (self.number is None) != (self.paper_data is None):
+            raise ValueError("a table of the paper has `number` and `paper_data`, another has neither")
         seen = set()
         for row in self.rows:
-            if not row.id.startswith(f"t{self.number}."):
+            if self.number is not None and not row.id.startswith(f"t{self.number}."):
                 raise ValueError(f"row id {row.id!r} does not start with t{self.number}.")
             if row.id in seen:
                 raise ValueError(f"row id {row.id!r} stands twice")
@@ -94,7 +107,7 @@ class Table(Model):
             *("row_id", "group", "method", *self.ticks, "paper_nfe", "nfe"),
             *(*paper, *measured, *PLAIN, "source", "preset", "dataset"),
             *("run", "iterations", "generator_updates", "checkpoint_step", "selection"),
-            *("num_samples", "num_blocks", "seeds", *TRAINING, "protocol", "features", "reference"),
+            *("num_samples", "num_blocks", "training_seeds", "seeds", *TRAINING, "protocol", "features", "reference"),
             *("config_digest", "commit", "note"),
         ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,7 @@ def load_table(path: Path | str) -> Table:
 
 def measured_entries(table: Table, preset: str) -> list[str]:
     """The entries `MODEL/SAMPLER`, and perhaps `floor`, whose metric records the table reads; each once, in order."""
-    entries = [row.entry(preset) for row in table.rows_of(preset)]
-    return list(dict.fromkeys(entry for entry in entries if entry))
+    return list(dict.fromkeys(entry for row in table.rows_of(preset) for entry in row.entries(preset)))
 
 
 def check_presets(table: Table, presets: Sequence[str], where: str) -> None:
@@ -97,12 +97,12 @@ def _cells(table: Table, records: Mapping[str, MetricsRecord], where: Cells) -> 
         cells: Cells = {"row_id": row.id, "group": row.group, "method": row.method, "paper_nfe": row.nfe}
         cells |= {f"paper_{metric}": value for metric, value in row.paper.items()}
         cells |= {tick: "yes" if tick in row.ticks else "no" for tick in table.ticks if row.measure != FLOOR}
-        entry = row.entry(where["preset"])
-        record = records.get(entry or "")
-        if record is not None:
-            cells |= {"source": "measured"} | where | _measured(record)
-        elif entry:
-            cells |= {"source": "pending", "note": f"no metrics of {entry}"} | where
+        entries = row.entries(where["preset"])
+        missing = [entry for entry in entries if entry not in records]
+        if missing:
+            cells |= {"source": "pending", "note": f"no metrics of {', '.join(missing)}"} | where
+        elif entries:
+            cells |= {"source": "measured"} | where | _measured([records[entry] for entry in entries])
         elif row.pending:
             cells |= {"source": "pending", "note": row.pending}
         else:
@@ -110,19 +110,21 @@ def _cells(table: Table, records: Mapping[str, MetricsRecord], where: Cells) -> 
         yield cells
 
 
-def _measured(record: MetricsRecord) -> Cells:
-    """The measured columns of a row."""
+def _measured(records: Sequence[MetricsRecord]) -> Cells:
+    """The measured columns of a row, from the records of its training seeds; all but the measures are the first's."""
+    record = records[0]
     cells: Cells = {}
     for name in (*WITH_SD, *PLAIN):
-        measure: Measure | None = getattr(record.metrics, name)
-        cells[name] = measure.mean if measure else None
-        cells[f"{name}_sd"] = measure.sd if measure else None
+        cells[name], cells[f"{name}_sd"] = _over_seeds([getattr(each.metrics, name) for each in records])
     made, model = record.provenance, record.model
     seeds = f"samples {record.seed}"
+    trained = [each.model.seed for each in records if each.model is not None and each.model.seed is not None]
     if model is not None:
         cells |= model.model_dump(exclude={"seed"})
-        seeds = seeds if model.seed is None else f"training {model.seed}; {seeds}"
+    if trained:
+        seeds = f"training {', '.join(map(str, trained))}; {seeds}"
     return cells | {
+        "training_seeds": len(trained) or None,
         "nfe": record.nfe,
         "num_samples": record.num_samples,
         "num_blocks": record.num_blocks,
@@ -130,9 +132,20 @@ def _measured(record: MetricsRecord) -> Cells:
         "protocol": "; ".join(f"{name} ({_choices(choices)})" for name, choices in record.protocols.items()),
         "features": f"{record.features.name} {record.features.sha256[:12]}",
         "reference": record.features.reference,
-        "config_digest": made.digest,
+        "config_digest": " ".join(each.provenance.digest for each in records),
         "commit": made.commit,
     }
+
+
+def _over_seeds(measures: Sequence[Measure | None]) -> tuple[float | None, float | None]:
+    """Mean and deviation: over the blocks of samples of one seed, or over the seeds."""
+    found = [measure for measure in measures if measure is not None]
+    if not found:
+        return None, None
+    if len(found) == 1:
+        return found[0].mean, found[0].sd
+    means = [measure.mean for measure in found]
+    return statistics.fmean(means), statistics.stdev(means)
 
 
 def _choices(choices: Mapping[str, str]) -> str:
@@ -153,7 +166,7 @@ def write_markdown(table: Table, table_rows: Sequence[Cells], path: Path | str) 
     has_measured = any(row["preset"] for row in table_rows)
     columns = _markdown_columns(table, table_rows, has_measured)
     lines = [
-        f"# Table {table.number}: {table.title}\n",
+        f"# Table {table.number}: {table.title}\n" if table.number else f"# {table.title}\n",
         _caption(table, table_rows, has_measured) + "\n",
         "| " + " | ".join(title for title, _ in columns) + " |",
         "|" + "---|" * len(columns),
@@ -174,7 +187,7 @@ def _markdown_columns(table: Table, table_rows: Sequence[Cells], has_measured: b
         ("Method", "method"),
         *((TITLES.get(tick, tick.replace("_", " ")), tick) for tick in table.ticks),
     ]
-    if any(row.nfe for row in table.rows):
+    if table.number and any(row.nfe for row in table.rows):
         columns.append(("passes (paper)", "paper_nfe"))
     columns += [(f"{TITLES[metric]} (paper)", f"paper_{metric}") for metric in table.paper_metrics()]
     if has_measured:
@@ -189,15 +202,17 @@ def _markdown_columns(table: Table, table_rows: Sequence[Cells], has_measured: b
 
 
 def _caption(table: Table, table_rows: Sequence[Cells], has_measured: bool) -> str:
-    paper = f"The columns marked (paper) are the figures of arXiv 2405.14867 on {table.paper_data.description}."
+    data = table.paper_data
+    paper = f"The columns marked (paper) are the figures of arXiv 2405.14867 on {data.description}. " if data else ""
     if not has_measured:
-        return paper
+        return paper.strip()
     place = next(row for row in table_rows if row["preset"])
-    if place["preset"] in table.paper_data.presets:
+    if data and place["preset"] in data.presets:
         remark = "They are comparable with the paper's only at its number of samples and with its features."
     else:
         remark = "They are figures of other data, not the paper's, and comparable only with one another."
-    text = f"{paper} The other columns are measured on **{place['dataset']}** (preset `{place['preset']}`). {remark}"
+    columns = "The other columns are" if paper else "Everything is"
+    text = f"{paper}{columns} measured on **{place['dataset']}** (preset `{place['preset']}`). {remark}"
     measured = [row for row in table_rows if row["source"] == "measured"]
     models = [row for row in measured if row["run"] != "data"] or measured
     counts = {
@@ -205,24 +220,37 @@ def _caption(table: Table, table_rows: Sequence[Cells], has_measured: bool) -> s
         f"moments of {'the data' if row['reference'] == 'data' else row['reference']}, protocol {row['protocol']}"
         for row in models
     }
-    spread = "Mean ± standard deviation over blocks of samples of one trained model (training seeds are not varied)"
+    spread = (
+        "Mean ± standard deviation, over blocks of samples of one trained model or, where a row says so, over seeds"
+    )
     return text + (f" {spread}: {'; '.join(sorted(counts))}." if counts else "")
 
 
 def _sources(table_rows: Sequence[Cells]) -> str:
     """The legend of the column `source`, with the reasons why rows are pending."""
-    found = {row["source"] for row in table_rows}
+    found = {_source(row) for row in table_rows}
+    several = max((row["training_seeds"] or 0 for row in table_rows), default=0)
     notes = dict.fromkeys(row["note"] for row in table_rows if row["source"] == "pending")
     meanings = {
         "measured": "by this project, with the settings in the CSV beside this file",
+        "measured, 1 seed": "the same, of one training seed: a small difference between two such rows may be chance",
+        f"measured, {several} seeds": "the same, mean and deviation over training seeds",
         "quoted": "a published figure alone; the method is not part of this project",
         "pending": f"not measured here yet: {'; '.join(notes)}",
     }
     return "\n".join(f"- {source}: {meaning}" for source, meaning in meanings.items() if source in found)
 
 
+def _source(row: Cells) -> str:
+    """The column `source` for reading: a measured row says how many training seeds are behind it."""
+    seeds = row["training_seeds"]
+    return f"{row['source']}, {seeds} seed{'s' if seeds > 1 else ''}" if seeds else str(row["source"])
+
+
 def _text(row: Cells, column: str) -> str:
     """One cell for reading."""
+    if column == "source":
+        return _source(row)
     value = row[column]
     if column in (*WITH_SD, *PLAIN):
         if row["source"] == "pending":

@@ -7,7 +7,7 @@ a preset belong to the chosen one, or to the default of the first table; `preset
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,22 @@ class Targets:
         self.presets = names_in(self.folder / "presets", RESERVED_PRESETS)
         self.runs = names_in(self.folder / "runs", RESERVED_RUNS)
         self.tables = {name: self._load(name) for name in names_in(self.folder / "tables")}
-        defaults = [table.preset for table in self.tables.values() if table.preset]
+        defaults = [self.tables[name].preset for name in self.paper_tables if self.tables[name].preset]
         self._chosen: str | None = config.get("preset")
         self._main = self._chosen or next(iter(defaults), None)
         self._over = overrides(config)
         self._over_by_name: Mapping[str, Any] = config.get("presets") or {}
         self.plan = cache(self._plan)  # not as a decorator, which would keep every instance
         for preset in dict.fromkeys([*self.in_use, *self._over_by_name]):
-            for entry in self.sampled(preset):
+            self._check(preset, self.sampled(preset))
+        for table in self.tables:
+            if preset := self.preset_of(table):
+                self._check(preset, self.entries(table))
+
+    def _check(self, preset: str, entries: Iterable[str]) -> None:
+        """Raises UserError for an entry that a preset does not have."""
+        for entry in entries:
+            if entry != FLOOR:
                 self.plan(preset).split(entry)
 
     def _load(self, name: str) -> Table:
@@ -91,14 +99,19 @@ class Targets:
         return self.plan(preset).table(self.entries(table)) if preset else Spec.of("table", table)
 
     @cached_property
+    def paper_tables(self) -> list[str]:
+        """The tables of the paper, which are made unless others are requested."""
+        return [name for name, table in self.tables.items() if table.number is not None]
+
+    @cached_property
     def in_use(self) -> list[str]:
-        """The presets that fill the tables, each once."""
-        return list(dict.fromkeys(preset for table in self.tables if (preset := self.preset_of(table))))
+        """The presets that fill the paper's tables, each once."""
+        return list(dict.fromkeys(preset for table in self.paper_tables if (preset := self.preset_of(table))))
 
     def _tables_on(self, preset: str) -> list[str]:
-        """The tables that a preset fills; one that fills none by itself stands for every table that presets fill."""
-        own = [name for name in self.tables if self.preset_of(name) == preset]
-        return own or [name for name, table in self.tables.items() if table.preset]
+        """The paper's tables that a preset fills; one that fills none stands for every table that presets fill."""
+        own = [name for name in self.paper_tables if self.preset_of(name) == preset]
+        return own or [name for name in self.paper_tables if self.tables[name].preset]
 
     def sampled(self, preset: str) -> list[str]:
         """The entries MODEL/SAMPLER of a preset's tables, sorted."""

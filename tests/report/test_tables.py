@@ -10,7 +10,7 @@ from table_records import NUMBERS, PRESET, ROOT, load, record
 from dmd2.config.reading import load_preset
 from dmd2.errors import UserError
 from dmd2.files import write_json
-from dmd2.report.tables import measured_entries, read_records, rounded, rows, write_csv, write_markdown
+from dmd2.report.tables import load_table, measured_entries, read_records, rounded, rows, write_csv, write_markdown
 
 
 def test_without_records_rows_are_pending_or_quoted_and_nothing_is_measured():
@@ -224,3 +224,44 @@ def test_markdown_on_the_papers_data_does_not_call_the_figures_foreign(tmp_path:
 )
 def test_numbers_are_rounded_to_what_their_spread_supports(mean, sd, text):
     assert rounded(mean, sd) == text
+
+
+def seeded(seed: int, fid: float, pixel_fd: float) -> dict:
+    content = record(fid, seed=seed)
+    content["metrics"]["pixel_fd"] = {"mean": pixel_fd, "sd": 0.001}
+    return content
+
+
+def test_row_over_seeds_has_their_mean_and_deviation(tmp_path: Path):
+    table = load_table(ROOT / "workflow/tables/deviations.yaml")
+    entries = ("hinge_seed10/student", "hinge_seed11/student")
+    found = dict(zip(entries, (seeded(10, 0.4, 0.2), seeded(11, 0.6, 0.4)), strict=True))
+    filled = {row["row_id"]: row for row in rows(table, found, "digits", PRESET.data)}
+    assert filled["gan_loss"]["fid"] == pytest.approx(0.5)
+    assert filled["gan_loss"]["fid_sd"] == pytest.approx(0.2 / 2**0.5)
+    assert filled["gan_loss"]["pixel_fd_sd"] == pytest.approx(0.2 / 2**0.5)
+    assert filled["gan_loss"]["training_seeds"] == 2
+    assert filled["gan_loss"]["seeds"].startswith("training 10, 11; ")
+    assert filled["r1_weight"]["source"] == "pending"
+    assert filled["r1_weight"]["note"] == "no metrics of r1_seed10/student, r1_seed11/student"
+    write_markdown(table, list(filled.values()), tmp_path / "t.md")
+    text = (tmp_path / "t.md").read_text()
+    assert text.startswith("# Deviations of other implementations")
+    assert "| measured, 2 seeds |" in text
+    assert "(paper)" not in text
+
+
+def test_one_seed_of_two_leaves_the_row_pending():
+    table = load_table(ROOT / "workflow/tables/deviations.yaml")
+    found = {"hinge_seed10/student": seeded(10, 0.4, 0.2)}
+    (row,) = (row for row in rows(table, found, "digits", PRESET.data) if row["row_id"] == "gan_loss")
+    assert (row["source"], row["fid"], row["note"]) == ("pending", None, "no metrics of hinge_seed11/student")
+
+
+def test_row_of_one_seed_is_marked(tmp_path: Path):
+    table = load(1)
+    filled = rows(table, {"dmd2/student": record(0.05, seed=10)}, PRESET.name, PRESET.data)
+    write_markdown(table, filled, tmp_path / "t.md")
+    text = (tmp_path / "t.md").read_text()
+    assert "| measured, 1 seed |" in text
+    assert "of one training seed: a small difference between two such rows may be chance" in text

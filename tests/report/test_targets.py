@@ -27,7 +27,7 @@ def edit_table(folder: Path, name: str, **keys: object) -> None:
 def test_every_table_is_made_on_its_own_preset(folder: Path):
     edit_table(folder, "table3", preset="smoke")
     targets = Targets(folder, {})
-    assert {name: targets.preset_of(name) for name in targets.tables} == {
+    assert {name: targets.preset_of(name) for name in targets.paper_tables} == {
         "table1": "digits", "table3": "smoke", **dict.fromkeys(("table2", "table4", "table5", "table6"))
     }  # fmt: skip
     assert targets.in_use == ["digits", "smoke"]
@@ -40,7 +40,7 @@ def test_every_table_is_made_on_its_own_preset(folder: Path):
 def test_chosen_preset_fills_every_table_that_presets_fill(preset: str):
     targets = Targets(WORKFLOW, {"preset": preset})
     assert targets.in_use == [preset]
-    assert [name for name in targets.tables if targets.preset_of(name) == preset] == list(CLASS_TABLES)
+    assert [name for name in targets.paper_tables if targets.preset_of(name) == preset] == list(CLASS_TABLES)
     assert targets.entries("table2") == []
     assert targets.table_spec("table1").name == preset
 
@@ -124,3 +124,19 @@ def refused(folder: Path, config: dict, words: str) -> None:
         Targets(folder, config)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_row_over_seeds_reads_an_entry_for_each_and_the_parent_has_the_seed_too():
+    targets = Targets(WORKFLOW, {"preset": "smoke"})
+    assert "deviations" not in targets.paper_tables
+    assert targets.entries("deviations")[:2] == ["dmd2_seed10/ablation", "dmd2_seed11/ablation"]
+    plan = targets.plan("smoke")
+    assert plan.run("dmd2_seed11").train == plan.run("dmd2").train.model_copy(update={"seed": 11})
+    assert plan.train("dmd2_seed10").digest == plan.train("dmd2").digest, "10 is the preset's seed"
+    assert plan.train("dmd2_seed11").digest != plan.train("dmd2").digest
+    assert plan.run("dmd2_long_seed11").train.init_run == "noreg_ttur_seed11"
+
+
+def test_seed_of_an_imported_run_is_refused():
+    with pytest.raises(UserError, match="released_dmd2 is imported, and a training seed changes nothing"):
+        Targets(WORKFLOW, {"preset": "imagenet64"}).plan("imagenet64").run("released_dmd2_seed11")

@@ -63,10 +63,15 @@ def one_of(names):
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
+def one_run_of(names):
+    """A wildcard's pattern: one of the runs, or NAME_seedN, the run NAME with another training seed."""
+    return f"(?:{one_of(names)})(?:_seed[0-9]+)?"
+
+
 wildcard_constraints:
     preset=one_of(TARGETS.presets),
-    run=one_of(TARGETS.runs),
-    model=one_of(["teacher", *TARGETS.runs]),
+    run=one_run_of(TARGETS.runs),
+    model=f"teacher|{one_run_of(TARGETS.runs)}",
     sampler="[A-Za-z0-9_-]+",
     table=one_of(TARGETS.tables),
 

@@ -54,7 +54,7 @@ rule train:
     log:
         f"{LOGS}/train/{{run}}.log",
     wildcard_constraints:
-        run=one_of(run for run in TARGETS.runs if run not in TARGETS.imported),
+        run=one_run_of(run for run in TARGETS.runs if run not in TARGETS.imported),
     priority: 10
     conda:
         "../../environment.yml"
