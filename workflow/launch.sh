@@ -62,6 +62,9 @@ take() {  # holds NUM free devices by locks that end with this process, and show
 if [ -z "${SLURM_JOB_ID:-}" ] && [ -n "$(devices)" ]; then
     take "$gpus"
 fi
+if [ "$processes" -eq 0 ] && [ "$nodes" -le 1 ] && [ -z "${SLURM_JOB_ID:-}" ]; then
+    exec python -m dmd2.commands.preloaded "$@"
+fi
 if [ "$processes" -eq 0 ] || { [ "$processes" -eq 1 ] && [ "$nodes" -le 1 ]; }; then
     exec python -m dmd2 "$@"
 fi
