@@ -1,4 +1,4 @@
-"""Ranks and devices: one process, or several started by `dmd2.launcher`.
+"""Ranks and devices: one process, or several started by `dmd2.training.launcher`.
 
 No rank waits for another without end. One that ended is noticed by those that exchange something with its host, at
 once; one that hangs, after the time limit that `process_group` was given. They end with a `UserError`, see `exchange`,
