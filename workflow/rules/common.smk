@@ -89,78 +89,20 @@ statistics_threads = preset_key(lambda preset: 8 if preset.gpus else 1)
 is_streamed = preset_key(lambda preset: preset.evaluation.streamed)
 
 
-def spec(name, *of):
+def spec(name, thing=None):
     """A function of wildcards: the spec of a stage, as the canonical string that triggers it.
 
-    `of` names the wildcards that the plan asks for, or is one text with them in braces.
+    `thing` is what the plan's method is called with, a text with wildcards in braces; a stage without one has none.
     """
 
     def canonical(wildcards):
         plan = plan_of(wildcards)
-        if not of:
+        if thing is None:
             return user_errors_stop_planning(lambda: getattr(plan, name).to_json())
-        thing = of[0].format(**dict(wildcards.items()))
-        return user_errors_stop_planning(getattr(plan, name), thing).to_json()
+        filled = thing.format(**dict(wildcards.items()))
+        return user_errors_stop_planning(getattr(plan, name), filled).to_json()
 
     return canonical
 
 
 ENTRY = "{model}/{sampler}"
-
-
-def supplied(path, key, output):
-    """What a job waits for that reads `path` from outside and makes `output`: the record of a listed file, or nothing.
-
-    `key` names the setting. A path where there is nothing stops the planning, unless `output` is there already. Records
-    are for `ancient`: one that is written again starts nothing.
-    """
-    done = Path(output).exists()
-    record = user_errors_stop_planning(
-        lambda: requirement(path, key, CATALOGUE, done=done)
-    )
-    return [] if record is None else str(record)
-
-
-def supplied_key(key, output):
-    """A function of wildcards: `supplied` for the file that the preset's `key` names, if it names one."""
-
-    def record(wildcards):
-        value = plan_of(wildcards).preset
-        for part in key.split("."):
-            value = value and getattr(value, part)
-        return supplied(value, key, output.format(preset=wildcards.preset))
-
-    return record
-
-
-def run_of(wildcards):
-    return user_errors_stop_planning(plan_of(wildcards).run, wildcards.run)
-
-
-def weights_of(wildcards):
-    """The weights behind an entry."""
-    plan, folder = plan_of(wildcards), RESULTS.format(preset=wildcards.preset)
-    user_errors_stop_planning(plan.split, ENTRY.format(**dict(wildcards.items())))
-    if wildcards.model == "teacher":
-        return f"{folder}/teacher/teacher.safetensors"
-    last = plan.preset.samplers[wildcards.sampler].checkpoint == "last"
-    file = "generator" if last else f"{wildcards.sampler}/snapshot"
-    return f"{folder}/{wildcards.model}/{file}.safetensors"
-
-
-def metrics_file(preset, entry):
-    """The metrics record of an entry, or of the floor."""
-    return f"results/{preset}/{entry}/metrics.json"
-
-
-def table_metrics(wildcards):
-    """The metric records that a table reads, by entry: all of them, or those that are there."""
-    preset = TARGETS.preset_of(wildcards.table)
-    files = {
-        entry: metrics_file(preset, entry) for entry in TARGETS.entries(wildcards.table)
-    }
-    return {
-        entry: file
-        for entry, file in files.items()
-        if not MEASURED_ALREADY or Path(file).exists()
-    }

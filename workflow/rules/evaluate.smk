@@ -1,28 +1,6 @@
 # Samples and their metrics. An entry is a model with a sampler: teacher/ode, dmd2/student.
 
 
-def extractor_data(wildcards):
-    """The images, for an extractor that is trained."""
-    trained = plan_of(wildcards).preset.features.weights is None
-    return (
-        f"{DATA}/shards/manifest.json".format(preset=wildcards.preset)
-        if trained
-        else []
-    )
-
-
-def metrics_source(wildcards):
-    """What metrics are made of: stored samples, or the weights whose samples are streamed."""
-    samples = rules.sample.output.manifest.format(**dict(wildcards.items()))
-    return weights_of(wildcards) if is_streamed(wildcards) else samples
-
-
-def curve_of(wildcards):
-    """What the best snapshot is chosen by; that of an iteration needs nothing."""
-    best = plan_of(wildcards).preset.samplers[wildcards.sampler].checkpoint == "best"
-    return rules.curve.output[0].format(**dict(wildcards.items())) if best else []
-
-
 rule features:
     input:
         images=extractor_data,

@@ -1,26 +1,6 @@
 # What people look at: curves, sheets of samples and the configuration, all of them in `snakemake --report`.
 
 
-def of_students(file, form="{file}"):
-    """A function of wildcards: `form` filled with the name and that file of every student."""
-
-    def forms(wildcards):
-        folder = RESULTS.format(preset=wildcards.preset)
-        runs = user_errors_stop_planning(TARGETS.students, wildcards.preset)
-        return [form.format(run=run, file=f"{folder}/{run}/{file}") for run in runs]
-
-    return forms
-
-
-def panels_of(wildcards):
-    """The sets of samples in the side-by-side sheet, by title."""
-    panels = user_errors_stop_planning(TARGETS.panels, wildcards.preset)
-    return {
-        title: f"results/{wildcards.preset}/{entry}/samples/manifest.json"
-        for title, entry in panels.items()
-    }
-
-
 rule curves:
     input:
         logs=of_students("train_log.jsonl"),

@@ -1,25 +1,6 @@
 # The teacher's weights, and its noise-image pairs for the original DMD.
 
 
-def teacher_data(wildcards):
-    """The latents, for a teacher that is trained."""
-    trained = plan_of(wildcards).preset.teacher.training is not None
-    return (
-        f"{DATA}/latents/manifest.json".format(preset=wildcards.preset)
-        if trained
-        else []
-    )
-
-
-def teacher_processes(preset):
-    """Processes, one thread each, that train the teacher of a preset on CPU."""
-    training = preset.teacher.training
-    return training.cpu_processes if training and not preset.gpus else 1
-
-
-teacher_gpus = preset_key(lambda preset: preset.gpus if preset.teacher.training else 0)
-
-
 rule teacher:
     input:
         latents=teacher_data,

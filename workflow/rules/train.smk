@@ -3,39 +3,6 @@
 # finds them.
 
 
-def pairs_of(wildcards):
-    """The teacher's pairs, for a run with a regression loss."""
-    needs = run_of(wildcards).train.regression_weight > 0
-    return (
-        f"{DATA}/pairs/manifest.json".format(preset=wildcards.preset) if needs else []
-    )
-
-
-def start_of(wildcards):
-    """The networks of the run that this one goes on from."""
-    parent = run_of(wildcards).train.init_run
-    folder = RESULTS.format(preset=wildcards.preset)
-    return f"{folder}/{parent}/networks.safetensors" if parent else []
-
-
-def run_file(key, get):
-    """A function of wildcards: the record of the file from outside that the run's `key` names, if it names one."""
-
-    def record(wildcards):
-        file = get(run_of(wildcards))
-        output = f"{RESULTS}/{wildcards.run}/generator.safetensors"
-        return supplied(
-            file and file.path,
-            f"run {wildcards.run}: {key}",
-            output.format(preset=wildcards.preset),
-        )
-
-    return record
-
-
-released = run_file("weights", lambda run: run.weights)
-
-
 rule train:
     input:
         teacher=rules.teacher.output.weights,

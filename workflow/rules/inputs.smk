@@ -1,0 +1,153 @@
+# What jobs wait for and which settings they get, as functions of their wildcards.
+
+
+def supplied(path, key, output):
+    """What a job waits for that reads `path` from outside and makes `output`: the record of a listed file, or nothing.
+
+    `key` names the setting. A path where there is nothing stops the planning, unless `output` is there already. Records
+    are for `ancient`: one that is written again starts nothing.
+    """
+    done = Path(output).exists()
+    record = user_errors_stop_planning(
+        lambda: requirement(path, key, CATALOGUE, done=done)
+    )
+    return [] if record is None else str(record)
+
+
+def supplied_key(key, output):
+    """A function of wildcards: `supplied` for the file that the preset's `key` names, if it names one."""
+
+    def record(wildcards):
+        value = plan_of(wildcards).preset
+        for part in key.split("."):
+            value = value and getattr(value, part)
+        return supplied(value, key, output.format(preset=wildcards.preset))
+
+    return record
+
+
+def run_of(wildcards):
+    return user_errors_stop_planning(plan_of(wildcards).run, wildcards.run)
+
+
+def weights_of(wildcards):
+    """The weights behind an entry."""
+    plan, folder = plan_of(wildcards), RESULTS.format(preset=wildcards.preset)
+    user_errors_stop_planning(plan.split, ENTRY.format(**dict(wildcards.items())))
+    if wildcards.model == "teacher":
+        return f"{folder}/teacher/teacher.safetensors"
+    last = plan.preset.samplers[wildcards.sampler].checkpoint == "last"
+    file = "generator" if last else f"{wildcards.sampler}/snapshot"
+    return f"{folder}/{wildcards.model}/{file}.safetensors"
+
+
+def metrics_file(preset, entry):
+    """The metrics record of an entry, or of the floor."""
+    return f"results/{preset}/{entry}/metrics.json"
+
+
+def table_metrics(wildcards):
+    """The metric records that a table reads, by entry: all of them, or those that are there."""
+    preset = TARGETS.preset_of(wildcards.table)
+    files = {
+        entry: metrics_file(preset, entry) for entry in TARGETS.entries(wildcards.table)
+    }
+    return {
+        entry: file
+        for entry, file in files.items()
+        if not MEASURED_ALREADY or Path(file).exists()
+    }
+
+
+def teacher_data(wildcards):
+    """The latents, for a teacher that is trained."""
+    trained = plan_of(wildcards).preset.teacher.training is not None
+    return (
+        f"{DATA}/latents/manifest.json".format(preset=wildcards.preset)
+        if trained
+        else []
+    )
+
+
+def teacher_processes(preset):
+    """Processes, one thread each, that train the teacher of a preset on CPU."""
+    training = preset.teacher.training
+    return training.cpu_processes if training and not preset.gpus else 1
+
+
+teacher_gpus = preset_key(lambda preset: preset.gpus if preset.teacher.training else 0)
+
+
+def pairs_of(wildcards):
+    """The teacher's pairs, for a run with a regression loss."""
+    needs = run_of(wildcards).train.regression_weight > 0
+    return (
+        f"{DATA}/pairs/manifest.json".format(preset=wildcards.preset) if needs else []
+    )
+
+
+def start_of(wildcards):
+    """The networks of the run that this one goes on from."""
+    parent = run_of(wildcards).train.init_run
+    folder = RESULTS.format(preset=wildcards.preset)
+    return f"{folder}/{parent}/networks.safetensors" if parent else []
+
+
+def run_file(key, get):
+    """A function of wildcards: the record of the file from outside that the run's `key` names, if it names one."""
+
+    def record(wildcards):
+        file = get(run_of(wildcards))
+        output = f"{RESULTS}/{wildcards.run}/generator.safetensors"
+        return supplied(
+            file and file.path,
+            f"run {wildcards.run}: {key}",
+            output.format(preset=wildcards.preset),
+        )
+
+    return record
+
+
+released = run_file("weights", lambda run: run.weights)
+
+
+def extractor_data(wildcards):
+    """The images, for an extractor that is trained."""
+    trained = plan_of(wildcards).preset.features.weights is None
+    return (
+        f"{DATA}/shards/manifest.json".format(preset=wildcards.preset)
+        if trained
+        else []
+    )
+
+
+def metrics_source(wildcards):
+    """What metrics are made of: stored samples, or the weights whose samples are streamed."""
+    samples = rules.sample.output.manifest.format(**dict(wildcards.items()))
+    return weights_of(wildcards) if is_streamed(wildcards) else samples
+
+
+def curve_of(wildcards):
+    """What the best snapshot is chosen by; that of an iteration needs nothing."""
+    best = plan_of(wildcards).preset.samplers[wildcards.sampler].checkpoint == "best"
+    return rules.curve.output[0].format(**dict(wildcards.items())) if best else []
+
+
+def of_students(file, form="{file}"):
+    """A function of wildcards: `form` filled with the name and that file of every student."""
+
+    def forms(wildcards):
+        folder = RESULTS.format(preset=wildcards.preset)
+        runs = user_errors_stop_planning(TARGETS.students, wildcards.preset)
+        return [form.format(run=run, file=f"{folder}/{run}/{file}") for run in runs]
+
+    return forms
+
+
+def panels_of(wildcards):
+    """The sets of samples in the side-by-side sheet, by title."""
+    panels = user_errors_stop_planning(TARGETS.panels, wildcards.preset)
+    return {
+        title: f"results/{wildcards.preset}/{entry}/samples/manifest.json"
+        for title, entry in panels.items()
+    }
