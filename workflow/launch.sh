@@ -2,6 +2,9 @@
 # Starts a stage: launch.sh NUM_GPUS|cpu:N ARGUMENTS... runs `python -m dmd2 ARGUMENTS...` once, or once for each GPU when
 # there are several, or N times on CPU (`dmd2.training.launcher`). Works in an environment without this project installed.
 #
+# A stage without GPUs is a fork of a process that has imported torch (`dmd2.commands.preloaded`); DMD2_PRELOAD=0 asks for
+# one of its own. In a Slurm job it has that anyway: what a job leaves behind is ended with it.
+#
 # Jobs that run side by side on one machine take different GPUs: as many free ones of CUDA_VISIBLE_DEVICES, or of all, as
 # NUM_GPUS says, each held by a lock while the stage runs; with 0 a stage sees none and runs once, on any number of
 # machines. In a Slurm job the devices are Slurm's to deal out.

@@ -175,11 +175,11 @@ def become(files: list[int], server: int, handlers: Mapping[signal.Signals, Any]
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
     sys.argv = ["-m", *asked["arguments"]]
     sys.orig_argv = [sys.executable, "-m", "dmd2", *asked["arguments"]]
-    if not sys.flags.safe_path:
-        sys.path.insert(0, asked["cwd"])
+    sys.path[:] = asked["path"]
     importlib.invalidate_caches()
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # else every stage would draw the same
+    for name in ("numpy.random", "torch.random"):
+        if name in sys.modules:
+            sys.modules[name].seed()  # else every stage would draw the same
     gc.enable()
 
 

@@ -4,7 +4,7 @@ What `python -m dmd2 ARGUMENTS...` does, without the seconds that importing torc
 behind (`preload_server`), which forks itself for each stage. The stage gets the caller's arguments, environment, folder
 and standard files; the caller passes signals on and ends as the stage ends. All else that a process inherits, or reads
 while it imports (variables, limits, installed packages), is part of the server's name: a caller for whom something
-differs starts another.
+differs starts another. Checkouts may share one, for it knows nothing of dmd2.
 
 Where there can be no server, or it dies, the caller becomes `python -m dmd2 ARGUMENTS...` itself. `DMD2_PRELOAD=0` asks
 for that. This file imports little, since each job pays for it.
@@ -28,8 +28,9 @@ from types import FrameType
 PATIENCE_S, RETRY_S = 60.0, 600.0
 """Until a caller no longer waits for a server, but does its imports itself; until one that could not be is tried
 again."""
-SERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "preload_server.py")
-READ_LATE = ("_", "SHLVL", "PWD", "OLDPWD")
+ROOT = os.path.abspath(__file__).removesuffix("/dmd2/commands/preloaded.py")
+SERVER = f"{ROOT}/dmd2/commands/preload_server.py"
+READ_LATE = ("_", "SHLVL", "PWD", "OLDPWD", "PATH")
 """Variables, besides dmd2's own, that no import reads."""
 INHERITED = ("Umask", "Uid", "Gid", "Groups", "SigBlk", "SigIgn", "Cap", "NoNew", "Seccomp", "Cpus_allowed", "Mems_all")
 """Lines of /proc/self/status."""
@@ -55,12 +56,12 @@ def run(arguments: list[str]) -> int | None:
     for descriptor in range(3):
         os.fstat(descriptor)
     options, command = leading_options(arguments)
-    threads = {"OMP_NUM_THREADS": options["--threads"]} if "--threads" in options else {}
     request = os.memfd_create("request")
+    asked = {"arguments": arguments, "command": command, "env": dict(os.environ), "cwd": os.getcwd(), "path": sys.path}
     with open(request, "w", closefd=False) as file:
-        json.dump({"arguments": arguments, "command": command, "env": dict(os.environ), "cwd": os.getcwd()}, file)
+        json.dump(asked, file)
     permission, permit = os.pipe()
-    with _connection(os.environ | threads) as server:
+    with _connection(server_environment(options.get("--threads"))) as server:
         server.settimeout(PATIENCE_S)
         socket.send_fds(server, [b"?"], [request, permission, 0, 1, 2])
         os.close(permission)
@@ -135,18 +136,24 @@ def _connected(path: str) -> socket.socket | None:
     return connection
 
 
+def server_environment(threads: str | None) -> dict[str, str]:
+    """This environment as a stage's imports are to find it, without the folders of the checkout."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = [folder for folder in folders if folder not in ("", ROOT, f"{ROOT}/kernels")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(others)}
+    return env if threads is None else {**env, "OMP_NUM_THREADS": threads}
+
+
 def server_name(env: dict[str, str]) -> str:
     """A digest of what a stage has by inheritance from its server, and of what decides what was imported there."""
-    variables = sorted(item for item in env.items() if item[0] not in READ_LATE and not item[0].startswith("DMD2_"))
-    files = [SERVER, __file__, *(folder for folder in sys.path if folder.endswith("-packages"))]
-    facts: list[object] = [
-        sys.executable,
-        sys.version,
-        os.getcwd(),
-        variables,
-        [(path, os.stat(path).st_mtime_ns) for path in files],
-    ]
-    facts += [os.getpriority(os.PRIO_PROCESS, 0), *(os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net"))]
+    facts: list[object] = [sys.executable, sys.version, os.getpriority(os.PRIO_PROCESS, 0)]
+    facts += sorted(item for item in env.items() if item[0] not in READ_LATE and not item[0].startswith("DMD2_"))
+    facts += [(folder, os.stat(folder).st_mtime_ns) for folder in sys.path if folder.endswith("-packages")]
+    facts += [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net")]
+    facts += [os.getcwd() for name in ("matplotlibrc",) if os.path.exists(name)]  # read from where it is imported
+    for path in (__file__, SERVER):
+        with open(path) as file:
+            facts.append(file.read())
     for name in ("limits", "cgroup", "oom_score_adj", "status"):
         with open(f"/proc/self/{name}") as file:
             facts += [line for line in file if name != "status" or line.startswith(INHERITED)]

@@ -1,4 +1,4 @@
-"""What the networks and a training step cost, counted on the step itself without memory or arithmetic.
+"""FLOPs of the networks and of a training step, counted on a dry run of the step with meta tensors.
 
 Counted are the multiplications and additions of convolutions and matrix products (2 per multiply-add), as in the
 literature; norms, activations, optimizers and losses are a matter of bytes. F is a pass of the network, E of its
@@ -8,18 +8,18 @@ encoder: the released ImageNet-64 recipe takes 4.8 F + 6.4 E an image and iterat
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from dmd2 import config
-from dmd2.cost.meta_run import meta_batch, meta_run, meta_teacher, meta_tensors
+from dmd2.cost.meta_run import meta_batch, meta_networks, meta_run, meta_tensors
+from dmd2.cost.observed_ops import OpObserver
 from dmd2.cost.step_parts import PARTS, observed
 from dmd2.method import sampling
 from dmd2.method.critic import RealismHead
@@ -27,8 +27,9 @@ from dmd2.method.distillation import Distillation
 from dmd2.metrics.classifier import Classifier
 from dmd2_kernels import use
 
-BATCH = 2
-"""Samples in a counted batch; counts are per sample and do not depend on it."""
+BATCH = 6
+"""Samples in a counted batch; counts are per sample and do not depend on it. One of `memory.SIZES`, so that shapes are
+inferred once for both."""
 
 _aten = torch.ops.aten
 _FLASH = (
@@ -41,47 +42,48 @@ _FLASH = (
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     """Two products: q k^T, and with v."""
-    return sdpa_flop_count(q, k, v)
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
 
 
 def _attention_backward(_: Any, q: Any, k: Any, v: Any, *__: Any, **___: Any) -> int:
     """Four products: the gradients of both factors of both. A fused kernel forms q k^T again: see `recomputed`."""
-    return 2 * sdpa_flop_count(q, k, v)
+    return 2 * sdpa_flop_count(q.shape, k.shape, v.shape)
 
 
-class FlopCounter:
-    """Operations by part of a step; an observer of `passes.observed`."""
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    **{forward: _attention for forward, _ in _FLASH},
+    **{backward: _attention_backward for _, backward in _FLASH},
+}
+
+
+class FlopCounter(OpObserver):
+    """Counts operations while it is entered, by part of a step; an observer of `step_parts.observed`.
+
+    torch's `FlopCounterMode` without its attribution to modules, which doubles the time of a count.
+    """
 
     def __init__(self) -> None:
-        formulas: dict[Any, Callable[..., int]] = {forward: _attention for forward, _ in _FLASH}
-        formulas |= {backward: _attention_backward for _, backward in _FLASH}
-        self._counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        super().__init__()
         self._begun = 0
+        self.total = 0
+        self.recomputed = 0
+        """What fused attention does on top: the scores again in the backward pass, a quarter of its four products."""
         self.parts: dict[str, int] = defaultdict(int)
 
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Counts what happens in the block."""
-        with self._counter:
-            yield
-
-    @property
-    def total(self) -> int:
-        """Everything counted so far."""
-        return self._counter.get_total_flops()
-
-    @property
-    def recomputed(self) -> int:
-        """What fused attention does on top: the scores again in the backward pass, a quarter of its four products."""
-        by_op = self._counter.get_flop_counts().get("Global", {})
-        return sum(by_op.get(backward, 0) for _, backward in _FLASH) // 4
+    def saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """See `OpObserver`."""
+        if (formula := _FORMULAS.get(func.overloadpacket)) is not None:
+            flops = formula(*args, **kwargs, out_val=out)
+            self.total += flops
+            self.recomputed += flops // 4 if formula is _attention_backward else 0
 
     def begin(self, part: str) -> None:
-        """See `passes.Observer`."""
+        """See `step_parts.Observer`."""
         self._begun = self.total
 
     def end(self, part: str) -> None:
-        """See `passes.Observer`."""
+        """See `step_parts.Observer`."""
         self.parts[part] += self.total - self._begun
 
 
@@ -108,16 +110,15 @@ class StepCost:
 
 
 def _counted(function: Callable[[], object]) -> int:
-    counter = FlopCounter()
-    with counter.counting():
+    with FlopCounter() as counter:
         function()
     return counter.total
 
 
 def pass_cost(teacher: config.TeacherConfig, data: config.Data) -> PassCost:
-    """What a network of this architecture costs."""
+    """FLOPs of a network of this architecture."""
+    built, _ = meta_networks(teacher, data)
     with meta_tensors(), torch.no_grad():
-        built = meta_teacher(teacher, data)
         (x, cond), sigma = meta_batch(built, BATCH), torch.ones(BATCH)
         features = built.denoiser.denoise_and_tap(x, sigma, cond, 0)[1]
         head = RealismHead(built.denoiser.feature_shapes[0])
@@ -128,31 +129,59 @@ def pass_cost(teacher: config.TeacherConfig, data: config.Data) -> PassCost:
         )
 
 
+def same_operations(train: config.Train) -> config.Train:
+    """The run with what does not change the operations of an iteration, such as learning rates, at fixed values.
+
+    Runs for which the results are equal have the same FLOPs and memory. R is 2, so that iteration 0 updates the
+    generator and iteration 1 does not.
+    """
+    numbers = {"iterations", "batch_size", "seed", "num_snapshots", "generator_learning_rate", "init_run"}
+    numbers |= {"critic_learning_rate", "betas", "weight_decay", "warmup_iterations", "grad_clip"}
+    fixed = {"ema_decay": 0.5 if train.ema_decay else 0, "critic_steps_per_generator": 2}
+    return config.Train.model_validate(train.model_dump(exclude=numbers) | fixed)
+
+
 def step_cost(teacher: config.TeacherConfig, data: config.Data, train: config.Train) -> StepCost:
-    """What a step of `train` costs: the mean of an iteration that moves the generator and R - 1 that do not."""
-    train = train.model_copy(update={"batch_size": BATCH})
+    """FLOPs of a step of `train`: the mean of an iteration that updates the generator and R - 1 that do not."""
     period = train.critic_steps_per_generator
-    with meta_tensors(), use("triton"):  # a fused op is one step here, as it is on a GPU
-        run = meta_run(meta_teacher(teacher, data), train)
-        iterations = [(0, 1.0)] + ([(1, period - 1.0)] if period > 1 else [])
-        # Backward simulation takes k = 0 .. n - 1 steps, all as often: its mean is that of the two ends.
-        ends = sorted({0, train.num_steps - 1})
-        weighted = [(_iteration(run, i, k), w / len(ends)) for i, w in iterations for k in ends]
-    scale = period * BATCH
+    with_generator, without = _iterations(teacher, data, same_operations(train))
+    weighted = [(counted, 1.0) for counted in with_generator]
+    weighted += [(counted, period - 1.0) for counted in without if period > 1]
+    scale = period * BATCH * len(with_generator)
     names = (*PARTS, "rest")
     parts = {name: sum(parts.get(name, 0) * w for (parts, _), w in weighted) / scale for name in names}
     recomputed = sum(again * w for (_, again), w in weighted) / scale
     return StepCost({name: flops for name, flops in parts.items() if flops}, recomputed)
 
 
-def _iteration(run: Distillation, index: int, k: int) -> tuple[dict[str, int], int]:
-    """FLOPs by part of iteration `index` with `k` simulated steps, and what fused attention does again."""
+Counted = tuple[dict[str, int], int]
+"""FLOPs by part of an iteration, and what fused attention does again."""
+
+
+@cache
+def _iterations(
+    teacher: config.TeacherConfig, data: config.Data, train: config.Train
+) -> tuple[list[Counted], list[Counted]]:
+    """The counts of an iteration that updates the generator, and of one that does not.
+
+    Backward simulation takes k = 0 .. n - 1 steps, all as often: its mean is that of the two ends, a count each.
+    """
+    train = train.model_copy(update={"batch_size": BATCH})
+    ends = sorted({0, train.num_steps - 1})
+    built, copies = meta_networks(teacher, data)
+    with meta_tensors(), use("triton"):  # a fused op is one step here, as it is on a GPU
+        run = meta_run(built, train, copies)
+        return [_iteration(run, 0, k) for k in ends], [_iteration(run, 1, k) for k in ends]
+
+
+def _iteration(run: Distillation, index: int, k: int) -> Counted:
+    """The counts of iteration `index` with `k` simulated steps."""
     counter, simulate = FlopCounter(), sampling.simulate
 
     def exactly(generator: Any, cond: Any, sigmas: Any, init_scale: float, _: int, noise: Any) -> Any:
         return simulate(generator, cond, sigmas, init_scale, k, noise)
 
-    with patch.object(sampling, "simulate", exactly), observed(run, counter), counter.counting():
+    with patch.object(sampling, "simulate", exactly), observed(run, counter), counter:
         run.step(index)
     rest = counter.total - sum(counter.parts.values())
     return {**counter.parts, "rest": rest}, counter.recomputed

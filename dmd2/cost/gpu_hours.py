@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from dmd2 import config
 from dmd2.config import Precision
-from dmd2.cost.flops import PassCost, StepCost, features_cost, pass_cost, step_cost
+from dmd2.cost.flops import StepCost, features_cost, pass_cost, step_cost
 from dmd2.lineage.jobs import Job
 from dmd2.lineage.plan import Plan
 from dmd2.lineage.spec import Spec
@@ -35,40 +36,23 @@ class Rates:
 
 @dataclass
 class Costs:
-    """The counts that the jobs of a preset ask for, each made once."""
+    """The counts that the jobs of a preset need, each made when it is first used."""
 
     preset: config.Preset
-    _steps: dict[str, StepCost] = field(default_factory=dict)
-    _pass: PassCost | None = None
-    _features: float | None = None
 
-    @property
+    @cached_property
     def forward(self) -> float:
         """F of the teacher's architecture."""
-        if self._pass is None:
-            self._pass = pass_cost(self.preset.teacher, self.preset.data)
-        return self._pass.forward
+        return pass_cost(self.preset.teacher, self.preset.data).forward
 
-    @property
+    @cached_property
     def features(self) -> float:
         """FLOPs of one image's features."""
-        if self._features is None:
-            self._features = features_cost(self.preset.features, self.preset.data)
-        return self._features
+        return features_cost(self.preset.features, self.preset.data)
 
     def step(self, train: config.Train) -> StepCost:
-        """What an image and iteration of a run costs. Runs that differ in numbers alone share a count."""
-        key = alike(train).model_dump_json()
-        if key not in self._steps:
-            self._steps[key] = step_cost(self.preset.teacher, self.preset.data, train)
-        return self._steps[key]
-
-
-def alike(train: config.Train) -> config.Train:
-    """The run with its mere numbers at fixed values: runs that are equal then do the same operations in a step."""
-    numbers = {"iterations", "batch_size", "seed", "num_snapshots", "generator_learning_rate", "init_run"}
-    numbers |= {"critic_learning_rate", "betas", "weight_decay", "warmup_iterations", "grad_clip"}
-    return config.Train.model_validate(train.model_dump(exclude=numbers) | {"ema_decay": 0.5 if train.ema_decay else 0})
+        """FLOPs of an image and iteration of a run."""
+        return step_cost(self.preset.teacher, self.preset.data, train)
 
 
 def num_images(plan: Plan) -> int:

@@ -1,4 +1,4 @@
-"""What a training step needs of a device's memory, measured on a run without memory.
+"""The memory that a training step needs on a device, measured on a dry run with meta tensors.
 
 Every storage that the step makes is followed from its birth to its death, so the peaks hold what is kept for the
 backward pass, gradients and short-lived values alike. What is alive at a moment is linear in the samples that pass at a
@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from dmd2 import config
-from dmd2.cost.meta_run import meta_run, meta_teacher, meta_tensors
+from dmd2.cost.meta_run import meta_networks, meta_run, meta_tensors
+from dmd2.cost.observed_ops import OpObserver
 from dmd2.cost.step_parts import CRITIC_TURN, GENERATOR_TURN, OPTIMIZERS, observed
 from dmd2.method.distillation import Distillation
 from dmd2.training.sharding import blocks
@@ -31,13 +30,13 @@ from dmd2_kernels import use
 
 GIB = 2**30
 SIZES = (1, 6, 36)
-"""Samples passed at a time in the measurements; beyond the last the last chord goes on."""
+"""Samples passed at a time in the measurements; beyond the last the last chord is extended."""
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(OpObserver):
     """The bytes of all storages that operations in the block have made and that are still alive, and their peaks.
 
-    An observer of `passes.observed`: `peaks` has the highest value from the begin of a part to that of the next.
+    An observer of `step_parts.observed`: `peaks` has the highest value from the begin of a part to that of the next.
     """
 
     def __init__(self) -> None:
@@ -45,58 +44,47 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self.peaks: dict[str, int] = defaultdict(int)
         self._part = "before"
-        self._known = WeakIdKeyDictionary()
+        self._alive: dict[int, Any] = {}  # by the storage's address: a reference that says when it is freed
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+    def hold(self, *networks: nn.Module) -> None:
+        """Counts networks that were made before."""
+        for network in networks:
+            for tensor in (*network.parameters(), *network.buffers()):
+                self._made(tensor.untyped_storage())
+
+    def saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """See `OpObserver`."""
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._born(leaf.untyped_storage())
-        return out
+                self._made(leaf.untyped_storage())
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
+    def _made(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address in self._alive:
             return
         size = storage.nbytes()
-        self._known[storage] = size
-        weakref.finalize(storage, self._died, size).atexit = False
-        self.now += size
-        self.peaks[self._part] = max(self.peaks[self._part], self.now)
 
-    def _died(self, size: int) -> None:
-        self.now -= size
+        def freed(_: Any) -> None:
+            del self._alive[address]
+            self.now -= size
+
+        self._alive[address] = weakref.ref(storage, freed)
+        self.now += size
+        if self.now > self.peaks[self._part]:
+            self.peaks[self._part] = self.now
 
     def begin(self, part: str) -> None:
-        """See `passes.Observer`."""
+        """See `step_parts.Observer`."""
         self._part = part
         self.peaks[part] = max(self.peaks[part], self.now)
 
     def end(self, part: str) -> None:
-        """See `passes.Observer`."""
-
-
-@contextmanager
-def saved_for_backward() -> Iterator[list[int]]:
-    """The bytes of each storage that autograd keeps in the block, parameters left out."""
-    sizes: list[int] = []
-    known = WeakIdKeyDictionary()
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage not in known and not isinstance(tensor, nn.Parameter):
-            known[storage] = True
-            sizes.append(storage.nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield sizes
+        """See `step_parts.Observer`."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Bytes that lie on a device throughout, by what they are for."""
+    """Bytes that are on a device throughout, by what they are for."""
 
     generator: int
     critic: int
@@ -160,7 +148,7 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def state_of(run: Distillation, train: config.Train) -> State:
-    """What lies there throughout: weights, two moments of AdamW for each trained parameter, and the average."""
+    """What is there throughout: weights, two moments of AdamW for each trained parameter, and the average."""
     weights = {
         name: num_bytes((*network.parameters(), *network.buffers()))
         for name, network in (("generator", run.generator), ("critic", run.critic), ("teacher", run.teacher.denoiser))
@@ -178,6 +166,11 @@ def state_of(run: Distillation, train: config.Train) -> State:
     )
 
 
+def sizes_around(samples: int) -> tuple[int, int]:
+    """The two of `SIZES` whose measurements tell the memory with `samples` at a time."""
+    return next((pair for pair in pairwise(SIZES) if samples <= pair[1]), SIZES[-2:])
+
+
 def measure_memory(
     teacher: config.TeacherConfig,
     data: config.Data,
@@ -188,22 +181,11 @@ def measure_memory(
     sizes: Sequence[int] = SIZES,
     kernels: str = "triton",
 ) -> Memory:
-    """The memory of a run's step that passes its batch in `parts`, with the kernels that a GPU takes.
+    """The memory of a run's step that passes its batch in `parts`, with the kernels that a GPU uses.
 
     With `recompute` the trained networks keep their blocks' inputs alone (`Runtime.activation_checkpointing`).
     """
-
-    def measured(samples: int) -> tuple[State, dict[str, int]]:
-        batch = train.model_copy(update={"batch_size": samples * parts})
-        live = LiveBytes()
-        with meta_tensors(), use(kernels), live:
-            run = meta_run(meta_teacher(teacher, data), batch, micro_batch_size=samples)
-            for network in (run.generator, run.critic.fake, run.teacher.denoiser):
-                network.prepare(activation_checkpointing=recompute)
-            peaks_of_step(run, live)
-            return state_of(run, train), live.peaks
-
-    found = [measured(samples) for samples in sizes]
+    found = [_measured(teacher, data, train, parts, recompute, samples, kernels) for samples in sizes]
     state = found[0][0]
     names = dict.fromkeys(name for _, peaks in found for name in peaks)
     turns = {
@@ -211,6 +193,28 @@ def measure_memory(
         for name in names
     }
     return Memory(state, turns)
+
+
+@cache
+def _measured(
+    teacher: config.TeacherConfig,
+    data: config.Data,
+    train: config.Train,
+    parts: int,
+    recompute: bool,
+    samples: int,
+    kernels: str,
+) -> tuple[State, dict[str, int]]:
+    """The state, and the peaks by part of a step, with `samples` at a time."""
+    built, copies = meta_networks(teacher, data)
+    batch, live = train.model_copy(update={"batch_size": samples * parts}), LiveBytes()
+    live.hold(built.denoiser, *copies)
+    with meta_tensors(), use(kernels), live:
+        run = meta_run(built, batch, copies, micro_batch_size=samples)
+        for network in (run.generator, run.critic.fake, run.teacher.denoiser):
+            network.prepare(activation_checkpointing=recompute)
+        peaks_of_step(run, live)
+        return state_of(run, train), live.peaks
 
 
 def peaks_of_step(run: Distillation, live: LiveBytes) -> None:

@@ -1,14 +1,14 @@
-"""A run without memory and without arithmetic: its networks, optimizers and data are tensors on the meta device.
+"""A dry run: its networks, optimizers and data are meta tensors, without memory and arithmetic.
 
-The step of such a run takes seconds whatever the size of its networks, and does what the real one does, operation by
-operation: FLOPs and bytes are counted there and not modelled.
+The step of such a run takes less than a second whatever the size of its networks, and calls the same operations as the
+real one: FLOPs and bytes are counted there and not modelled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from dmd2 import config
-from dmd2.method.denoiser import Cond, Teacher
+from dmd2.method.denoiser import Cond, Denoiser, Teacher
 from dmd2.method.distillation import Distillation
 from dmd2.method.noise import NoiseGrid
 from dmd2.metrics.perceptual import distance_by, without_values
@@ -29,17 +29,19 @@ from dmd2.training import ranks
 META = torch.device("meta")
 
 
+_CONSTRUCTORS = frozenset(_device_constructors())
+
+
 class _OnMeta(TorchFunctionMode):
     """Makes new tensors on the meta device, drawn by no generator."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _device_constructors():
-            kwargs["device"] = META
+        if func in _CONSTRUCTORS:
+            kwargs = {**(kwargs or {}), "device": META}
             kwargs.pop("generator", None)
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -87,6 +89,14 @@ def meta_teacher(teacher: config.TeacherConfig, data: config.Data) -> Teacher:
     return Teacher(built.denoiser, grid, built.codec, built.conditioner, built.sample_shape, built.sigma_data)
 
 
+@cache
+def meta_networks(teacher: config.TeacherConfig, data: config.Data) -> tuple[Teacher, list[Denoiser]]:
+    """A teacher and two copies of its network, for the generator and the critic of one run after the other."""
+    with meta_tensors():
+        built = meta_teacher(teacher, data)
+        return built, [built.copy_network(), built.copy_network()]
+
+
 def meta_batch(teacher: Teacher, num: int) -> tuple[Tensor, Cond]:
     """`num` samples with their conditions, inside `meta_tensors`."""
     return torch.empty((num, *teacher.sample_shape)), teacher.conditioner.draw(num, torch.Generator())
@@ -100,10 +110,16 @@ def _pairs(x0: Tensor, cond: Cond, index: int) -> tuple[Tensor, Tensor, Cond]:
     return x0, x0, cond
 
 
-def meta_run(teacher: Teacher, train: config.Train, **settings: Any) -> Distillation:
-    """The run of `train` on a meta teacher, inside `meta_tensors`; `settings` go to `Distillation`."""
+def meta_run(teacher: Teacher, train: config.Train, copies: Sequence[Denoiser] = (), **settings: Any) -> Distillation:
+    """The run of `train` on a meta teacher, inside `meta_tensors`; `settings` go to `Distillation`.
+
+    `copies` of the teacher's network become the generator's and the critic's; without them they are made here.
+    """
     x0, cond = meta_batch(teacher, train.batch_size)
     data, pairs = partial(_batch, x0, cond), partial(_pairs, x0, cond)
     if train.regression_weight > 0 and train.regression_loss == "lpips":
         settings["regression_distance"] = distance_by(without_values().to(META))
-    return Distillation(teacher, train, data=data, pairs=pairs, device=META, **settings)
+    unused = iter(copies)
+    copy_network = (lambda _: next(unused)) if copies else Teacher.copy_network
+    with patch.object(Teacher, "copy_network", copy_network):
+        return Distillation(teacher, train, data=data, pairs=pairs, device=META, **settings)

@@ -19,11 +19,11 @@ from dmd2.errors import UserError
 RESERVED_GIB = 2.0
 FRAGMENTATION = 0.05
 GATHERED_UNITS = 2
-"""Units of a sharded network that lie whole on a device at a time: the one at work and the next."""
+"""Units of a sharded network that are whole on a device at a time: the one in use and the next."""
 
 Layout = Literal["replicate", "shard"]
-Measured = Callable[[int], Memory]
-"""The memory on one device that passes its samples in so many parts; more than two are like two."""
+Measured = Callable[[int, int], Memory]
+"""(parts, samples) -> the memory of a device that passes `samples` at a time, in one part or in several (2)."""
 
 
 def capacity(gpu: Gpu) -> float:
@@ -86,11 +86,11 @@ def place(measured: Measured, room: float, layout: Layout, gpus: int, batch: int
     """
     share = batch // gpus
 
-    def held(parts: int) -> Memory:
-        memory = measured(min(parts, 2))
+    def held(samples: int) -> Memory:
+        memory = measured(min(share // samples, 2), samples)
         return sharded(memory, gpus) if layout == "shard" and gpus > 1 else memory
 
     sizes = [n for n in range(share, 0, -1) if share % n == 0]
-    largest = next((n for n in sizes if held(share // n).peak(n) <= room), 0)
+    largest = next((n for n in sizes if held(n).peak(n) <= room), 0)
     chosen = largest_part(share, micro)
-    return Placement(share, chosen, largest, held(share // chosen), measured(1).state)
+    return Placement(share, chosen, largest, held(chosen), measured(1, share).state)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from dmd2.config import Train
 from dmd2.cost import gpu_hours
 from dmd2.cost.disk import NetworkBytes, Supply, disk, supplies
-from dmd2.cost.flops import pass_cost, step_cost
+from dmd2.cost.flops import pass_cost, same_operations, step_cost
 from dmd2.cost.gpus import UTILISATION, gpu
-from dmd2.cost.memory import Memory, State, measure_memory
+from dmd2.cost.memory import Memory, State, measure_memory, sizes_around
 from dmd2.cost.placement import Layout, Placement, capacity, check_share, place
 from dmd2.lineage.jobs import Job, Jobs, chain, rules
 from dmd2.lineage.plan import Plan
@@ -131,20 +131,19 @@ def _micro_batch(plan: Plan, machines: Machines) -> int | None:
 
 
 def _placements(plan: Plan, runs: Iterable[str], machines: Machines) -> dict[str, Placement]:
-    """How each run lies on the devices. Runs whose steps make the same tensors share a measurement."""
+    """How each run fits on the devices."""
     teacher, data, room = plan.preset.teacher, plan.preset.data, capacity(gpu(machines.gpu))
     recompute = plan.preset.runtime.activation_checkpointing
 
-    @cache
-    def measured(content: str, parts: int) -> Memory:
-        return measure_memory(teacher, data, Train.model_validate_json(content), parts=parts, recompute=recompute)
+    def measured(train: Train, parts: int, samples: int) -> Memory:
+        sizes = sizes_around(samples)
+        return measure_memory(teacher, data, same_operations(train), parts=parts, recompute=recompute, sizes=sizes)
 
     found = {}
     for run in runs:
         train = plan.run(run).train
-        alike = gpu_hours.alike(train).model_dump_json()
-        memory, size = partial(measured, alike), _micro_batch(plan, machines)
-        found[run] = place(memory, room, machines.layout, machines.gpus, train.batch_size, size)
+        size = _micro_batch(plan, machines)
+        found[run] = place(partial(measured, train), room, machines.layout, machines.gpus, train.batch_size, size)
     return found
 
 

@@ -1,16 +1,15 @@
-"""One shard: a tar of samples, and the sidecar that vouches for it."""
+"""One shard: a tar of samples, and a JSON sidecar with its checksum and the offsets of its members."""
 
 from __future__ import annotations
 
 import errno
-import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -41,12 +40,12 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def shard_path(manifest_path: Path, number: int) -> Path:
-    """Where shard `number` of a set lies."""
+    """The path of shard `number` of a set."""
     return manifest_path.parent / f"shard-{number:05d}.tar"
 
 
 class Done(NamedTuple):
-    """A shard that is there."""
+    """A shard that has been written."""
 
     num_positions: int
     left_out: list[LeftOut]
@@ -54,7 +53,7 @@ class Done(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes a shard by its number, unless it is there. It can be pickled if what it is given can be."""
+    """Writes the shard of a given number unless it exists already. Picklable if its arguments are."""
 
     manifest_path: Path
     plan: Sequence[range]
@@ -70,11 +69,11 @@ class ShardWriter:
         return Done(len(ids), [LeftOut(*item) for item in sidecar["left_out"]])
 
     def _write(self, path: Path, ids: range) -> dict[str, Any]:
-        """Writes one shard and then its sidecar, each atomically: a sidecar vouches for a whole tar."""
+        """Writes one shard and then its sidecar, each atomically: where there is a sidecar, the tar is complete."""
         for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
             leftover.unlink()  # of a writer that was killed
         with new_file(path) as temporary:
-            with temporary.open("wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
+            with temporary.open("wb") as stream, _tar_writer(stream) as tar:
                 content = self._fill(tar, ids)
             index = _member_index(temporary)
             size, checksum = temporary.stat().st_size, files.sha256(temporary)
@@ -85,8 +84,8 @@ class ShardWriter:
             temporary.write_text(json.dumps(sidecar, allow_nan=False), encoding="utf-8")
         return sidecar
 
-    def _fill(self, tar: tarfile.TarFile, ids: range) -> dict[str, Any]:
-        """Makes the samples and adds them to the tar; returns what the sidecar tells of them."""
+    def _fill(self, tar: Any, ids: range) -> dict[str, Any]:
+        """Makes the samples and writes them to the tar; returns the sidecar's entries about them."""
         layouts: dict[str, members.Layout] = {}
         facts: Mapping[str, Any] = {}
         left_out: list[LeftOut] = []
@@ -98,20 +97,20 @@ class ShardWriter:
                 facts = self.check(positions, batch.fields)
             left_out += batch.left_out
             for key, sample in _encoded(positions, batch, layouts):
-                _add(tar, key, sample)
+                tar.write({"__key__": key, **sample})
         fields = {field: layouts[field] for field in sorted(layouts)}
         return {"count": len(ids) - len(left_out), "fields": fields, "facts": dict(facts), "left_out": left_out}
 
 
-def _add(tar: tarfile.TarFile, key: str, sample: Mapping[str, bytes]) -> None:
-    """Adds a sample as WebDataset's writer does, with nothing in the headers that depends on the time or the user.
-
-    Not by that writer: it imports torch, in every process.
+@contextmanager
+def _tar_writer(stream: IO[bytes]) -> Iterator[Any]:
+    """A `webdataset.TarWriter` of encoded samples whose headers hold no time, user or group, so that the same samples
+    always give the same bytes.
     """
-    for field in sorted(sample):
-        member = tarfile.TarInfo(f"{key}.{field}")
-        member.size, member.mode = len(sample[field]), 0o444
-        tar.addfile(member, io.BytesIO(sample[field]))
+    from webdataset import TarWriter  # imports torch: 2 s of processor time, which only a process that writes pays
+
+    with TarWriter(stream, encoder=False, user="", group="", mtime=0) as tar:
+        yield tar
 
 
 def _finished(path: Path, ids: range, origin: Mapping[str, str]) -> dict[str, Any] | None:
@@ -130,7 +129,7 @@ def _finished(path: Path, ids: range, origin: Mapping[str, str]) -> dict[str, An
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """`records.atomic`, with the file's name in the error when there is no room for it."""
+    """`files.atomic`, with the file's name in the error when the disk is full."""
     try:
         with files.atomic(path) as temporary:
             yield temporary
@@ -165,7 +164,7 @@ def _encoded(
                     raise ValueError(f"{value.dtype} of shape {value.shape}, the samples before are {dict(layout)}")
                 sample[field] = members.encode(field, value)
             except ValueError as error:
-                raise UserError(f"sample {number}: `{field}`: {error}; mend what makes it and run again") from None
+                raise UserError(f"sample {number}: `{field}`: {error}; correct its source and run again") from None
         yield f"{number:09d}", sample
 
 

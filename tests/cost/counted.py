@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dmd2.config import Data, Network, TeacherConfig, Train
 from dmd2.method.distillation import Distillation
@@ -38,3 +42,20 @@ def real_run(teacher: TeacherConfig, keys: Train, **settings: Any) -> Distillati
     x0 = torch.rand((keys.batch_size, *built.sample_shape), generator=rng)
     cond = built.conditioner.draw(keys.batch_size, rng)
     return Distillation(built, keys, data=lambda _: (x0, cond), pairs=lambda _: (x0, x0, cond), **settings)
+
+
+@contextmanager
+def saved_for_backward() -> Iterator[list[int]]:
+    """The bytes of each storage that autograd keeps in the block, parameters left out."""
+    sizes: list[int] = []
+    known = WeakIdKeyDictionary()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage not in known and not isinstance(tensor, nn.Parameter):
+            known[storage] = True
+            sizes.append(storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes

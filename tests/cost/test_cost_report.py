@@ -104,7 +104,7 @@ def test_a_run_that_cannot_fit_ends_the_plan_with_an_error(
     state = State(*[2**30] * 5, generator_gradients=2**30, critic_gradients=2**30, largest_unit=2**20)
     sample = Turn(((1, 3 * 2**30), (2, 4 * 2**30)))  # 5 GiB, and 2 + n for n samples
     memory = Memory(state, {"generator": sample, "critic": sample})
-    monkeypatch.setattr(report, "measure", lambda *_, **__: memory)
+    monkeypatch.setattr(report, "measure_memory", lambda *_, **__: memory)
     monkeypatch.setattr(gpu_hours, "step_cost", lambda *_: StepCost({"critic": 1.0}))
     monkeypatch.setitem(GPUS, "small", Gpu("Small", 1.0, 0.5, memory_gib=RESERVED_GIB + 10 / (1 - FRAGMENTATION)))
     monkeypatch.setitem(GPUS, "tiny", Gpu("Tiny", 1.0, 0.5, memory_gib=RESERVED_GIB + 5))

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from counted import DATA, DEEP, FLAT, NO_GAN, real_run, train
+from counted import DATA, DEEP, FLAT, NO_GAN, real_run, saved_for_backward, train
 from torch import Tensor
 
 from dmd2.config import TeacherConfig, Train
 from dmd2.cost import step_parts
-from dmd2.cost.memory import LiveBytes, Memory, Turn, measure_memory, saved_for_backward
+from dmd2.cost.memory import LiveBytes, Memory, Turn, measure_memory
 from dmd2.cost.meta_run import meta_run, meta_teacher, meta_tensors
 from dmd2.cost.placement import check_share, place, sharded
 from dmd2.errors import UserError
@@ -138,12 +138,12 @@ def test_sharded_ranks_hold_their_part_of_state_and_gradients():
 def test_a_share_is_cut_as_the_training_cuts_it_and_the_largest_part_that_fits_is_told():
     memory = on_meta(train())
     room = memory.peak(4) + 1
-    found = place(lambda parts: memory, room, "replicate", 2, batch=48, micro=5)  # a share of 24: 6 is too many
+    found = place(lambda parts, samples: memory, room, "replicate", 2, batch=48, micro=5)  # 6 of 24 are too many
     assert (found.share, found.largest, found.micro_batch, found.parts, found.fits) == (24, 4, 4, 6, True)
-    whole = place(lambda parts: memory, room, "replicate", 2, batch=48, micro=None)
+    whole = place(lambda parts, samples: memory, room, "replicate", 2, batch=48, micro=None)
     assert (whole.micro_batch, whole.largest, whole.fits) == (24, 4, False)
-    assert not place(lambda parts: memory, room, "replicate", 2, batch=48, micro=6).fits
-    assert not place(lambda parts: memory, memory.state.total, "replicate", 2, batch=48, micro=None).fits
+    assert not place(lambda parts, samples: memory, room, "replicate", 2, batch=48, micro=6).fits
+    assert not place(lambda parts, samples: memory, memory.state.total, "replicate", 2, batch=48, micro=None).fits
 
 
 def test_a_batch_that_cannot_be_divided_is_an_error():
@@ -153,4 +153,4 @@ def test_a_batch_that_cannot_be_divided_is_an_error():
         check_share("dmd2", 8, 16)
     check_share("dmd2", 280, 8)
     memory = on_meta(train())
-    assert place(lambda parts: memory, 1e12, "replicate", 8, batch=280, micro=40).micro_batch == 35
+    assert place(lambda parts, samples: memory, 1e12, "replicate", 8, batch=280, micro=40).micro_batch == 35

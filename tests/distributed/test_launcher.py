@@ -140,7 +140,9 @@ def test_ranks_go_on_from_machine_to_machine():
 @pytest.mark.parametrize(
     ("gpus", "env", "wanted"),
     [
-        ("0", {}, ["python -m dmd2 train --spec {a b}"]),
+        ("0", {}, ["python -m dmd2.commands.preloaded train --spec {a b}"]),
+        ("0", {"SLURM_JOB_ID": "5"}, ["python -m dmd2 train --spec {a b}"]),
+        ("0", {"DMD2_NODES": "4", "DMD2_NODE": "2"}, ["python -m dmd2 train --spec {a b}"]),
         ("1", {}, ["python -m dmd2 train --spec {a b}"]),
         ("2", {}, ["python -m dmd2.training.launcher 2 train --spec {a b}"]),
         (

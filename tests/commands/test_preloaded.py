@@ -1,0 +1,357 @@
+"""A stage that a server of preloaded packages runs is, to its caller, the process that it would have been.
+
+Most tests run a package `dmd2` and packages `torch` and so on that are made here, so that a server starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import pytest
+
+from dmd2.commands import preload_server, preloaded
+
+COMMANDS = Path(preloaded.__file__).parent
+STAGE = """
+import json, os, resource, signal, sys, time
+
+def facts():
+    names = sorted(n for n in sys.modules if n.partition(".")[0] in ("dmd2", "torch"))
+    return {
+        "argv": sys.argv, "orig_argv": sys.orig_argv, "path": sys.path, "env": dict(os.environ), "cwd": os.getcwd(),
+        "umask": os.umask(0), "flags": str(sys.flags), "limits": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "signals": {s: str(signal.getsignal(s)) for s in range(1, 32)}, "mask": str(signal.pthread_sigmask(0, [])),
+        "affinity": sorted(os.sched_getaffinity(0)), "priority": os.getpriority(os.PRIO_PROCESS, 0),
+        "buffering": [sys.stdout.line_buffering, sys.stderr.line_buffering, sys.stdout.encoding],
+        "files": sorted(os.listdir("/proc/self/fd")), "main": str(sys.modules["__main__"].__spec__.name),
+    }
+
+def threads():
+    import numpy, scipy.linalg, threadpoolctl, torch
+    found = {Path(p["filepath"]).name: p["num_threads"] for p in threadpoolctl.threadpool_info()}
+    return [torch.get_num_threads(), found, torch.initial_seed(), int(numpy.random.randint(2**31))]
+
+def wait():
+    heard = []
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, lambda signum, frame: heard.append(signum))
+    told(None)
+    while not heard:
+        signal.pause()
+    sys.exit(100 + sum(heard))
+
+def told(value):
+    print(json.dumps([os.getpid(), os.getppid(), value]), flush=True)
+
+from pathlib import Path
+name, *rest = [argument for argument in sys.argv[1:] if not argument.startswith("--threads")]
+if name == "facts":
+    told(facts())
+elif name == "threads":
+    told(threads())
+elif name == "say":
+    told("old")
+elif name == "echo":
+    sys.stdout.write(sys.stdin.read().upper())
+    print("told apart", file=sys.stderr)
+elif name == "end":
+    sys.exit(eval(rest[0]))
+elif name == "raise":
+    raise ValueError("nothing mended it")
+elif name == "kill":
+    os.kill(os.getpid(), int(rest[0]))
+elif name == "wait":
+    wait()
+elif name == "twice" and not os.path.exists(rest[0]):
+    Path(rest[0]).touch()
+    wait()
+"""
+
+
+class World:
+    """A folder with the packages, the folder of the servers' sockets, and processes that end with the test."""
+
+    def __init__(self, root: Path, sockets: Path):
+        self.root, self.sockets, self.processes = root, sockets, []
+        (root / "dmd2/commands").mkdir(parents=True)
+        for name in ("preloaded.py", "preload_server.py"):
+            shutil.copy(COMMANDS / name, root / "dmd2/commands" / name)
+        for name in ("__init__.py", "commands/__init__.py"):
+            (root / "dmd2" / name).touch()
+        (root / "dmd2/__main__.py").write_text(STAGE)
+        self.imports = root / "imports"
+        for name in {package.partition(".")[0] for package in preload_server.PACKAGES} - {"concurrent"}:
+            (root / "packages" / name).mkdir(parents=True)
+            (root / "packages" / name / "__init__.py").touch()
+        self.torch = root / "packages/torch/__init__.py"
+        self.torch.write_text(f"open({str(self.imports)!r}, 'a').write('x')\n")
+
+    def start(
+        self, *arguments: str, module: str = "dmd2.commands.preloaded", **env: str | None
+    ) -> subprocess.Popen[str]:
+        folders = [str(self.root), str(self.root / "packages")]
+        mine = {"PYTHONPATH": os.pathsep.join(folders), "TMPDIR": str(self.sockets), "DMD2_PRELOAD": None, **env}
+        surroundings = {name: value for name, value in {**os.environ, **mine}.items() if value is not None}
+        command = [sys.executable, "-m", module, *arguments]
+        how: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        process = subprocess.Popen(command, env=surroundings, cwd=self.root, text=True, start_new_session=True, **how)
+        self.processes.append(process)
+        return process
+
+    def run(self, *arguments: str, told: str | None = None, **how: Any) -> tuple[int, str, str]:
+        """Exit status and what was written to stdout and stderr."""
+        process = self.start(*arguments, **how)
+        out, err = process.communicate(told, timeout=100)
+        return process.returncode, out, err
+
+    def say(self, *arguments: str, **how: Any) -> tuple[int, int, Any]:
+        """Process id, that of the parent, and the value that a stage told."""
+        status, out, err = self.run(*arguments, **how)
+        assert status == 0, err
+        return tuple(json.loads(out))
+
+    @property
+    def num_servers(self) -> int:
+        return len(self.imports.read_text()) if self.imports.exists() else 0
+
+    def end(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+        for process in psutil.process_iter():
+            try:
+                if str(self.root) in " ".join(process.cmdline()):
+                    process.kill()
+                    process.wait(60)
+            except psutil.Error:
+                pass
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with tempfile.TemporaryDirectory(prefix="dmd2-") as sockets:  # a socket's path is short
+        made = World(tmp_path, Path(sockets))
+        yield made
+        made.end()
+
+
+def line(file: IO[str] | None) -> Any:
+    """The next line as JSON."""
+    assert file is not None
+    return json.loads(file.readline())
+
+
+def test_stage_finds_what_a_process_of_its_own_finds(world: World):
+    env = {"SOME": "value \udcff", "OMP_NUM_THREADS": "3"}
+    _, parent, preloaded = world.say("facts", "two words", **env)
+    _, own_parent, plain = world.say("facts", "two words", module="dmd2", **env)
+    assert own_parent == os.getpid() != parent
+    for found in (plain, preloaded):
+        found["env"].pop("LC_CTYPE", None)
+    assert preloaded == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["threads"], ["--threads=2", "threads"]], ids=["variable", "option"])
+def test_packages_have_the_threads_that_the_caller_says(world: World, arguments: list[str]):
+    shutil.rmtree(world.root / "packages")
+    stage = STAGE.replace("name, *rest", 'os.environ["OMP_NUM_THREADS"] = "2"\nname, *rest', 1)
+    (world.root / "dmd2/__main__.py").write_text(stage)  # as the option's handler does
+    env = {name: None for name in os.environ if name.endswith("_NUM_THREADS")}
+    if len(arguments) == 1:
+        env["OMP_NUM_THREADS"] = "2"
+    _, parent, preloaded = world.say(*arguments, **env)
+    _, own_parent, plain = world.say(*arguments, module="dmd2", **env)
+    assert own_parent == os.getpid() != parent
+    assert preloaded[:2] == plain[:2]
+    assert preloaded[0] == 2
+    again = world.say(*arguments, **env)[2]
+    assert all(first != second for first, second in zip(preloaded[2:], again[2:], strict=True)), "seeds are its own"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["echo"], 0, "told apart\n"),
+        (["end", "3"], 3, ""),
+        (["end", "None"], 0, ""),
+        (["end", "'a reason'"], 1, "a reason\n"),
+        (["raise"], 1, "ValueError: nothing mended it\n"),
+        (["kill", "9"], -9, ""),
+        (["kill", "15"], -15, ""),
+        (["kill", "11"], 128 + 11, ""),
+    ],
+)
+def test_caller_ends_as_its_stage(world: World, arguments: list[str], status: int, said: str):
+    found, out, err = world.run(*arguments, told="from the caller")
+    assert found == status
+    assert out == ("FROM THE CALLER" if arguments == ["echo"] else "")
+    assert err.endswith(said)
+    assert world.num_servers == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_reaches_the_stage_and_its_status_the_caller(world: World, signum: signal.Signals):
+    caller = world.start("wait")
+    stage, server, _ = line(caller.stdout)
+    assert stage != caller.pid
+    assert psutil.Process(server).status() != psutil.STATUS_ZOMBIE
+    os.killpg(caller.pid, signum)  # as a terminal does: the stage stands in no group of its caller's
+    caller.communicate(timeout=100)
+    assert caller.returncode == 100 + signum
+
+
+def test_stopped_caller_stops_its_stage(world: World):
+    caller = world.start("wait")
+    stage = psutil.Process(line(caller.stdout)[0])
+    for signum, wanted in ((signal.SIGTSTP, True), (signal.SIGCONT, False)):
+        caller.send_signal(signum)
+        end = time.monotonic() + 100
+        while any((p.status() == psutil.STATUS_STOPPED) != wanted for p in (stage, psutil.Process(caller.pid))):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    caller.terminate()
+    caller.communicate(timeout=100)
+    assert caller.returncode == 100 + signal.SIGTERM
+
+
+def test_stage_is_killed_with_its_caller(world: World):
+    caller = world.start("wait")
+    line(caller.stdout)
+    caller.kill()
+    out, _ = caller.communicate(timeout=100)  # it returns when the stage, too, has closed these files
+    assert out == ""
+    assert world.say("say")[2] == "old", "the server goes on"
+    assert world.num_servers == 1
+
+
+def test_server_leaves_signals_to_all_processes_to_its_stages(world: World):
+    caller = world.start("wait")
+    _, server, _ = line(caller.stdout)
+    os.kill(server, signal.SIGTERM)
+    caller.terminate()
+    caller.communicate(timeout=100)
+    assert caller.returncode == 100 + signal.SIGTERM
+    assert world.say("say")[1] == server
+
+
+def test_stage_starts_again_when_the_server_dies(world: World, tmp_path: Path):
+    caller = world.start("twice", str(tmp_path / "begun"))
+    _, server, _ = line(caller.stdout)
+    os.kill(server, signal.SIGKILL)
+    out, err = caller.communicate(timeout=100)
+    assert (caller.returncode, out) == (0, "")
+    assert err == "warning: the server of preloaded stages died; the stage starts again without it\n"
+
+
+def test_stage_that_was_told_to_end_does_not_start_again(world: World):
+    caller = world.start("wait")
+    stage, server, _ = line(caller.stdout)
+    os.kill(stage, signal.SIGSTOP)
+    caller.terminate()
+    psutil.Process(server).kill()
+    caller.communicate(timeout=100)
+    assert caller.returncode == -signal.SIGTERM
+
+
+def test_dead_servers_socket_is_replaced(world: World):
+    _, server, _ = world.say("say")
+    process = psutil.Process(server)
+    process.kill()
+    process.wait(60)
+    assert any(path.is_socket() for path in (world.sockets / f"dmd2-preload-{os.getuid()}").iterdir())
+    _, another, _ = world.say("say")
+    assert another not in (server, os.getpid())
+    assert world.num_servers == 2
+
+
+@pytest.mark.parametrize("case", ["switched off", "one of several", "no folder", "open folder", "a file", "long path"])
+def test_stage_runs_without_a_server(world: World, case: str):
+    env = {"switched off": {"DMD2_PRELOAD": "0"}, "one of several": {"LOCAL_WORLD_SIZE": "2"}}.get(case, {})
+    folder = world.sockets / f"dmd2-preload-{os.getuid()}"
+    if case == "no folder":
+        env = {"TMPDIR": str(world.sockets / "gone")}
+    elif case == "open folder":
+        folder.mkdir()
+        folder.chmod(0o777)
+    elif case == "a file":
+        folder.touch()
+    elif case == "long path":
+        (world.sockets / ("x" * 100)).mkdir()
+        env = {"TMPDIR": str(world.sockets / ("x" * 100))}
+    assert world.say("say", **env)[1:] == (os.getpid(), "old")
+    assert world.num_servers == 0
+
+
+def test_server_that_cannot_be_is_not_tried_at_each_call(world: World):
+    world.torch.write_text(world.torch.read_text() + "raise RuntimeError('a library does not fit')\n")
+    for _ in range(2):
+        assert world.say("say")[1:] == (os.getpid(), "old")
+    assert world.num_servers == 1
+    assert "a library does not fit" in (world.sockets / f"dmd2-preload-{os.getuid()}/log").read_text()
+
+
+def test_two_first_callers_start_one_server(world: World):
+    gate = world.root / "gate"
+    os.mkfifo(gate)
+    world.torch.write_text(world.torch.read_text() + f"open({str(gate)!r}).close()\n")
+    callers = [world.start("say") for _ in range(2)]
+    gate.open("w").close()  # it waits until a server imports
+    told = [json.loads(caller.communicate(timeout=100)[0]) for caller in callers]
+    assert told[0][0] != told[1][0]
+    assert told[0][1] == told[1][1] != os.getpid()
+    assert world.num_servers == 1
+
+
+def test_next_stage_runs_edited_code_in_the_same_server(world: World):
+    _, server, said = world.say("say")
+    main = world.root / "dmd2/__main__.py"
+    main.write_text(STAGE.replace('told("old")', "import dmd2.added\n    told(dmd2.added.__doc__)"))
+    (world.root / "dmd2/added.py").write_text('"""new"""')
+    _, parent, edited = world.say("say")
+    assert (said, edited) == ("old", "new")
+    assert parent == server
+
+
+def test_only_what_imports_read_asks_for_another_server(world: World):
+    servers = [world.say("say", **env)[1] for env in ({}, {"DMD2_RUNTIME": "x", "PATH": "/bin"}, {"TORCH_LOGS": "all"})]
+    assert servers[0] == servers[1] != servers[2]
+
+
+def test_server_without_work_ends():
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")
+        listener.listen()
+        assert preload_server.Server(listener).serve(idle_s=0) is None
+
+
+def test_caller_imports_no_package():
+    code = "import sys, dmd2.commands.preloaded; print(*sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(COMMANDS.parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "typer", "pydantic", "subprocess"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "command"),
+    [
+        (["--threads", "2", "--log=a", "train", "--spec", "x"], {"--threads": "2", "--log": "a"}, "train"),
+        (["table"], {}, "table"),
+        (["--help"], {"--help": ""}, ""),
+    ],
+)
+def test_options_before_the_command(arguments: list[str], options: dict[str, str], command: str):
+    assert preloaded.leading_options(arguments) == (options, command)
