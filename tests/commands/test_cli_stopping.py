@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from command import DEVICES, dmd2, environment, runtime, train_options
+from events import wait_until
 from safetensors.torch import load_file
 
 
@@ -27,11 +27,8 @@ def test_killed_training_refuses_a_second_one_and_resumes_to_the_same_weights(
     arguments = arguments_of("long")
     command = [sys.executable, "-m", "dmd2", "--threads", "1", *arguments]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 200
-    while not any(log.read_text().count("\n") >= 8 for log in (tmp_path / "long-state").glob("dmd2_long-*/log.jsonl")):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    logs = (tmp_path / "long-state").glob
+    wait_until(lambda: any(log.read_text().count("\n") >= 8 for log in logs("dmd2_long-*/log.jsonl")), process)
     process.send_signal(signal.SIGSTOP)  # it waits, in the middle of its run
     assert dmd2(*arguments) == 2
     assert f"in use by process {process.pid} on " in told[0]

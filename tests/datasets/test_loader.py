@@ -1,11 +1,11 @@
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from events import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,9 +103,7 @@ def test_the_next_steps_are_read_once_and_in_the_background(write: Write, monkey
     monkeypatch.setattr(loader.reader, "read", recorded)
     loader.batch(0)
     loader.batch(1)
-    deadline = time.monotonic() + 20
-    while len(asked) < 4 and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_until(lambda: len(asked) >= 4)
     loader.close()
     assert asked == [loader.ids(step).tolist() for step in range(4)]
     assert len(threads) == 1

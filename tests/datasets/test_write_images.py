@@ -5,12 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
+from events import wait_for_end, wait_until
 from PIL import Image
 from trees import data_of, write_tree
 
@@ -127,25 +127,14 @@ def started(data: Data, out: Path) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script), data.model_dump_json(), str(out / "manifest.json")]
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if len(list(out.glob("shard-*.json"))) >= 3:
-            return process
-        time.sleep(0.1)
-    raise AssertionError("no shard within a minute")
+    wait_until(lambda: len(list(out.glob("shard-*.json"))) >= 3, process)
+    return process
 
 
 def children(pid: int) -> list[int]:
     """The worker processes of `pid`: its children that are not multiprocessing's resource tracker."""
     tasks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in tasks if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
-def gone(pids: list[int]) -> bool:
-    for _ in range(100):
-        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_after_a_kill_no_worker_goes_on_and_finished_shards_are_kept(slow: Data, tmp_path: Path) -> None:
@@ -155,7 +144,7 @@ def test_after_a_kill_no_worker_goes_on_and_finished_shards_are_kept(slow: Data,
     assert len(workers) == 2
     process.kill()
     process.communicate()
-    assert gone(workers)
+    wait_for_end(*workers)
     finished = {path.name: path.stat().st_ino for path in out.glob("shard-*.json")}
     assert 3 <= len(finished) < 32
     assert not (out / "manifest.json").exists()

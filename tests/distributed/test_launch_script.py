@@ -3,10 +3,10 @@
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from events import wait_until
 
 SCRIPT = Path(__file__).parents[2] / "workflow" / "launch.sh"
 STAGE = """#!/usr/bin/env bash
@@ -47,11 +47,7 @@ class Machine:
     def devices(self, gpus: int, **how: str) -> str:
         """What a stage of `gpus` devices that has just begun is shown; it goes on."""
         process, told = self.start(gpus, **how)
-        end = time.monotonic() + 30
-        while not told.exists():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_until(told.exists, process)
         return told.read_text().partition("|")[0]
 
 

@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from events import wait_until
 from world import BLOCKS, NUM, RUNTIME, WORKFLOW, World
 
 from dmd2.datasets import ShardReader
@@ -134,9 +134,7 @@ def test_evaluation_killed_without_warning_loses_no_finished_part(world: World, 
     plan = streamed(world, num_samples=size, num_blocks=2)
     arguments, env = command(world, plan, "teacher/ode", tmp_path)
     process = subprocess.Popen(arguments, env=env)
-    while len(list((tmp_path / "state").glob("*/samples-*.npz"))) < 2:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
+    wait_until(lambda: len(list((tmp_path / "state").glob("*/samples-*.npz"))) >= 2, process)
     process.kill()
     process.wait()
     assert not (tmp_path / "m.json").exists()

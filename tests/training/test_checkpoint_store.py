@@ -4,7 +4,7 @@ import logging
 import os
 import pickle
 import re
-import time
+import signal
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from events import wait_until
 from safetensors.torch import load_file
 from trainees import DIGEST, assert_same_state
 
@@ -195,15 +196,12 @@ def test_write_that_is_cut_off_anywhere_leaves_a_good_checkpoint(
 def hold(folder: str) -> None:
     with CheckpointStore(folder, DIGEST):
         (Path(folder) / "held").touch()
-        time.sleep(100)
+        signal.pause()
 
 
 def test_second_process_is_refused_naming_the_first_until_that_dies(start: Callable[..., BaseProcess], tmp_path: Path):
     holder = start(hold, str(tmp_path / "state"))
-    end = time.monotonic() + 60
-    while not (tmp_path / "state" / "held").exists():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until((tmp_path / "state" / "held").exists, holder)
     with pytest.raises(UserError, match=rf"state: in use by process {holder.pid} on \S+ since 20"), store(tmp_path):
         pass
     holder.kill()

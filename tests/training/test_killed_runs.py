@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from events import wait_until
 from safetensors.torch import load_file
 from trainees import SNAPSHOTS, Source, assert_same_state, final_state, train
 
@@ -33,11 +34,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def wait_for(folder: Path, step: int, process: BaseProcess) -> None:
-    end = time.monotonic() + 100
-    while not any(row["step"] >= step for row in rows(folder)):
-        assert process.is_alive(), f"ended by itself with {process.exitcode}"
-        assert time.monotonic() < end, "too slow"
-        time.sleep(0.002)
+    wait_until(lambda: any(row["step"] >= step for row in rows(folder)), process)
 
 
 def asked_for(folder: Path) -> list[list[Any]]:

@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
 from checkout import Checkout
+from events import wait_until
 
 RUN = "dmd2"
 TARGET = f"results/smoke/{RUN}/generator.safetensors"
@@ -32,11 +32,7 @@ def state_of(checkout: Checkout) -> Path | None:
 
 def in_the_middle(checkout: Checkout, process: subprocess.Popen[str]) -> int:
     """Waits for the first checkpoint and returns its iteration."""
-    deadline = time.monotonic() + DEADLINE_S
-    while (state := state_of(checkout)) is None or not (state / "newest.json").exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no checkpoint"
-        time.sleep(0.005)
+    wait_until(lambda: (state := state_of(checkout)) is not None and (state / "newest.json").exists(), process)
     return last_saved(checkout)
 
 
