@@ -1,10 +1,10 @@
 """Reads EDM's network pickles without executing anything in them.
 
 An EDM pickle rebuilds its modules by running Python source that it carries. Here every global that the file names
-becomes an inert record of the arguments it was given; a global outside a short list stops the reading. Afterwards the
+becomes an inert record of the arguments it was given; a global outside a short list ends the reading. Afterwards the
 records are walked and tensors are built from what they hold. The stream is read by Python's own unpickler, whose memo
-is a dict: the C one allocates whatever a hostile index asks for. What a file makes of memory and time is bounded by its
-size.
+is a dict: the C one allocates as much memory as a hostile index says. The values of tensors are files of `torch.save`
+in the file, and torch's own restricted loader reads them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dmd2.errors import UserError
-from dmd2.teachers.torch_file import check_old_file, reading
+from dmd2.teachers.torch_file import load_tensors, reading
 
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 STORAGE = "torch.storage._load_from_bytes"
@@ -215,13 +215,10 @@ def _flat(storage: Any, name: str) -> Tensor:
     """All values of a stored buffer, read by torch's own restricted loader."""
     if not isinstance(storage, _Record) or storage.name != STORAGE:
         raise ValueError(f"{name!r} has no storage")
-    content = io.BytesIO(storage.args[0])
     try:
-        check_old_file(content)
+        loaded = load_tensors(io.BytesIO(storage.args[0]))
     except UserError as error:
         raise UserError(f"{error} (in the storage of {name!r})") from None
-    content.seek(0)
-    loaded = torch.load(content, map_location="cpu", weights_only=True)
     if not isinstance(loaded, torch.storage.TypedStorage):
         raise ValueError(f"the storage of {name!r} is {type(loaded).__name__}")
     return torch.tensor([], dtype=loaded.dtype).set_(loaded)

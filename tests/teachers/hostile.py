@@ -1,11 +1,13 @@
 """Files that try to make their reader run something, or to exhaust it: generated from seeds, and watched while read."""
 
+import io
 import pickle
 import pickletools
 import random
 import resource
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,6 +160,17 @@ def old_torch_file(content: bytes, at: int = 3) -> bytes:
     """A file of torch before 1.6 whose pickle number `at`, of five, is `content`."""
     good = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, None, [])]
     return b"".join([*good[:at], content, *good[at + 1 :]])
+
+
+def with_pickle(archive: bytes, pickled: bytes, **extra: bytes) -> bytes:
+    """A file of torch with another pickle in it, and further entries."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(out, "w") as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, pickled if entry.filename.endswith("data.pkl") else source.read(entry))
+        for name, content in extra.items():
+            target.writestr(f"archive/{name}", content)
+    return out.getvalue()
 
 
 def with_storage(content: bytes) -> bytes:

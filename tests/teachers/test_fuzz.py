@@ -1,6 +1,7 @@
 """Thousands of hostile and damaged weight files: none executes anything, each is read or refused in one line.
 
-Every file is read under an audit hook, with little memory, and in bounded time. The corpus is the same on every run.
+`pytest -m fuzz` runs it; hand-made files are read in every run of the tests (test_safe_pickle, test_torch_file). Every
+file is read under an audit hook, with little memory, and in bounded time. The corpus is the same on every run.
 """
 
 import io
@@ -26,6 +27,7 @@ from hostile import (
     soup,
     unframed,
     watching,
+    with_pickle,
     with_storage,
 )
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ from dmd2.teachers.safe_pickle import read_edm_pickle
 from dmd2.teachers.torch_file import read_torch_file
 
 pytestmark = [
+    pytest.mark.fuzz,
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
     pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
 ]
@@ -168,16 +171,9 @@ def saved(*, zipped: bool) -> bytes:
     return file.getvalue()
 
 
-def rezipped(pickled: bytes, compression: int = zipfile.ZIP_STORED, **extra: bytes) -> bytes:
-    """torch's archive of `STATE` with another pickle in it, and further entries."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(saved(zipped=True))) as source, zipfile.ZipFile(out, "w", compression) as target:
-        for entry in source.infolist():
-            content = pickled if entry.filename.endswith("data.pkl") else source.read(entry)
-            target.writestr(entry.filename, content)
-        for name, content in extra.items():
-            target.writestr(f"archive/{name}", content)
-    return out.getvalue()
+def rezipped(pickled: bytes) -> bytes:
+    """torch's archive of `STATE` with another pickle in it."""
+    return with_pickle(saved(zipped=True), pickled)
 
 
 def state_pickle() -> bytes:
@@ -200,6 +196,8 @@ def torch_mutations(flag: Path) -> Iterator[bytes]:
 def torch_injections(flag: Path) -> Iterator[bytes]:
     rng, pickled = random.Random(6), state_pickle()
     for fragment in fragments(flag):
+        if len(fragment) > 2000:  # torch's loader recurses as deep as a file says
+            continue
         yield rezipped(injected(pickled, fragment, rng))
         content = b"\x80\x02" + fragment + b"."
         yield rezipped(content) if rng.random() < 0.5 else old_torch_file(content, at=rng.randrange(5))
@@ -215,22 +213,6 @@ def test_hostile_torch_files_execute_nothing_and_are_read_or_refused(
     assert outcomes["refused"] > 50, outcomes
     assert outcomes["blocked"] > 20, outcomes
     assert outcomes["read"] > (5 if corpus is torch_mutations else -1), outcomes
-
-
-def test_archives_that_unpack_to_more_than_they_are_are_refused(places: tuple[Path, Path]):
-    path, _ = places
-    path.write_bytes(rezipped(state_pickle(), zipfile.ZIP_DEFLATED, zeros=bytes(2**26)))
-    assert path.stat().st_size < 2**20
-    with little_memory(SPARE), pytest.raises(UserError, match="a compressed archive, which"):
-        read_torch_file(path)
-
-
-def test_torchscript_archives_are_not_run(places: tuple[Path, Path]):
-    path, _ = places
-    script = {"constants.pkl": pickle.dumps((), 2), "code.py": b"open('flag', 'w')"}
-    path.write_bytes(rezipped(state_pickle(), **script))
-    with pytest.raises(UserError, match="a TorchScript archive, not a state dict"):
-        read_torch_file(path)
 
 
 def test_fragments_would_act_under_a_plain_loader(tmp_path: Path):
