@@ -1,6 +1,6 @@
-"""The critic: the fake score, an online denoiser of what the generator makes, with realism heads on an encoder.
+"""The critic: the fake score, a denoiser trained online on generated samples, with realism heads (GAN) on an encoder.
 
-Shapes: B batch, C, H, W of the tapped features.
+Shapes: B batch, (C, H, W) one tapped feature map.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dmd2_kernels import GroupNormSiLU
 
 
 class RealismHead(nn.Sequential):
-    """One logit per sample from features of an encoder: (B, C, H, W) -> (B,), in float32.
+    """One logit per sample from encoder features: (B, C, H, W) -> (B,), in float32.
 
-    Convolutions of stride 2 down to 4x4, one to 1x1, a linear read-out; GroupNorm and SiLU between (the released
-    code's `cls_pred_branch`, whose parameter names this keeps). Features that are 4x4 already get a 3x3
-    convolution first, so that the head is never linear up to its last norm.
+    Convolutions of stride 2 down to 4x4, one to 1x1, a linear output layer, each but the last with GroupNorm and SiLU
+    (`cls_pred_branch` of the released code, with the same parameter names). 4x4 features get a 3x3 convolution first,
+    so that the head is never linear up to its last norm. Raises UserError unless H = W is a power of two and >= 4.
     """
 
     def __init__(self, feature_shape: tuple[int, int, int]):
@@ -35,7 +35,7 @@ class RealismHead(nn.Sequential):
         layers: list[nn.Module] = []
 
         def stage(conv: nn.Conv2d) -> None:
-            # SiLU lives inside the norm; the Identity keeps the released indices 0, 1, 3, 4, 6.
+            # SiLU is fused into the norm; the Identity keeps the released indices 0, 1, 3, 4, 6.
             layers.extend([conv, GroupNormSiLU(channels, groups), nn.Identity()])
 
         for _ in range(num_halvings):
@@ -52,9 +52,9 @@ class RealismHead(nn.Sequential):
 
 
 class Critic(nn.Module):
-    """Fake score and, where a GAN takes part, realism logits, in one forward so that wrappers see one entry point.
+    """Fake score and, with a GAN, realism logits, in one `forward` so that wrappers (FSDP) see one entry point.
 
-    A head each judges the first `num_taps` features of an encoder, the coarsest first; with 0 taps there is no GAN.
+    One head per tap, on the first `num_taps` encoder features, coarsest first; with 0 taps there is no GAN.
     """
 
     def __init__(self, fake: Denoiser, *, num_taps: int):
@@ -73,10 +73,11 @@ class Critic(nn.Module):
         logits_from: int | None = None,
         features: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x0 estimates of the first `num_denoise` samples, and logits of those from index `logits_from` on.
+        """x0 estimates of samples [:num_denoise] and logits of samples [logits_from:].
 
         x (B, ...), sigma (B,) -> x0_fake (num_denoise, ...), logits (B - logits_from, num_taps) or None. With
-        `features` of another network the heads judge those instead of the fake score's own: logits (N, num_taps).
+        `features` of another network the heads get those instead of the fake score's own: logits (N, num_taps).
+        Raises ValueError if logits are requested from a critic without heads.
         """
         if logits_from is None and features is None:
             return self.fake(x[:num_denoise], sigma[:num_denoise], cond), None

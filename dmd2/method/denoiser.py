@@ -1,4 +1,4 @@
-"""What the method asks of a teacher: the contract that adapters in `teachers/` fulfil.
+"""The interface of a teacher, implemented by the adapters in `teachers/`.
 
 Shapes: B batch, `...` the shape of one sample in the network's space (C, H, W for images and latents).
 """
@@ -18,22 +18,22 @@ from torch import Tensor, nn
 from dmd2.method.noise import NoiseGrid
 
 VARIANTS = 64
-"""Forms of one block that may be compiled: batch sizes, gradients or not. A step has about five."""
+"""Most compiled variants of one block (batch size, with or without gradients). A step needs about five."""
 
 Cond = Mapping[str, Tensor]
-"""Conditions of a batch by name, each tensor with the batch first. Only adapters look inside."""
+"""Conditions of a batch by name, each tensor with the batch dimension first. Only adapters look inside."""
 
 
 class Denoiser(nn.Module, abc.ABC):
     """A network that estimates x0 from x = x0 + sigma * eps, with taps on its encoder.
 
-    Inputs and outputs are float32 whatever precision the network uses inside.
+    Inputs and outputs are float32, whatever precision the network computes in.
     """
 
     feature_shapes: tuple[tuple[int, int, int], ...]
-    """(C, H, W) of the features that can be tapped, of one sample: the bottleneck first, then ever finer levels."""
+    """(C, H, W) of the features of one sample that can be tapped: the bottleneck first, then ever finer levels."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What the network computes in, where it has a choice; may be changed between calls."""
+    """The network's compute precision, if it supports several; may be changed between calls."""
 
     @abc.abstractmethod
     def denoise_and_tap(
@@ -42,24 +42,24 @@ class Denoiser(nn.Module, abc.ABC):
         """x0 for the first `num_denoise` samples and the first `num_taps` features for all, in one encoder pass.
 
         x (B, ...), sigma (B,) -> x0 (num_denoise, ...), features[i] (B, *feature_shapes[i]). With num_denoise = 0
-        the decoder is not run. Raises ValueError for more taps than there are.
+        the decoder is not run. Raises ValueError if num_taps > len(feature_shapes).
         """
 
     def blocks(self) -> list[nn.Module]:
-        """The modules that are compiled, recomputed or sharded one at a time; a small network has none.
+        """The units of compilation, activation checkpointing and sharding; empty for a small network.
 
-        Each has a flag `recompute`: whether a pass with gradients stores its inputs alone.
+        Each has a flag `recompute`: whether activation checkpointing is on.
         """
         return []
 
     def prepare(
         self, *, compile: bool = False, activation_checkpointing: bool = False, backend: str = "inductor"
     ) -> None:
-        """Chooses how the blocks run; names and values of the state dict stay as they are.
+        """Sets up compilation and activation checkpointing of the blocks, in place; the state dict does not change.
 
-        Compiled blocks are equal up to rounding, recomputed ones bit for bit. A copy of a network is not compiled. Each
-        block compiles once for each number of samples it meets, with and without gradients; one that cannot is an
-        error, not a slow block.
+        Results are equal up to rounding with `compile`, bit for bit with `activation_checkpointing`. A copy of a
+        network is not compiled. A block compiles once per batch size, with and without gradients; a graph break is an
+        error, not a fallback.
         """
         for block in self.blocks():
             block.recompute = activation_checkpointing  # type: ignore[assignment]
@@ -71,9 +71,9 @@ class Denoiser(nn.Module, abc.ABC):
             torch._dynamo.config.accumulated_recompile_limit = 64 * VARIANTS * len(self.blocks())
 
     def check_taps(self, num_taps: int) -> None:
-        """Raises ValueError for more taps than there are."""
+        """Raises ValueError unless 0 <= num_taps <= len(feature_shapes)."""
         if not 0 <= num_taps <= len(self.feature_shapes):
-            raise ValueError(f"{num_taps} taps asked for; this network has {len(self.feature_shapes)}")
+            raise ValueError(f"{num_taps} taps requested; this network has {len(self.feature_shapes)}")
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """The x0 estimate: (B, ...), (B,) -> (B, ...)."""
@@ -81,7 +81,7 @@ class Denoiser(nn.Module, abc.ABC):
 
 
 class Codec(Protocol):
-    """The way between 8-bit images and the network's space, with a compact form for storage."""
+    """Converts between 8-bit images, a compact storage form and the network's space."""
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 images (B, H, W, C) -> stored latents (B, ...), in the codec's storage dtype."""
@@ -94,21 +94,21 @@ class Codec(Protocol):
 
 
 class Conditioner(Protocol):
-    """The way from what a data set says of a sample (a class, a prompt) to the network's conditions."""
+    """Converts the labels of a data set (classes, prompts) to the network's conditions."""
 
     def encode(self, labels: Sequence[Any]) -> Cond:
-        """Conditions of a batch of labels or prompts."""
+        """The conditions of a batch of B labels or prompts."""
 
     def draw(self, num: int, rng: torch.Generator) -> Cond:
-        """`num` random conditions to generate for, as training does (uniform over classes)."""
+        """`num` random conditions to generate samples for in training (uniform over classes)."""
 
     def null(self, num: int) -> Cond | None:
-        """Unconditional inputs for classifier-free guidance, or None where the teacher has none."""
+        """`num` unconditional inputs for classifier-free guidance, or None if the teacher has none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A frozen teacher with everything that a run asks of it."""
+    """A frozen teacher: its denoiser, noise levels, codec and conditioner."""
 
     denoiser: Denoiser
     grid: NoiseGrid
@@ -116,10 +116,10 @@ class Teacher:
     conditioner: Conditioner
     sample_shape: tuple[int, ...]
     sigma_data: float | None
-    """EDM's data scale; None where the critic's weight is sigma^-2 alone (epsilon-prediction teachers)."""
+    """EDM's data scale; None for epsilon-prediction teachers, whose critic weight is sigma^-2."""
 
     def copy_network(self) -> Denoiser:
-        """A trainable network with the teacher's weights: the start of a generator or a critic."""
+        """A trainable copy of the denoiser in training mode: initialises a generator or a critic."""
         network = copy.deepcopy(self.denoiser)
         return network.train().requires_grad_(True)
 
@@ -129,20 +129,20 @@ class Teacher:
 
 
 def move(cond: Cond, device: torch.device | str) -> dict[str, Tensor]:
-    """The same conditions on `device`; a GPU is not waited for."""
+    """The same conditions on `device`; asynchronous to a GPU."""
     return {name: value.to(device, non_blocking=torch.device(device).type == "cuda") for name, value in cond.items()}
 
 
 def concat(conds: Sequence[Cond]) -> dict[str, Tensor]:
-    """Several batches of conditions as one; all must have the same names."""
+    """Concatenates batches of conditions; all must have the same names."""
     return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
 
 
 def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond | None, scale: float) -> Tensor:
-    """Classifier-free guidance in x0: uncond + scale * (cond - uncond), as one batch of 2B; plain at scale 1.
+    """Classifier-free guidance in x0: uncond + scale * (cond - uncond), as one batch of 2B; no guidance at scale 1.
 
-    Linear heads make guidance on epsilon and on x0 the same thing (paper, section 4; DMD2 guides only the
-    real score).
+    x (B, ...), sigma (B,) -> (B, ...). Guiding x0 equals guiding epsilon, as they are linear in each other (paper,
+    section 4; DMD2 guides only the real score). Raises ValueError if scale != 1 and `null` is None.
     """
     if scale == 1.0:
         return denoiser(x, sigma, cond)

@@ -1,6 +1,6 @@
-"""One DMD2 run: its networks, and the step that shows the order of everything that moves weights.
+"""DMD2 training: the networks and the training step (paper, algorithm 1).
 
-Shapes: B samples of one part of this rank's batch (see `parts`), `...` the shape of one sample.
+Shapes: B samples of one micro-batch (see `training.micro_batches`), `...` the shape of one sample.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from dmd2.training.optimizer import EMA, FiniteGuard, Optimizer, warmup
 from dmd2.training.rng import normal, shared_choice
 
 Batches = Callable[[int], tuple[Tensor, Cond]]
-"""Batch number -> (x0, conditions) of this rank's share of real samples, the samples first."""
+"""Batch number -> (x0, conditions) of this rank's share of real samples, the batch dimension first."""
 PairBatches = Callable[[int], tuple[Tensor, Tensor, Cond]]
 """Batch number -> (noise, the teacher's x0, conditions) of this rank's share of pairs."""
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""The mean distance () of two batches of images (B, ...), with its gradient in the first."""
+"""The mean distance () of two batches of images (B, ...), differentiable in the first."""
 
 
 class Generated(NamedTuple):
-    """What the generator made of one part, with the random numbers that the part goes on with."""
+    """The generated images of one micro-batch, and its random generator for the terms that follow."""
 
     x0: Tensor  # (B, ...), detached
     cond: Cond
@@ -40,11 +40,11 @@ class Generated(NamedTuple):
 
 
 class Distillation:
-    """A student in training: generator, critic, their optimizers and the generator's average.
+    """A student in training: generator, critic, their optimizers and the generator's EMA.
 
-    `data` and `pairs` are asked only where a term needs them. `start` holds the networks of another run to go on
-    from (`generator.*`, `critic.fake.*`), with fresh optimizers and fresh realism heads. With `micro_batch_size` a
-    rank's share of the batch passes the networks in parts, whose gradients are summed.
+    `data` and `pairs` are read only if a loss term needs them. `start` are the networks of another run to initialise
+    from (`generator.*`, `critic.fake.*`), with new optimizers and realism heads. `micro_batch_size` enables gradient
+    accumulation. Raises UserError for a configuration that needs inputs that are missing.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Distillation:
         self._sigma_table = torch.tensor(self._sigmas, device=self.device)
         with torch.random.fork_rng(devices=[]):  # the realism heads' initial weights
             torch.manual_seed(train.seed)
-            # In evaluation mode: DMD2 uses no dropout, whatever the teacher was trained with.
+            # eval(): DMD2 uses no dropout, even if the teacher was trained with it.
             self.generator: Denoiser = teacher.copy_network().to(self.device).eval()
             num_taps = train.gan_taps if train.has_gan else 0
             self.critic = Critic(teacher.copy_network(), num_taps=num_taps).to(self.device).eval()
@@ -100,11 +100,11 @@ class Distillation:
         )
 
     def step(self, index: int) -> dict[str, Tensor]:
-        """Iteration `index`, from 0 (paper, algorithm 1): every R-th moves the generator, each one the critic.
+        """Iteration `index`, from 0 (paper, algorithm 1): every R-th updates the generator, each one the critic.
 
-        The critic trains on the images that the generator made before its update. With `turns: disjoint` it rests
-        where the generator moves. Returns scalars for the log, on the device, means over the parts; a function of
-        (seed, index, rank) and the networks, so that a resumed run repeats it exactly.
+        The critic trains on the images that the generator made before its update. With `turns: disjoint` it is not
+        updated when the generator is. Returns scalars () for the log, on the device, means over the micro-batches; a
+        function of (seed, index, rank) and the networks, so that a resumed run repeats it exactly.
         """
         moves_generator = index % self.train.critic_steps_per_generator == 0
         moves_critic = self.train.turns == "both" or not moves_generator
@@ -112,51 +112,56 @@ class Distillation:
 
         made: list[Generated] = []
         rows: list[dict[str, Tensor]] = []
-        for part in range(self.micro_batches.num):
-            rng = self.micro_batches.rng(self.train.seed, index, part, self.device)
-            x, sigma, cond = self._generator_input(index, part, rng)
+        for micro_batch in range(self.micro_batches.num):
+            rng = self.micro_batches.rng(self.train.seed, index, micro_batch, self.device)
+            x, sigma, cond = self._generator_input(index, micro_batch, rng)
             with torch.set_grad_enabled(moves_generator):
                 x0 = self.generator(x, sigma, cond)
             made.append(Generated(x0.detach(), cond, rng))
             if moves_generator:
-                grad, metrics = self._generator_gradient(made[part])
-                with self._generator_optimizer.accumulating(last=self.micro_batches.is_last(part) and not regresses):
+                grad, metrics = self._generator_gradient(made[micro_batch])
+                with self._generator_optimizer.accumulating(
+                    last=self.micro_batches.is_last(micro_batch) and not regresses
+                ):
                     x0.backward(grad / self.micro_batches.num)
                 if regresses:
-                    metrics["regression_loss"] = self._add_regression(index, part)
-                rows.append(metrics | _describe(made[part].x0))
+                    metrics["regression_loss"] = self._add_regression(index, micro_batch)
+                rows.append(metrics | _describe(made[micro_batch].x0))
         metrics = {}
         if moves_generator:
             metrics = self._update(self._generator_optimizer, index, means(rows), "generator_grad_norm")
             self.ema.update()
 
         if moves_critic:
-            rows = [self._add_critic_losses(index, part, made[part]) for part in range(self.micro_batches.num)]
+            rows = [
+                self._add_critic_losses(index, micro_batch, made[micro_batch])
+                for micro_batch in range(self.micro_batches.num)
+            ]
             metrics |= self._update(self._critic_optimizer, index, means(rows), "critic_grad_norm")
             metrics |= self._lag(index, metrics["denoising_loss"])
         return metrics
 
     def _update(self, optimizer: Optimizer, index: int, metrics: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
-        """One update from the gradients that are there, its losses guarded; `metrics` and the gradient's norm."""
+        """Optimizer step, skipped if a loss or the gradient is not finite; returns `metrics` with the gradient norm."""
         terms = {name: value for name, value in metrics.items() if name.endswith("_loss")}
         return metrics | {norm: optimizer.step(index, self.guard, terms, norm)}
 
-    def _generator_input(self, index: int, part: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
-        """(x, sigma, conditions): pure noise for one step; for several, the student's own input at a step that all
-        slots draw alike."""
+    def _generator_input(self, index: int, micro_batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
+        """(x, sigma, conditions): pure noise for a one-step student; else the student's own input at a step index
+        that is the same on all ranks and micro-batches."""
         train, grid = self.train, self.teacher.grid
         shape = (self.micro_batches.size, *self.teacher.sample_shape)
         if train.num_steps > 1 and not train.backward_simulation:
-            return self._noised_real_input(index, part, rng)
+            return self._noised_real_input(index, micro_batch, rng)
         cond = move(self.teacher.conditioner.draw(self.micro_batches.size, rng), self.device)
         k = shared_choice(train.seed, index, train.num_steps)
         x, sigma = sampling.simulate(self.generator, cond, self._sigmas, grid.init_scale, k, lambda: normal(shape, rng))
         return x, sigma, cond
 
-    def _noised_real_input(self, index: int, part: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
-        """Without backward simulation: noised real samples with their own conditions, at a step of their own each;
-        pure noise at the first."""
-        x0, cond = self._real(index, part)
+    def _noised_real_input(self, index: int, micro_batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
+        """Without backward simulation: noised real samples with their own conditions, at a random step per sample;
+        pure noise at the first step."""
+        x0, cond = self._real(index, micro_batch)
         eps = normal(x0.shape, rng)
         k = torch.randint(self.train.num_steps, (x0.shape[0],), generator=rng, device=self.device)
         sigma = self._sigma_table[k]
@@ -164,7 +169,7 @@ class Distillation:
         return torch.where(expand(k == 0, x0), pure, add_noise(x0, sigma, eps)), sigma, cond
 
     def _generator_gradient(self, made: Generated) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient of matching and GAN losses on the images, and what the log wants of them."""
+        """The gradient (B, ...) of matching and GAN losses with respect to the images, and scalars for the log."""
         train, (x0, cond, rng) = self.train, made
         matching, gan = losses.generator_terms(x0, cond, self.teacher, self.critic, train, rng)
         grad = torch.zeros_like(x0)
@@ -181,23 +186,23 @@ class Distillation:
             grad += gan_grad
         return grad, metrics
 
-    def _add_regression(self, index: int, part: int) -> Tensor:
-        """Original DMD's regression on pairs: adds its gradient to the generator's; the loss (), unweighted."""
+    def _add_regression(self, index: int, micro_batch: int) -> Tensor:
+        """The regression loss of DMD on pairs: accumulates its gradient; returns the unweighted loss ()."""
         assert self._pairs is not None
-        noise, target, cond = self._pairs(index, part)
+        noise, target, cond = self._pairs(index, micro_batch)
         sigma = torch.full((noise.shape[0],), self._sigmas[0], device=self.device)
         x0 = self.generator(self.teacher.grid.init_scale * noise, sigma, cond)
         loss = self._regression_distance(x0, target)
-        with self._generator_optimizer.accumulating(last=self.micro_batches.is_last(part)):
+        with self._generator_optimizer.accumulating(last=self.micro_batches.is_last(micro_batch)):
             (self.train.regression_weight / self.micro_batches.num * loss).backward()
         return loss.detach()
 
-    def _add_critic_losses(self, index: int, part: int, made: Generated) -> dict[str, Tensor]:
-        """Fake-score and discriminator losses on what the generator made: adds their gradient to the critic's."""
+    def _add_critic_losses(self, index: int, micro_batch: int, made: Generated) -> dict[str, Tensor]:
+        """Fake-score and discriminator losses on generated images; accumulates their gradient."""
         x0, cond, rng = made
-        real = partial(self._real, index, part)
+        real = partial(self._real, index, micro_batch)
         terms = losses.critic_losses(x0, cond, real, self.teacher, self.critic, self.train, rng)
-        with self._critic_optimizer.accumulating(last=self.micro_batches.is_last(part)):
+        with self._critic_optimizer.accumulating(last=self.micro_batches.is_last(micro_batch)):
             (terms.total / self.micro_batches.num).backward()
         metrics = {"denoising_loss": terms.denoising.loss.detach()}
         if terms.gan is not None:
@@ -205,13 +210,13 @@ class Distillation:
             metrics["d_accuracy"] = 0.5 * ((terms.gan.p_data > 0.5).float() + (terms.gan.p_gen < 0.5).float()).mean()
         return metrics
 
-    def _real(self, index: int, part: int) -> tuple[Tensor, Cond]:
+    def _real(self, index: int, micro_batch: int) -> tuple[Tensor, Cond]:
         assert self._data is not None
-        x0, cond = self._data(index, part)
+        x0, cond = self._data(index, micro_batch)
         return x0, cond
 
     def _lag(self, index: int, denoising: Tensor) -> dict[str, Tensor]:
-        """The critic's loss on its first and on its last update between two of the generator."""
+        """The critic's loss at its first and last update between two generator updates."""
         period = self.train.critic_steps_per_generator
         if period == 1:
             return {}
@@ -220,11 +225,11 @@ class Distillation:
         return {name: denoising for name, phase in names.items() if index % period == phase}
 
     def export(self) -> dict[str, Tensor]:
-        """The generator to sample with: its average, or its weights where the run keeps none."""
+        """The generator to sample with: its EMA weights, or its weights if the run has no EMA."""
         return self.ema.weights()
 
     def networks(self) -> dict[str, Tensor]:
-        """Generator and critic as they are, for a run that goes on from this one."""
+        """State dicts of generator and critic, for a run that starts from this one."""
         return {
             **{f"generator.{k}": v for k, v in self.generator.state_dict().items()},
             **{f"critic.{k}": v for k, v in self.critic.state_dict().items()},
@@ -238,7 +243,7 @@ class Distillation:
         self.critic.fake.load_state_dict(part("critic.fake."))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs beside the step number."""
+        """Everything a resumed run needs except the step number."""
         return {
             "networks": self.networks(),
             "average": self.ema.state_dict(),
@@ -247,7 +252,7 @@ class Distillation:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave; every key must fit."""
+        """Restores what `state_dict` returned; every key must match."""
         networks = state["networks"]
         self.generator.load_state_dict({k[10:]: v for k, v in networks.items() if k.startswith("generator.")})
         self.critic.load_state_dict({k[7:]: v for k, v in networks.items() if k.startswith("critic.")})
@@ -257,7 +262,7 @@ class Distillation:
 
 
 def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool) -> None:
-    """Raises UserError where a run asks for what it was not given, or what this teacher does not have."""
+    """Raises UserError for a configuration that needs inputs that are missing or that the teacher does not support."""
     if not has_data and (train.has_gan or (train.num_steps > 1 and not train.backward_simulation)):
         raise UserError("this run needs real data: it has a GAN, or several steps without backward simulation")
     if not has_pairs and train.regression_weight > 0:
@@ -273,7 +278,7 @@ def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool) -
 
 
 def _describe(x0: Tensor) -> dict[str, Tensor]:
-    """Health of generated images x0 (B, ...): brightness, saturation, and how close neighbours have moved.
+    """Statistics of generated images x0 (B, ...): mean, fraction of |x0| > 1, and a measure of mode collapse.
 
     `neighbour_ratio` is the mean distance to the nearest other sample of the batch over the mean distance of all
     pairs: it falls towards 0 when a generator collapses to a few images.

@@ -1,8 +1,8 @@
-"""The DMD2 losses at network level: which network is asked what, at which noise, and who gets the gradient.
+"""The DMD2 losses: which network is evaluated, at which noise levels, and which gets the gradient.
 
-`real` is the frozen teacher's score, `fake` the critic's; `data` are real samples, `gen` generated ones. Losses of
-the generator are returned as gradients on its images, so that one backward pass through the generator serves all
-terms and their sizes can be compared where they meet (the author's rule for choosing the GAN weight).
+`real` is the frozen teacher's score, `fake` the critic's; `data` are real samples, `gen` generated ones. Generator
+losses are returned as gradients with respect to its images, so that all terms need one backward pass through the
+generator and their norms can be compared (the author's rule for choosing the GAN weight).
 
 Shapes: B batch, `...` the shape of one sample.
 """
@@ -32,7 +32,7 @@ from dmd2_kernels import (
 
 
 class Noised(NamedTuple):
-    """Noised samples, x = x0 + sigma * eps, as a network is asked about them."""
+    """A network's input: noised samples x = x0 + sigma * eps."""
 
     x: Tensor  # (B, ...)
     sigma: Tensor  # (B,)
@@ -40,13 +40,13 @@ class Noised(NamedTuple):
 
 
 def noised(x0: Tensor, cond: Cond, grid: NoiseGrid, levels: tuple[int, int], rng: torch.Generator) -> Noised:
-    """`x0` at noise levels drawn uniformly, one per sample, from the grid indices low..high (both included)."""
+    """Noises x0 (B, ...) at one level per sample, drawn uniformly from the grid indices [low, high], both included."""
     sigma = grid.draw(x0.shape[0], *levels, rng)
     return Noised(add_noise(x0, sigma, normal(x0.shape, rng)), sigma, cond)
 
 
 def _joined(parts: Sequence[Noised]) -> Noised:
-    """Several batches as one."""
+    """Concatenates batches."""
     x, sigma, conds = zip(*parts, strict=True)
     return Noised(torch.cat(x), torch.cat(sigma), concat(conds))
 
@@ -54,10 +54,10 @@ def _joined(parts: Sequence[Noised]) -> Noised:
 def matching_gradient(
     x0: Tensor, cond: Cond, teacher: Teacher, critic: Critic, train: Train, rng: torch.Generator
 ) -> tuple[MatchingLoss, Tensor]:
-    """The distribution-matching loss and its gradient on the generated images (paper, eq. 2 and 3).
+    """The distribution-matching loss and its gradient with respect to the generated images (paper, eq. 2 and 3).
 
-    x0 (B, ...) detached. With x at a random level, d L / d x0 = (x0_fake - x0_real) / mean|x0 - x0_real| / numel:
-    the critic's estimate minus the teacher's, per sample in units of the teacher's correction.
+    x0 (B, ...) detached. With x at a random level, d L / d x0 = (x0_fake - x0_real) / mean|x0 - x0_real| / numel, the
+    mean per sample: the critic's estimate minus the teacher's, in units of the teacher's correction.
     """
     part = noised(x0, cond, teacher.grid, train.matching_levels, rng)
     return matching_loss_and_grad(x0, _real_estimate(part, teacher, train), _fake_estimate(part, critic))
@@ -66,9 +66,9 @@ def matching_gradient(
 def gan_gradient(
     x0: Tensor, cond: Cond, teacher: Teacher, critic: Critic, train: Train, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The generator's GAN loss () and its gradient on the generated images (paper, section 4.3, eq. 4).
+    """The generator's GAN loss () and its gradient with respect to the generated images (paper, section 4.3, eq. 4).
 
-    mean softplus(-D(x)) on images noised at a level of their own; the critic's weights get no gradient.
+    mean softplus(-D(x)) on images noised at levels drawn for this term; the critic's weights get no gradient.
     """
     leaf = x0.detach().requires_grad_()
     part = noised(leaf, cond, teacher.grid, train.gan_levels, rng)
@@ -82,7 +82,7 @@ def gan_gradient(
 def generator_terms(
     x0: Tensor, cond: Cond, teacher: Teacher, critic: Critic, train: Train, rng: torch.Generator
 ) -> tuple[tuple[MatchingLoss, Tensor] | None, tuple[Tensor, Tensor] | None]:
-    """`matching_gradient` and `gan_gradient`, None for a term without weight: each at levels of its own, or shared."""
+    """`matching_gradient` and `gan_gradient`, None for a term with weight 0; separate noise levels or shared ones."""
     if train.share_levels and train.matching_weight > 0 and train.has_gan:
         return shared_gradients(x0, cond, teacher, critic, train, rng)
     matching = matching_gradient(x0, cond, teacher, critic, train, rng) if train.matching_weight > 0 else None
@@ -92,10 +92,10 @@ def generator_terms(
 def shared_gradients(
     x0: Tensor, cond: Cond, teacher: Teacher, critic: Critic, train: Train, rng: torch.Generator
 ) -> tuple[tuple[MatchingLoss, Tensor], tuple[Tensor, Tensor]]:
-    """`matching_gradient` and `gan_gradient` at one noised sample (`share_levels`): as FastGen.
+    """`matching_gradient` and `gan_gradient` on the same noised samples (`share_levels`), as FastGen does.
 
-    The network whose features D sees is asked for its estimate and them in one pass, an encoder pass less than the
-    two terms take apart; a guided teacher, whose estimate is of another batch, is tapped apart from it.
+    The network whose features D uses returns them with its estimate, which saves one encoder pass. A guided teacher
+    estimates a batch of 2B instead, so its features need a separate pass.
     """
     num = x0.shape[0]
     leaf = x0.detach().requires_grad_()
@@ -130,13 +130,13 @@ def _teachers_features(part: Noised, teacher: Teacher, train: Train) -> list[Ten
 
 
 def _gan_gradient(logits: Tensor, leaf: Tensor, train: Train) -> tuple[Tensor, Tensor]:
-    """The loss over the logits of all samples and heads, and its gradient in the images."""
+    """The loss () over the logits of all samples and heads, and its gradient with respect to the images."""
     loss = gan_generator_loss(logits.reshape(-1), kind=train.gan_loss).loss
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
 class CriticLosses(NamedTuple):
-    """The critic's turn: `total` carries the graph."""
+    """The critic's losses; `total` () has the graph."""
 
     total: Tensor
     denoising: DenoisingLoss
@@ -154,9 +154,9 @@ def critic_losses(
 ) -> CriticLosses:
     """Fake-score and discriminator losses on generated images x0 (B, ...), detached, in one pass of the critic.
 
-    The batch is [fake score | D on generated | D on data]: the encoder runs once on all of it, the decoder on the
-    first part alone. With `share_critic_pass` the first two parts are one. With the teacher's features the critic's
-    batch is the first part, and D's gradient ends at the heads. `data` is called only if there is a GAN.
+    The batch is [fake score | D on generated | D on data]: the encoder runs on all of it, the decoder only on the
+    first third. With `share_critic_pass` the first two thirds are the same samples. With the teacher's features the
+    critic's batch is the first third, and D's gradient stops at the heads. `data` is called only with a GAN.
     """
     score = noised(x0, cond, teacher.grid, train.critic_levels, rng)
     weight = _denoising_weight(score.sigma, teacher, train)
@@ -182,9 +182,9 @@ def critic_losses(
 def _noised_for_discriminator(
     x0: Tensor, cond: Cond, teacher: Teacher, train: Train, rng: torch.Generator
 ) -> list[Noised]:
-    """Real samples noised for D; then, for the approximate R1, the same moved a little.
+    """Noised real samples for D; for the approximate R1 penalty also a perturbed copy.
 
-    The *noised* sample is moved, so that a move of 0 costs exactly 0.
+    The *noised* sample is perturbed, so that a perturbation of 0 has a penalty of exactly 0.
     """
     part = noised(x0, cond, teacher.grid, train.gan_levels, rng)
     if train.r1_weight == 0:
@@ -195,7 +195,7 @@ def _noised_for_discriminator(
 def _critic_pass(
     score: Noised, judged: Sequence[Noised], teacher: Teacher, critic: Critic, train: Train
 ) -> tuple[Tensor, Tensor]:
-    """The fake score's estimate of `score`, and logits of all that is `judged`, whose first may be `score` itself."""
+    """The fake score's x0 of `score`, and the logits of all `judged` batches, of which the first may be `score`."""
     num = score.x.shape[0]
     if train.gan_features == "teacher":
         with torch.no_grad():

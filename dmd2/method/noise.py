@@ -15,11 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NoiseGrid:
-    """A teacher's noise levels, ascending, and the scale of the pure noise its students start from.
+    """A teacher's noise levels `sigmas`, ascending, (T,) float32, and the scale of its students' initial noise.
 
-    `sigmas` is float32 of shape (T,). `init_scale * eps` is the input of a student's first step, together
-    with the largest sigma: 80 for EDM, sqrt(1 + sigma_max^2) for Stable Diffusion, whose one-step student is fed
-    unit Gaussians after the adapter's c_in.
+    `init_scale * eps` at the largest sigma is the input of a student's first step. It is 80 for EDM and
+    sqrt(1 + sigma_max^2) for Stable Diffusion, whose network then gets unit Gaussians after the adapter's c_in.
     """
 
     sigmas: Tensor
@@ -29,7 +28,7 @@ class NoiseGrid:
     def karras(
         cls, num_levels: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
     ) -> NoiseGrid:
-        """EDM's grid (Karras et al. 2022, eq. 5), ascending."""
+        """EDM's noise levels (Karras et al. 2022, eq. 5), ascending."""
         ramp = np.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), num_levels, dtype=np.float64) ** rho
         return cls(torch.from_numpy(ramp).float(), sigma_max)
 
@@ -49,21 +48,21 @@ class NoiseGrid:
         return NoiseGrid(self.sigmas.to(device), self.init_scale)
 
     def draw(self, num: int, low: int, high: int, rng: torch.Generator) -> Tensor:
-        """`num` sigmas at indices drawn uniformly from low..high, both included. Returns (num,)."""
+        """Sigmas (num,) at indices drawn uniformly from [low, high], both included."""
         index = torch.randint(low, high + 1, (num,), generator=rng, device=self.sigmas.device)
         return self.sigmas[index]
 
     def student_steps(self, num_steps: int) -> list[float]:
-        """The descending sigmas of a student's steps: index T-1, then down in strides of T // num_steps.
+        """The descending sigmas of a student's steps: indices T-1, T-1 - T // num_steps, ...
 
-        For 1,000 levels and four steps these are the indices 999, 749, 499 and 249 (paper, section 4.4).
+        999, 749, 499 and 249 for 1,000 levels and four steps (paper, section 4.4).
         """
         stride = len(self) // num_steps
         return [float(self.sigmas[len(self) - 1 - i * stride]) for i in range(num_steps)]
 
 
 def expand(per_sample: Tensor, like: Tensor) -> Tensor:
-    """A (B,) tensor as (B, 1, ..., 1), so that it multiplies `like`."""
+    """Reshapes (B,) to (B, 1, ..., 1), which broadcasts with `like` (B, ...)."""
     return per_sample.reshape(-1, *[1] * (like.ndim - 1))
 
 

@@ -1,8 +1,7 @@
 """Samplers: the student's few steps, their truncation for training (backward simulation), and EDM's Heun sampler.
 
-Shapes: B batch, `...` the shape of one sample. A `noise` argument is a function that returns the next standard
-normal (B, ...) tensor; where the numbers come from (a training step's generator, one generator per sample) is the
-caller's business.
+Shapes: B batch, `...` the shape of one sample. `noise` is a function that returns the next standard normal (B, ...)
+tensor; the caller chooses the generators (one per training step, or one per sample).
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ Noise = Callable[[], Tensor]
 def simulate(
     generator: Denoiser, cond: Cond, sigmas: Sequence[float], init_scale: float, k: int, noise: Noise
 ) -> tuple[Tensor, Tensor]:
-    """What the student sees at its step `k` when it samples: (x (B, ...), sigma (B,)), without a graph.
+    """The student's input at its sampling step `k`: (x (B, ...), sigma (B,)), detached.
 
-    Backward simulation (paper, section 4.5): the first k steps are run as at inference, so that training and
+    Backward simulation (paper, section 4.5): runs the first k steps as at inference, so that training and
     sampling cannot differ. k = 0 is pure noise at the largest sigma.
     """
     with torch.no_grad():
@@ -57,7 +56,7 @@ class Churn:
     noise_scale: float = 1.0
 
     def gamma(self, sigma: float, num_steps: int) -> float:
-        """By which factor the noise level is raised before a step at `sigma`."""
+        """The relative increase of the noise level before a step at `sigma`: sigma_hat = sigma * (1 + gamma)."""
         return min(self.amount / num_steps, 2**0.5 - 1) if self.low <= sigma <= self.high else 0.0
 
 

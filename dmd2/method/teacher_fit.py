@@ -1,4 +1,4 @@
-"""Trains a small EDM teacher (Karras et al. 2022, section 5): for data sets whose teacher is made in the workflow."""
+"""Trains a small EDM teacher (Karras et al. 2022, section 5) for data sets that have no released one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dmd2_kernels import denoising_loss
 
 
 class TeacherFit:
-    """A teacher in training: network, optimizer and average."""
+    """A teacher in training: network, optimizer and EMA."""
 
     def __init__(
         self,
@@ -53,32 +53,32 @@ class TeacherFit:
         )
 
     def step(self, index: int) -> dict[str, Tensor]:
-        """Iteration `index`: the weighted denoising loss at log-normal noise levels over all parts, one update."""
-        terms = means([self._add_loss(index, part) for part in range(self.micro_batches.num)])
+        """Iteration `index`: one update on the weighted denoising loss at log-normal sigma; returns log scalars."""
+        terms = means([self._add_loss(index, micro_batch) for micro_batch in range(self.micro_batches.num)])
         norm = self._optimizer.step(index, self.guard, terms, "grad_norm")
         self.ema.update()
         return {**terms, "grad_norm": norm}
 
-    def _add_loss(self, index: int, part: int) -> dict[str, Tensor]:
-        """The loss of one part; adds its gradient to the network's."""
+    def _add_loss(self, index: int, micro_batch: int) -> dict[str, Tensor]:
+        """The loss () of one micro-batch; accumulates its gradient."""
         training = self.training
-        rng = self.micro_batches.rng(training.seed, index, part, self.device)
+        rng = self.micro_batches.rng(training.seed, index, micro_batch, self.device)
         # The network's dropout draws from torch's global generator; its stream must not be that of the noise.
         torch.manual_seed(rng.initial_seed() ^ 0x5DEECE66D)
-        x0, cond = self._data(index, part)
+        x0, cond = self._data(index, micro_batch)
         sigma = (training.p_mean + training.p_std * normal((x0.shape[0],), rng)).exp()
         x = add_noise(x0, sigma, normal(x0.shape, rng))
         loss = denoising_loss(self.network(x, sigma, cond), x0, critic_weight(sigma, self.sigma_data)).loss
-        with self._optimizer.accumulating(last=self.micro_batches.is_last(part)):
+        with self._optimizer.accumulating(last=self.micro_batches.is_last(micro_batch)):
             (loss / self.micro_batches.num).backward()
         return {"denoising_loss": loss.detach()}
 
     def export(self) -> dict[str, Tensor]:
-        """The averaged network: the teacher."""
+        """The EMA weights: the teacher."""
         return self.ema.weights()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs beside the step number."""
+        """Everything a resumed run needs except the step number."""
         return {
             "network": self.network.state_dict(),
             "average": self.ema.state_dict(),
@@ -86,7 +86,7 @@ class TeacherFit:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])

@@ -1,11 +1,11 @@
-"""What a checkpoint is made of: a tree of plain values and tensors, and the tensors' rows in one file for each rank.
+"""Checkpoint format: one safetensors file per rank and a JSON manifest.
 
-    step-00001000-0.safetensors   rank 0: its rows of sharded tensors, and every tensor that the ranks hold whole
-    step-00001000-1.safetensors   rank 1: its rows; there for sharded networks alone
+    step-00001000-0.safetensors   rank 0: its rows of sharded tensors, and all replicated tensors
+    step-00001000-1.safetensors   rank 1: its rows; only for sharded networks
     step-00001000.json            the manifest: step, digest, files with their SHA-256, shapes, rows, plain values
 
-Nothing is pickled, so reading a checkpoint runs no code, and any number of ranks in any layout can read it: each takes
-the rows that it needs from the files that have them. (torch.distributed.checkpoint pickles its metadata.)
+Nothing is pickled, so reading a checkpoint runs no code (torch.distributed.checkpoint pickles its metadata). It can be
+loaded with any number of ranks in any layout: each reads the rows that it needs from the files that contain them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from dmd2.training import ranks, sharding
 
 
 def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON can hold it, its tensors moved to `tensors` under the names of their places.
+    """`value` as a JSON tree; its tensors are added to `tensors` under their path in the tree.
 
-    Mappings, lists and tuples of tensors, numbers, strings, booleans and None; keys are strings or integers.
+    Supports mappings (keys: strings or integers), lists and tuples of tensors, numbers, strings, booleans and None.
+    Raises ValueError for two tensors with the same path, TypeError for another type.
     """
     if isinstance(value, Tensor):
         if name in tensors:
-            raise ValueError(f"two places of the state are called {name}")
+            raise ValueError(f"the state has two tensors with the path {name}")
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Mapping):
@@ -48,7 +49,7 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(tree: Any, read: Callable[[str], Tensor]) -> Any:
-    """The state that `pack` took apart, its tensors as `read` gives them."""
+    """The inverse of `pack`; `read` returns the tensor with a given path."""
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()
@@ -61,14 +62,14 @@ def unpack(tree: Any, read: Callable[[str], Tensor]) -> Any:
 
 
 class Piece(NamedTuple):
-    """What one rank writes of a tensor."""
+    """The part of a tensor that one rank writes."""
 
     tensor: Tensor
     rows: tuple[int, int] | None  # of the whole tensor; None where this is the whole
 
 
 def pieces(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
-    """This rank's part: its rows of sharded tensors; of the others all on the first rank, nothing elsewhere."""
+    """What this rank writes: its rows of sharded tensors; on rank 0 also all replicated tensors."""
     found = {}
     for name, tensor in tensors.items():
         if sharding.is_sharded(tensor):
@@ -81,16 +82,16 @@ def pieces(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
 
 
 class Held(NamedTuple):
-    """Tensors that nobody else changes; on a GPU's host they are complete after `wait`."""
+    """Tensors on the host; asynchronous copies from a GPU are complete after `wait`."""
 
     pieces: dict[str, Piece]
     wait: Callable[[], None]
 
 
 def hold(part: Mapping[str, Piece], *, copy: bool) -> Held:
-    """The pieces on the host; with `copy` apart from the memory they came from, so that training may go on.
+    """The pieces on the host; with `copy` in memory of their own, so that training may continue.
 
-    From a GPU they are copied in the stream's order into pinned memory, without waiting.
+    From a GPU they are copied asynchronously, in stream order, into pinned memory.
     """
     is_cuda = any(piece.tensor.is_cuda for piece in part.values())
 
@@ -109,42 +110,42 @@ def hold(part: Mapping[str, Piece], *, copy: bool) -> Held:
 
 
 def write_part(path: Path, part: Mapping[str, Piece]) -> None:
-    """Writes a rank's pieces."""
+    """Writes a rank's pieces as safetensors."""
     save_file({name: piece.tensor for name, piece in part.items()}, path)
 
 
 def describe_part(path: Path, part: Mapping[str, Piece]) -> dict[str, Any]:
-    """What the manifest says of a written part: its checksum, and which rows of sharded tensors are in it."""
+    """The manifest's entry for a written file: name, SHA-256, size in bytes, and its rows of sharded tensors."""
     rows = {name: list(piece.rows) for name, piece in part.items() if piece.rows is not None}
     return {"file": path.name, "sha256": sha256(path), "bytes": path.stat().st_size, "rows": rows}
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """The shapes of the sharded tensors, whose rows lie in several files."""
+    """The shapes of the sharded tensors, whose rows are stored in several files."""
     return {name: list(tensor.shape) for name, tensor in tensors.items() if sharding.is_sharded(tensor)}
 
 
 def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with a checksum of its own content."""
+    """The manifest with the SHA-256 of its own content as `seal`."""
     content = {key: value for key, value in manifest.items() if key != "seal"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return {**content, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest in `path`. Raises UserError where it is missing, or not as it was written."""
+    """Reads the manifest in `path`. Raises UserError if it is missing or its checksum does not match."""
     manifest = read_json(path)
     if manifest.get("seal") != seal(manifest)["seal"]:
-        raise UserError(f"{path}: damaged (its content differs from what was sealed)")
+        raise UserError(f"{path}: damaged (its content does not match its checksum)")
     return manifest
 
 
 def verify(folder: Path, files: list[dict[str, Any]]) -> None:
-    """Checks this rank's share of the files against their checksums. Raises UserError naming the damaged one."""
+    """Checks the sizes of all files and the SHA-256 of this rank's share. Raises UserError naming the damaged one."""
     for number, entry in enumerate(files):
         path = folder / _plain(entry["file"])
         if not path.exists():
-            raise UserError(f"{path}: missing, though the checkpoint's JSON exists")
+            raise UserError(f"{path}: missing, although the checkpoint's JSON exists")
         if path.stat().st_size != entry["bytes"]:
             raise UserError(f"{path}: damaged (its size differs from the one recorded)")
         mine = number % ranks.world_size() == ranks.rank() % ranks.world_size()
@@ -153,14 +154,14 @@ def verify(folder: Path, files: list[dict[str, Any]]) -> None:
 
 
 def _plain(name: str) -> str:
-    """A file's name, which must lie beside its manifest."""
+    """`name`, which must be a plain file name. Raises UserError for a path (the file is next to its manifest)."""
     if os.path.basename(name) != name:
-        raise UserError(f"{name}: not a file beside the checkpoint's JSON")
+        raise UserError(f"{name}: not a file in the folder of the checkpoint's JSON")
     return name
 
 
 class Reader:
-    """The tensors of the files of one checkpoint."""
+    """Reads tensors from the files of one checkpoint."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
         self._shapes: dict[str, list[int]] = manifest["shapes"]
@@ -168,7 +169,7 @@ class Reader:
         self._rows = [entry["rows"] for entry in manifest["files"]]
 
     def read(self, name: str, like: Tensor | None = None) -> Tensor:
-        """The tensor `name`: this rank's rows where `like`, the tensor it is to replace, is sharded, else the whole."""
+        """The tensor `name`: whole, or this rank's rows if `like`, the tensor it replaces, is sharded."""
         if like is None or not sharding.is_sharded(like):
             shape = self._shapes.get(name)
             return self._files[0].get_tensor(name) if shape is None else self._join(name, 0, shape[0])
@@ -177,7 +178,7 @@ class Reader:
         return sharding.as_part_of(part.to(sharding.local(like).device), like)
 
     def _join(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start .. stop-1 of a tensor that lies in several files."""
+        """Rows [start, stop) of a tensor that is stored in several files."""
         found = list(self._overlaps(name, start, stop))
         if sum(len(part) for part in found) != stop - start:
             raise UserError(f"rows {start} to {stop} of {name} are not all in the checkpoint's files")

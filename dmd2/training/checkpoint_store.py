@@ -1,11 +1,10 @@
-"""Checkpoints that cannot hurt: atomic, checksummed, pruned, tied to one configuration and one writer.
+"""Crash-safe checkpoints: atomic, checksummed, pruned, for one configuration and one writer.
 
-A store is a folder outside every declared output of the workflow, named by the digest of all that decides the weights.
-A checkpoint exists once its manifest `step-00001000.json` does, which is written last; `checkpoint_format` says what
-it is made of. `newest.json` remembers that there was one, so that lost checkpoints are an error and not a silent
-restart.
+A store is a folder outside all outputs of the workflow, named by the digest of everything that determines the weights.
+A checkpoint exists once its manifest `step-00001000.json` does, which is written last (format: `checkpoint_format`).
+`newest.json` records that a checkpoint was saved, so that lost ones are an error and not a silent restart.
 
-Saving copies the state and returns; a thread writes it while training goes on. At most one checkpoint is under way.
+Saving copies the state and returns; a thread writes it while training continues, at most one checkpoint at a time.
 """
 
 from __future__ import annotations
@@ -47,18 +46,18 @@ from dmd2.training.checkpoint_format import (
 Warn = Any
 """A logger with a `warning` method."""
 DAMAGES = (UserError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
-"""What reading a damaged checkpoint may raise."""
+"""Exceptions that reading a damaged checkpoint may raise."""
 GOOD, DAMAGED, FOREIGN = 0, 1, 2
 POLL_S = 0.02
 
 
 class CheckpointStore:
-    """The state folder of one training run; a context manager that holds its lease.
+    """The state folder of one training run; a context manager that holds its lock.
 
-    The lease is an operating-system lock, so it ends with the process however that dies. A second process gets a
-    UserError naming the holder. Of several ranks the first holds the lease for all; all of them must call `save`,
-    `load` and `wait` alike. Of a state that every rank holds whole the first writes all; of a sharded one each rank
-    its rows, and the first the manifest, once all are there: it waits for them `patience_minutes`.
+    The lock is the operating system's, so it is released however the process ends; a second process gets a UserError
+    naming the holder. Rank 0 holds it for all ranks. `save`, `load` and `wait` are collective. Rank 0 writes a
+    replicated state; each rank writes its rows of a sharded one, and rank 0 the manifest once all files are written,
+    for which it waits at most `patience_minutes`.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class CheckpointStore:
             self._lock.release()
 
     def _remove_unfinished(self) -> None:
-        """Removes what a killed process was writing, and files of checkpoints that have no manifest."""
+        """Removes temporary files of a killed process, and files of checkpoints without a manifest."""
         finished = {f"step-{step:08d}" for step in self._steps()}
         for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("*.part"), *self.folder.glob("step-*.safetensors")]:
             if path.suffix != ".safetensors" or path.stem.rpartition("-")[0] not in finished:
@@ -119,10 +118,10 @@ class CheckpointStore:
         return f"process {owner.get('pid')} on {owner.get('host')}{job} since {owner.get('since')}"
 
     def save(self, step: int, state: Mapping[str, Any], **facts: Any) -> None:
-        """Copies the state after `step` iterations, and writes its checkpoint beside what follows.
+        """Copies the state after `step` iterations and writes its checkpoint in the background.
 
-        A checkpoint that is still under way is waited for first. When this one is complete, all but the newest `keep`
-        are removed. What goes wrong in writing is raised by the next call of `save`, `check` or `wait`.
+        Blocks until the previous checkpoint is written. Once this one is complete, all but the newest `keep` are
+        removed. An error in writing is raised by the next call of `save`, `check` or `wait`.
         """
         self.wait()
         tensors: dict[str, Tensor] = {}
@@ -135,7 +134,7 @@ class CheckpointStore:
         self._work.do(lambda: self._write(step, held, manifest, bool(shapes)))
 
     def _write(self, step: int, held: Held, manifest: dict[str, Any], sharded: bool) -> None:
-        """Writes this rank's part, and, on the first, the manifest when the parts of all are there."""
+        """Writes this rank's file and, on rank 0, the manifest once all ranks' files are written."""
         held.wait()
         path = self._part(step, ranks.rank())
         _write(path, lambda temporary: checkpoint_format.write_part(temporary, held.pieces))
@@ -150,40 +149,40 @@ class CheckpointStore:
         for rank in others:
             self._part(step, rank).with_suffix(".part").unlink()
         steps = self._steps()
-        passed_over = [old for old in steps if old > step]  # damaged, or `load` would have gone on from them
+        passed_over = [old for old in steps if old > step]  # damaged, else `load` would have returned them
         for old in [*passed_over, *[old for old in steps if old <= step][: -self._keep]]:
             self._manifest(old).unlink()
             for file in self.folder.glob(f"{self._manifest(old).stem}-*.safetensors"):
                 file.unlink()
 
     def _await_part(self, step: int, rank: int) -> dict[str, Any]:
-        """What the manifest says of another rank's part, once that rank has written it."""
+        """The manifest's entry for another rank's file, once written. Raises UserError after `patience_minutes`."""
         path, end = self._part(step, rank).with_suffix(".part"), time.monotonic() + self._patience_s
         while not path.exists():
             if self._work.given_up.is_set() or time.monotonic() > end:
                 raise UserError(
                     f"{path.with_suffix('.safetensors')}: rank {rank} has not written its part of the checkpoint; "
-                    f"its own message says why. Run the same command again: what was saved before is kept"
+                    f"its own message says why. Run the same command again: earlier checkpoints are kept"
                 )
             time.sleep(POLL_S)
         return read_json(path)
 
     def check(self) -> None:
-        """Raises what went wrong in writing, if anything has; waits for nothing."""
+        """Raises an error of a write that has finished; does not block."""
         self._work.check()
 
     def wait(self) -> None:
-        """Waits until everything that this rank was asked to save is on disk; raises what went wrong."""
+        """Blocks until everything that this rank saved is on disk; raises errors of the writes."""
         self._work.wait()
 
     def load(self, like: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The newest good checkpoint as (state, its JSON), or None in a folder that never had one.
+        """The newest valid checkpoint as (state, manifest), or None if the folder never had one.
 
-        Tensors come whole, on the CPU; where their places in `like`, a state of the same form, are sharded, they come
-        as this rank's rows. The number of ranks and the layout they were saved from do not matter.
+        Tensors are whole and on the CPU, or this rank's rows where the tensor in `like`, a state of the same structure,
+        is sharded. The number of ranks and the layout at saving do not matter.
 
-        A damaged checkpoint is passed over with a warning. Raises UserError if every one is damaged, or if one was
-        written under another configuration: a run never restarts from nothing unasked. All ranks take the same one.
+        Skips damaged checkpoints with a warning; all ranks load the same one. Raises UserError if all are damaged or
+        one belongs to another configuration: a run never restarts from scratch silently.
         """
         self.wait()
         places: dict[str, Tensor] = {}
@@ -201,17 +200,17 @@ class CheckpointStore:
                 raise error if isinstance(error, ForeignCheckpoint) else self._foreign(step, "another configuration")
             if error is not None or ranks.rank() == 0:
                 named = f"{self._manifest(step)}: damaged ({error!r})" if error else f"{self._manifest(step)}: damaged"
-                told = error if isinstance(error, UserError) else named
-                self._note(f"{told}; falling back to the checkpoint before")
+                problem = error if isinstance(error, UserError) else named
+                self._note(f"{problem}; falling back to the previous checkpoint")
         if ranks.agree([(self.folder / "newest.json").exists()])[0]:
             raise UserError(
                 f"{self.folder}: its checkpoints are missing or damaged; "
-                f"restore one, or delete the folder to start anew"
+                f"restore one, or delete the folder to start over"
             )
         return None
 
     def _agreed_steps(self) -> list[int]:
-        """The steps of the checkpoints that any rank sees, the newest first: the same list on every rank."""
+        """The steps of the checkpoints that any rank finds, newest first; the same list on all ranks."""
         steps: list[int] = []
         mine = self._steps()
         while (newest := ranks.agree([max((s for s in mine if not steps or s < steps[-1]), default=-1)])[0]) >= 0:
@@ -233,9 +232,9 @@ class CheckpointStore:
         )
 
     def save_weights(self, name: str, weights: Mapping[str, Tensor]) -> Path:
-        """Writes weights as `name`.safetensors in the folder, beside what follows, and returns its path.
+        """Writes `name`.safetensors to the folder in the background; returns its path.
 
-        A checkpoint that is saved later appears later, so a run that is cut off between the two makes both again.
+        Files appear in the order of the calls, so a run killed before the next checkpoint writes both again.
         """
         path = self.folder / f"{name}.safetensors"
         held = hold({key: checkpoint_format.Piece(value, None) for key, value in weights.items()}, copy=True)
@@ -248,9 +247,9 @@ class CheckpointStore:
         return path
 
     def clear(self) -> None:
-        """Removes the folder's content after its results were published; the lock file goes with it.
+        """Removes the folder, lock file included, after its results were published.
 
-        The mark of earlier checkpoints goes first: a removal that is cut off leaves nothing that stops the next run.
+        `newest.json` is removed first: an interrupted removal does not make the next run fail.
         """
         (self.folder / "newest.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -270,17 +269,17 @@ class CheckpointStore:
 
 
 class ForeignCheckpoint(UserError):
-    """A checkpoint of another configuration."""
+    """A checkpoint was written under another configuration."""
 
 
 def save_weights(path: Path | str, weights: Mapping[str, torch.Tensor]) -> None:
-    """Writes a state dict as safetensors, atomically. Raises UserError when the disk is full."""
+    """Writes a state dict as safetensors, atomically. Raises UserError if it cannot be written (disk full)."""
     state = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     _write(Path(path), lambda temporary: save_file(state, temporary))
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file atomically; torch and safetensors report a full disk in ways of their own."""
+    """Writes a file atomically. Raises UserError if the disk is full, for any of the exceptions that report it."""
     try:
         with atomic(path) as temporary:
             write(temporary)
@@ -288,7 +287,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         free = shutil.disk_usage(path.parent).free / 2**20
         raise UserError(
             f"{path}: could not be written, {free:.0f} MiB are free ({str(error).splitlines()[0]}); "
-            f"free space and run the same command: what was saved before is kept"
+            f"free space and run the same command: earlier checkpoints are kept"
         ) from error
 
 

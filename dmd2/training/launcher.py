@@ -1,8 +1,8 @@
 """Starts a stage as several processes: `python -m dmd2.training.launcher NUM ARGUMENTS...` (`workflow/launch.sh`).
 
-What torchrun would do, and three things that it does not: the exit status is that of the process that failed first
-(torchrun's is always 1, so a saved interruption, 143, would look like a failure); what a signal asks for reaches every
-process, which may take its time to save; and no process outlives the launcher, however that dies. It imports no torch.
+Like torchrun, with three differences: the exit status is that of the process that failed first (torchrun's is always 1,
+so a saved interruption, 143, would look like a failure); signals are forwarded to every process, which has time to
+save; and no process outlives the launcher, however it ends. It does not import torch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from types import FrameType
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_S = 30.0
-"""From the end of the first process that failed to the killing of those that have not followed it."""
+"""Seconds between the end of the first failed process and SIGKILL to those still running."""
 POLL_S = 0.02
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines of a job, and where its first process listens."""
+    """The machines of a job, and the address of its first process."""
 
     num: int
     this: int
@@ -36,9 +36,9 @@ class Nodes:
 
     @classmethod
     def of(cls, env: Mapping[str, str]) -> Nodes:
-        """From DMD2_NODES, DMD2_NODE, DMD2_MASTER_ADDR and DMD2_MASTER_PORT, or what Slurm says within `srun`.
+        """From DMD2_NODES, DMD2_NODE, DMD2_MASTER_ADDR and DMD2_MASTER_PORT, or Slurm's variables within `srun`.
 
-        One machine needs none of them. Raises ValueError where several lack one.
+        One machine needs none of them. Raises ValueError if there are several and one variable is missing.
         """
         num = int(env.get("DMD2_NODES", "1"))
         if num == 1:
@@ -59,12 +59,12 @@ def _free_port() -> int:
 
 
 def _port_of(job: str | None) -> str | None:
-    """A port that two jobs on one machine do not share."""
+    """A port in [20000, 40000) derived from the job's number, so that jobs on one machine rarely collide."""
     return str(20_000 + int(job) % 20_000) if job else None
 
 
 def environment(nodes: Nodes, num_local: int, local: int) -> dict[str, str]:
-    """What a process needs to find the others."""
+    """The environment variables of torch's `env://` initialisation for one process, added to this process's."""
     names = {
         "RANK": nodes.this * num_local + local,
         "WORLD_SIZE": nodes.num * num_local,
@@ -75,7 +75,7 @@ def environment(nodes: Nodes, num_local: int, local: int) -> dict[str, str]:
     }
     found = {**os.environ, **{name: str(value) for name, value in names.items()}}
     if nodes.num == 1 and sys.platform == "linux":
-        found.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks how this machine's name resolves
+        found.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo resolves this machine's name
     return found
 
 
@@ -94,7 +94,7 @@ class Workers:
         self._signals.append(signum)
 
     def wait(self) -> int:
-        """The exit status: 0, or of the first process that failed; by then all have ended."""
+        """Blocks until all processes have ended; returns 0 or the exit status of the first that failed."""
         status, end, asked = 0, float("inf"), False
         while running := [process for process in self._processes if process.poll() is None]:
             while self._signals:
@@ -103,7 +103,7 @@ class Workers:
             failed = status or self._failure()
             if failed and not status:
                 status, end = failed, time.monotonic() + self._grace_s
-                if not asked:  # those that are saving already need not hear it twice
+                if not asked:  # else they are already saving
                     self._send(signal.SIGTERM)
             if time.monotonic() > end:
                 self._kill(running)
@@ -112,11 +112,11 @@ class Workers:
         return status or self._failure()
 
     def _failure(self) -> int:
-        """The status of a process that failed, 128 + signal for a killed one, which is the cause of the others' end."""
+        """The exit status of a failed process, or 128 + signal of a killed one, which comes first as the cause."""
         codes = {self._first + i: process.returncode for i, process in enumerate(self._processes) if process.returncode}
         for rank, code in sorted(codes.items(), key=lambda item: item[1]):
             if code < 0:
-                _tell(f"rank {rank} was ended by {signal.Signals(-code).name}; the other ranks are asked to end")
+                _tell(f"rank {rank} was ended by {signal.Signals(-code).name}; the other ranks are terminated")
             return 128 - code if code < 0 else code
         return 0
 
@@ -132,9 +132,9 @@ class Workers:
 
 
 def _start(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A process that is killed as soon as this one has ended (on Linux), in a session of its own.
+    """Starts a process in its own session, which on Linux is killed when this process ends.
 
-    So a Ctrl-C reaches it through `Workers` once, and not a second time by the terminal.
+    The session makes Ctrl-C reach it only through `Workers`, and not a second time from the terminal.
     """
     if sys.platform != "linux":
         return subprocess.Popen(command, env=env, start_new_session=True)
@@ -153,7 +153,7 @@ def _tell(message: str) -> None:
 
 
 def main() -> None:
-    """Runs `python -m dmd2 ARGUMENTS...` once for each GPU and exits as the first that failed, or with 0."""
+    """Runs `python -m dmd2 ARGUMENTS...` in NUM processes; exits with 0 or the status of the first that failed."""
     num, arguments = int(sys.argv[1]), sys.argv[2:]
     try:
         nodes = Nodes.of(os.environ)

@@ -20,7 +20,7 @@ class TrainLog:
     """Averages metrics on the device between rows; a context manager.
 
     `log.jsonl` in `folder` has a row per interval: `step`, `wall_s`, `cpu_s` and the mean of each metric over the
-    interval. Rows beyond `start`, of an attempt that was cut off, are dropped on opening.
+    interval. Rows after step `start`, of an interrupted attempt, are dropped on opening.
     """
 
     def __init__(self, folder: Path, start: int, *, enabled: bool = True):
@@ -42,7 +42,7 @@ class TrainLog:
             self._board.close()
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Takes in the scalars of one iteration without waiting for the device."""
+        """Adds the scalars () of one iteration; does not synchronise with the device."""
         for name, value in metrics.items():
             value = value.detach().double() if value.device.type == "cpu" else value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -51,7 +51,7 @@ class TrainLog:
     def flush(self, step: int, clock: dict[str, float]) -> dict[str, float]:
         """Ends the interval after iteration `step`: writes its row and returns it. Synchronises with the device.
 
-        With several ranks, which must have added the same names, a collective call; all get the same row.
+        Collective: all ranks must have added the same names, and get the same row.
         """
         names = list(self._sums)
         if not names:
@@ -74,7 +74,7 @@ class TrainLog:
 
 
 def _rows_up_to(path: Path, step: int) -> list[str]:
-    """The complete rows of an existing log up to iteration `step`; a row cut off by a crash is left out."""
+    """The complete rows of an existing log up to iteration `step`, without one truncated by a crash."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

@@ -1,6 +1,6 @@
-"""The loop around a training step: resume, log, checkpoint, export, stop on a signal.
+"""The training loop: resume, log, checkpoint, export, stop on a signal.
 
-What is in training (`Trainee`) knows nothing of files; what is here knows nothing of losses.
+A `Trainee` knows nothing of files; the loop knows nothing of losses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Trainee(Protocol):
-    """What can be fitted: see `method.distillation.Distillation` and `method.teacher_fit.TeacherFit`."""
+    """What `fit` trains: see `method.distillation.Distillation` and `method.teacher_fit.TeacherFit`."""
 
     guard: FiniteGuard
 
@@ -37,7 +37,7 @@ class Trainee(Protocol):
 
 
 class StopSignals:
-    """While in force, SIGTERM, SIGINT and SIGUSR1 are noted instead of ending the process; a second SIGINT ends it."""
+    """A context in which SIGTERM, SIGINT and SIGUSR1 are recorded in `received`; a second SIGINT ends the process."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -61,7 +61,7 @@ class StopSignals:
 
 
 class Clock:
-    """Wall and processor seconds, with those of earlier attempts."""
+    """Wall-clock and CPU seconds, including those of earlier attempts."""
 
     def __init__(self, wall_s: float = 0.0, cpu_s: float = 0.0):
         self._wall, self._cpu = time.monotonic() - wall_s, time.process_time() - cpu_s
@@ -82,15 +82,14 @@ def fit(
     snapshots: Iterable[int] = (),
     alarm: Callable[[dict[str, float]], str | None] | None = None,
 ) -> dict[str, float]:
-    """Trains up to `iterations`, from the newest checkpoint of `store` if there is one; returns the seconds it took.
+    """Trains up to `iterations`, from the newest checkpoint of `store` if there is one; returns `Clock.read()`.
 
-    The store must be entered (its lease held). Snapshots of `trainee.export()` are written into the store's folder
-    as `snapshot-00000500.safetensors`. `alarm` sees each log row and may return a warning. Raises UserError when a
-    loss is not finite, and Interrupted after saving on a signal: with one process after the iteration it arrived in,
-    with several after the next, since the ranks tell one another beside the work (`distributed.AsyncFlags`): two
-    iterations and the writing must fit into the time that a cluster grants (Slurm: 30 s), else it counts as a crash,
-    which loses at most what follows the newest checkpoint: `runtime.checkpoint_every` iterations or
-    `checkpoint_minutes`, and what was done while that was written.
+    The store must be entered (locked). Snapshots of `trainee.export()` are written to its folder as
+    `snapshot-00000500.safetensors`. `alarm` gets each log row and may return a warning. Raises UserError if a loss is
+    not finite, and Interrupted after saving on a signal: with one process after the current iteration, with several
+    after the next one (`ranks.AsyncFlags` is asynchronous). Two iterations and the writing must fit into the grace
+    period of a cluster (Slurm: 30 s); otherwise it is a crash, which loses at most the work since the newest
+    checkpoint: `runtime.checkpoint_every` iterations or `checkpoint_minutes`, and what ran while it was being written.
     """
     start, clock = _take_up(trainee, store)
     if start:
@@ -107,7 +106,7 @@ def fit(
             store.check()
             done = index + 1
             is_time = time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes
-            # A rank whose clock is up asks for the next checkpoint by its number: heard twice, it is made once.
+            # A rank whose time is up requests the next checkpoint by its number: two requests make one checkpoint.
             signum, wanted = notices(stop.received or 0, num_saved + is_time, now=done == iterations)
             saving = done % runtime.checkpoint_every == 0 or wanted > num_saved or signum > 0 or done == iterations
             if done % runtime.log_every == 0 or done in snapshots or saving:
@@ -123,7 +122,7 @@ def fit(
                 saved_at, num_saved = time.monotonic(), num_saved + 1
             if signum:
                 store.wait()
-                ranks.barrier()  # a rank that ended first would have the others ended too
+                ranks.barrier()  # else the launcher terminates the others when the first ends
                 raise Interrupted(signum, done)
         store.wait()
     ranks.barrier()
@@ -131,7 +130,7 @@ def fit(
 
 
 def _take_up(trainee: Trainee, store: CheckpointStore) -> tuple[int, Clock]:
-    """Puts the trainee where the newest checkpoint left it: how many iterations are done, and the clock of them."""
+    """Loads the newest checkpoint into the trainee; returns the number of finished iterations and their clock."""
     found = store.load(trainee.state_dict())
     if found is None:
         return 0, Clock()

@@ -1,8 +1,8 @@
 """Ranks and devices: one process, or several started by `dmd2.training.launcher`.
 
-No rank waits for another without end. One that ended is noticed by those that exchange something with its host, at
-once; one that hangs, after the time limit that `process_group` was given. They end with a `UserError`, see `exchange`,
-or, where a GPU waits and not the host, by NCCL's own watchdog.
+No rank waits for another forever. The others notice at their next collective call on the host that a rank has ended,
+and after the timeout of `process_group` that one hangs. They raise a `UserError`, see `exchange`; if the GPU waits and
+not the host, NCCL's watchdog ends them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dmd2.errors import Interrupted, UserError
 
 LOST_PEER = (dist.DistError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 GLOO = "gloo"
-"""Part of the text of gloo's errors, which are plain RuntimeErrors that name the source file."""
+"""Substring of gloo's errors, which are plain RuntimeErrors that contain the source file's name."""
 
 
 def rank() -> int:
-    """This process's global rank; 0 without a launcher."""
+    """The global rank of this process; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -34,22 +34,25 @@ def world_size() -> int:
 
 
 def device_of(choice: str) -> torch.device:
-    """The device for "cpu", "cuda" or "auto" (CUDA where there is one): one GPU per local rank."""
+    """The device for "cpu", "cuda" or "auto" (CUDA if available): one GPU per local rank.
+
+    Raises UserError for "cuda" without a CUDA device.
+    """
     if choice == "cuda" and not torch.cuda.is_available():
         raise UserError("runtime.device is cuda, but torch finds no CUDA device; use auto or cpu")
     if choice == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)  # or what asks for the current device would use the first one on every rank
+    torch.cuda.set_device(device)  # else the current device is the first one on every rank
     return device
 
 
 @contextmanager
 def process_group(device: torch.device, timeout_minutes: float = 30.0) -> Iterator[None]:
-    """Joins the other ranks for the duration of the block; does nothing with one process.
+    """Initialises and destroys the default process group around the block; does nothing with one process.
 
-    CPU tensors travel by gloo and CUDA tensors by NCCL, so that flags can be exchanged without waiting for a device.
-    Raises UserError where another rank is lost, see `exchange`.
+    Gloo for CPU tensors and NCCL for CUDA tensors, so that flags are exchanged without synchronising with a device.
+    Raises UserError if another rank is lost, see `exchange`.
     """
     if world_size() == 1:
         yield
@@ -74,7 +77,7 @@ def process_group(device: torch.device, timeout_minutes: float = 30.0) -> Iterat
 
 @contextmanager
 def exchange(what: str) -> Iterator[None]:
-    """Turns the error of a collective call in the block into one line that names it, and what to do."""
+    """Turns the error of a collective call in the block into a UserError that names `what` and the remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -84,12 +87,12 @@ def exchange(what: str) -> Iterator[None]:
         raise UserError(
             f"rank {rank()} of {world_size()}, in {what}: another rank ended or was silent for longer than "
             f"runtime.collective_timeout_minutes ({text}); its own message says why. Run the same command again: it "
-            f"goes on from the last checkpoint"
+            f"resumes from the last checkpoint"
         ) from error
 
 
 def local_share(batch_size: int) -> int:
-    """This rank's part of a global batch. Raises UserError if the ranks do not divide it."""
+    """This rank's share of a global batch, in samples. Raises UserError if the world size does not divide it."""
     world = world_size()
     if batch_size % world:
         lower, upper = batch_size // world * world, -(-batch_size // world) * world
@@ -99,9 +102,9 @@ def local_share(batch_size: int) -> int:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Replaces each tensor by its mean over the ranks, in one coalesced all-reduce; nothing with one process.
+    """Replaces each tensor by its mean over the ranks, in one coalesced all-reduce; no-op with one process.
 
-    For a few scalars; gradients go by `gradients.Buckets`.
+    For a few scalars; gradients use `gradient_buckets`.
     """
     if world_size() == 1:
         return
@@ -115,7 +118,7 @@ def average(tensors: Iterable[Tensor]) -> None:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over the ranks, in place."""
+    """Sum all-reduce, in place."""
     if world_size() > 1:
         with exchange("a sum over the ranks"):
             dist.all_reduce(tensor)
@@ -123,7 +126,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def maximum(tensor: Tensor) -> Tensor:
-    """The largest value of each element over the ranks, in place."""
+    """Elementwise max all-reduce, in place."""
     if world_size() > 1:
         with exchange("a maximum over the ranks"):
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
@@ -131,24 +134,23 @@ def maximum(tensor: Tensor) -> Tensor:
 
 
 def agree(numbers: Sequence[int]) -> list[int]:
-    """The largest of each number over the ranks, on the host: all ranks must give as many."""
+    """Max all-reduce of a few ints on the host; all ranks must pass equally many."""
     return [int(n) for n in maximum(torch.tensor(list(numbers), dtype=torch.int64)).tolist()]
 
 
 class AsyncFlags:
-    """Numbers that the ranks tell one another in each iteration without waiting: known to all one iteration later.
+    """Asynchronous max-all-reduce of a few ints; a call returns the previous call's result.
 
-    They travel between the hosts, beside the work of the devices, so that a loop needs no synchronisation to learn
-    that some rank was asked to stop. With one process they are known at once.
+    Runs on the hosts (gloo), so that the loop learns without synchronising with its device that some rank got a
+    signal. With one process a call returns its own numbers.
     """
 
     def __init__(self) -> None:
         self._sent: tuple[Tensor, dist.Work] | None = None
 
     def __call__(self, *numbers: int, now: bool = False) -> list[int]:
-        """Sends `numbers`; the largest of each over the ranks, of the call before, or of this one with `now`.
-
-        Zeros at the first call. Every rank must call it equally often, with the same `now`.
+        """Starts the all-reduce of `numbers`; returns the previous result (zeros at first), or with `now` blocks and
+        returns the maximum of both. Collective, with the same `now` on all ranks.
         """
         if world_size() == 1:
             return list(numbers)
@@ -170,7 +172,7 @@ class AsyncFlags:
 
 
 def barrier() -> None:
-    """The hosts wait for one another, not for their devices; nothing with one process."""
+    """A barrier of the hosts, which does not synchronise with their devices; no-op with one process."""
     if world_size() > 1:
         with exchange("waiting for all ranks"):
             dist.all_reduce(torch.zeros(1))

@@ -1,9 +1,9 @@
-"""Networks in parts over the ranks (FSDP2), and tensors of which a rank holds some rows.
+"""Sharded networks (FSDP2) and tensors; the same functions accept replicated ones.
 
-A sharded tensor is a `DTensor` in one dimension: each rank holds a run of its rows (the first dimension), as
-`torch.chunk` deals them. What is here is the same for tensors that every rank holds whole.
+A sharded tensor is a `DTensor` with `Shard(0)`: each rank holds consecutive rows (dimension 0), as `torch.chunk`
+splits them.
 
-FSDP and DTensor take a second to import, a third of a short stage's start: only what shards a network imports them.
+Importing FSDP and DTensor costs a second, a third of a short stage's start-up, so only sharding a network does it.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ Layout = Literal["replicate", "shard"]
 
 @runtime_checkable
 class HasBlocks(Protocol):
-    """A module that names the blocks it may be sharded into."""
+    """A module that lists its FSDP units."""
 
     def blocks(self) -> list[nn.Module]: ...
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The parts that a network is cut into: the blocks of the modules in it that name some; the rest is one more."""
+    """The FSDP units of a network: the blocks of all its modules that list some. The root is one more unit."""
     named = (block for module in network.modules() if isinstance(module, HasBlocks) for block in module.blocks())
-    return list(dict.fromkeys(named))  # a denoiser and the network in it name the same
+    return list(dict.fromkeys(named))  # a denoiser and the network in it list the same blocks
 
 
 def place(network: nn.Module, layout: Layout, *, entry_points: tuple[str, ...] = ()) -> None:
-    """Deals a network's weights to the ranks in layout "shard": a part for each block and one for the rest.
+    """Applies `fully_shard` to each block and to the root in layout "shard": weights are gathered block by block.
 
-    A rank gathers a block's weights when it runs, and drops them after it. In layout "replicate", or with one process,
-    nothing changes. Methods other than `forward` that are called from outside must be named as `entry_points`.
+    No-op in layout "replicate" or with one process. Methods other than `forward` that are called from outside must be
+    listed in `entry_points`.
     """
     if layout == "replicate" or ranks.world_size() == 1:
         return
@@ -56,8 +56,8 @@ def place(network: nn.Module, layout: Layout, *, entry_points: tuple[str, ...] =
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether this rank holds some rows of the tensor only."""
-    if "torch.distributed.tensor" not in sys.modules:  # nothing has made a DTensor in this process
+    """Whether the tensor is a DTensor, of which this rank holds some rows."""
+    if "torch.distributed.tensor" not in sys.modules:  # no DTensor exists in this process
         return False
     from torch.distributed.tensor import DTensor
 
@@ -65,17 +65,17 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory: the tensor itself where it is whole."""
+    """This rank's rows of a sharded tensor, sharing its memory; a replicated tensor itself."""
     return _detached(tensor).to_local() if is_sharded(tensor) else tensor
 
 
 def _detached(tensor: DTensor) -> DTensor:
-    """The same without a graph, in the same memory; a parameter's local tensor would else be one of the graph's."""
+    """Detached, sharing memory: `to_local` of a parameter would otherwise be part of the autograd graph."""
     return cast("DTensor", tensor.detach())
 
 
 def as_part_of(part: Tensor, whole: Tensor) -> Tensor:
-    """This rank's `part` of a tensor that is dealt like `whole`; `part` itself where `whole` is no sharded one."""
+    """A DTensor sharded like `whole` with this rank's rows `part`; `part` itself if `whole` is not sharded."""
     if not is_sharded(whole):
         return part
     from torch.distributed.tensor import DTensor
@@ -86,16 +86,16 @@ def as_part_of(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def rows(tensor: Tensor) -> tuple[int, int]:
-    """The rows [start, stop) of a sharded tensor that this rank holds."""
+    """The rows [start, stop) of a sharded tensor that this rank holds; may be empty."""
     size = -(-tensor.shape[0] // ranks.world_size())
     start = min(tensor.shape[0], ranks.rank() * size)
     return start, min(tensor.shape[0], start + size)
 
 
 def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors of a state dict on rank 0, one at a time in its host's memory; nothing on the others.
+    """The full state dict on rank 0, gathered tensor by tensor into host memory; empty on the other ranks.
 
-    Every rank must call it. Tensors that are whole already stay as they are.
+    Collective. Replicated tensors are returned as they are.
     """
     found: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -109,7 +109,7 @@ def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def synchronise(network: nn.Module, on: bool) -> None:
-    """Whether the next backward passes of a sharded network exchange gradients; without it they add up on each rank."""
+    """Turns gradient reduction of a sharded network on or off (gradient accumulation); no-op for replicated ones."""
     if is_sharded(next(network.parameters())):  # all of them, or none
         from torch.distributed.fsdp import FSDPModule
 

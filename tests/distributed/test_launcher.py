@@ -69,7 +69,7 @@ def test_killed_process_is_named_with_its_signal(tmp_path: Path):
     code = f"import signal\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n{WAIT}"
     status, told = ended(launch(code, tmp_path))
     assert status == 128 + signal.SIGKILL
-    assert re.fullmatch(r"\d\d:\d\d:\d\d error: rank 1 was ended by SIGKILL; the other ranks are asked to end\n", told)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d error: rank 1 was ended by SIGKILL; the other ranks are terminated\n", told)
 
 
 def test_process_that_does_not_follow_a_failed_one_is_killed_after_the_grace(tmp_path: Path):

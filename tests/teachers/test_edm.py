@@ -94,7 +94,7 @@ def test_taps_are_the_last_encoder_blocks_of_each_level_from_the_coarsest():
 @pytest.mark.parametrize("kind", ["edm", "mixture"])
 def test_more_taps_than_levels_are_refused(kind: str):
     denoiser, (x, sigma, cond) = load_teacher(CONFIG.model_copy(update={"kind": kind}), DATA).denoiser, batch(1)
-    with pytest.raises(ValueError, match=r"3 taps asked for; this network has [12]"):
+    with pytest.raises(ValueError, match=r"3 taps requested; this network has [12]"):
         denoiser.denoise_and_tap(x, sigma, cond, 0, num_taps=3)
 
 

@@ -60,7 +60,7 @@ def test_any_state_comes_back_through_json_with_its_types_and_order(state: Any):
 
 
 def test_two_places_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="two places of the state are called /0"):
+    with pytest.raises(ValueError, match="the state has two tensors with the path /0"):
         pack({0: torch.zeros(1), "0": torch.ones(1)}, "", {})
 
 
