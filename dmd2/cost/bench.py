@@ -1,11 +1,11 @@
-"""Times a training step and its parts: `python -m dmd2.bench --preset digits --run dmd2 --threads 1`.
+"""Times a training step and its parts: `python -m dmd2.cost.bench --preset digits --run dmd2 --threads 1`.
 
 Networks have initial weights and the images are noise, so nothing has to be made first; they come from shards by the
 loader of a real run. On a GPU times are those of its own clock, taken without waiting for it; the data's is the host's,
 which reads while the GPU computes. On a shared machine compare rows of one run, not runs; the step in units of a
 bare pass of the network depends little on the machine. `--profile` lists what the device's time goes to; where that is
 less than the step's, the host is what a GPU waits for. Several GPUs:
-`torchrun --nproc-per-node 8 -m dmd2.bench --preset imagenet64 --layout shard`.
+`torchrun --nproc-per-node 8 -m dmd2.cost.bench --preset imagenet64 --layout shard`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CACHE_BYTES = 256 * 2**20
 
 
 class Stopwatch:
-    """Seconds by part of a step, by the device's clock; an observer of `passes.observed`."""
+    """Seconds by part of a step, by the device's clock; an observer of `step_parts.observed`."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -59,11 +59,11 @@ class Stopwatch:
         return event
 
     def begin(self, part: str) -> None:
-        """See `passes.Observer`."""
+        """See `step_parts.Observer`."""
         self._start = self._mark(part)
 
     def end(self, part: str) -> None:
-        """See `passes.Observer`."""
+        """See `step_parts.Observer`."""
         self._spans.append((part, self._start, self._mark(part)))
 
     def now(self) -> float:

@@ -229,5 +229,5 @@ def test_images_of_another_kind_are_refused(tmp_path: Path, images):
 
 
 def test_planning_and_drawing_never_import_torch():
-    code = "import sys, dmd2.tables, dmd2.figures; sys.exit('torch' in sys.modules)"
+    code = "import sys, dmd2.report.tables, dmd2.report.figures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
