@@ -1,10 +1,12 @@
 """Exceptions that end a command in an orderly way."""
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A problem the user can mend: one line saying which key or file, what is wrong, and what to do.
+    """A problem the user can fix: one line saying which key or file, what is wrong, and what to do.
 
     The command line prints it without a traceback and exits with status 2.
     """
@@ -16,3 +18,17 @@ class Interrupted(Exception):
     def __init__(self, signum: int, step: int):
         super().__init__(f"{signal.Signals(signum).name}: saved after iteration {step}; run the same command to go on")
         self.status = 128 + signum
+
+
+def closest(wrong: str, known: Iterable[str]) -> str | None:
+    """The known name that `wrong` begins or resembles, or None."""
+    names = list(known)
+    begun = [name for name in names if wrong and name.startswith(wrong)]
+    return next(iter(begun or difflib.get_close_matches(wrong, names, n=1, cutoff=0.65)), None)
+
+
+def suggestion(wrong: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the closest known one, or all of them."""
+    names = sorted(known)
+    close = closest(wrong, names)
+    return f"did you mean {close!r}?" if close else f"known: {', '.join(names) or 'none'}"

@@ -75,3 +75,15 @@ def sha256(path: Path | str) -> str:
     """The hexadecimal SHA-256 of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(
+    path: Path | str, wanted: str | None, remedy: str = "fetch it again or correct the configured `sha256`"
+) -> None:
+    """Raises UserError for a file whose SHA-256 is not `wanted`; None accepts any."""
+    if wanted is None:
+        return
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; put it there or correct the configured path")
+    if (found := sha256(path)) != wanted:
+        raise UserError(f"{path}: its SHA-256 is {found}, expected {wanted}; {remedy}")

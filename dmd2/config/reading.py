@@ -7,9 +7,8 @@ run lie over the preset's `train` section, and the preset may adjust a run by na
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dmd2.config import Preset, Run, RunFile, Train
-from dmd2.errors import UserError
+from dmd2.errors import UserError, closest, suggestion
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -29,7 +28,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         stems = [p.stem for p in path.parent.glob("*.yaml")]
-        raise UserError(f"{path}: no such file; {_known(stems, path.stem)}") from None
+        raise UserError(f"{path}: no such file; {suggestion(path.stem, stems)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file ({error})") from None
     return read_mapping(text, str(path))
@@ -100,7 +99,7 @@ def overrides(content: Mapping[str, Any]) -> dict[str, Any]:
 def load_preset(folder: Path | str, name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
     """The preset `name` from `folder`/presets, with the user's overrides on top."""
     for key in overrides or {}:
-        if key not in Preset.model_fields and difflib.get_close_matches(key, ["preset"]):
+        if key not in Preset.model_fields and closest(key, ["preset"]):
             raise UserError(f"unknown key `{key}`; did you mean 'preset'?")
     content = merge(read_chain(Path(folder) / "presets", name), overrides or {})
     return parse(Preset, {"name": name, **content}, f"preset {name}")
@@ -130,17 +129,12 @@ def load_run(folder: Path | str, name: str, preset: Preset) -> Run:
     return Run(name=name, description=file.description, train=train, weights=file.weights)
 
 
-def _known(names: Iterable[str], wrong: str | None = None) -> str:
-    close = difflib.get_close_matches(wrong, list(names), n=1, cutoff=0.65) if wrong else []
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(names)) or 'none'}"
-
-
 def _explain(model: type[BaseModel], problem: Any) -> str:
     """One line for one pydantic problem, with a suggestion for a misspelt key."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         fields = _fields_at(model, problem["loc"][:-1])
-        return f"unknown key `{key}`; {_known(fields, str(problem['loc'][-1]))}"
+        return f"unknown key `{key}`; {suggestion(str(problem['loc'][-1]), fields)}"
     if problem["type"] == "missing":
         return f"missing key `{key}`"
     message = problem["msg"].removeprefix("Value error, ")

@@ -43,7 +43,7 @@ CACHE_BYTES = 256 * 2**20
 
 
 class Stopwatch:
-    """Seconds by part of a step, by the device's clock; an observer of `passes.observed`."""
+    """Seconds by part of a step, by the device's clock; an observer of `step_parts.observed`."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -59,11 +59,11 @@ class Stopwatch:
         return event
 
     def begin(self, part: str) -> None:
-        """See `passes.Observer`."""
+        """See `step_parts.Observer`."""
         self._start = self._mark(part)
 
     def end(self, part: str) -> None:
-        """See `passes.Observer`."""
+        """See `step_parts.Observer`."""
         self._spans.append((part, self._start, self._mark(part)))
 
     def now(self) -> float:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import NamedTuple
 
 from dmd2.config import Precision
-from dmd2.errors import UserError
+from dmd2.errors import UserError, suggestion
 
 UTILISATION = 0.2
 """ASSUMED share of the peak that a run sustains. The released code's training times come to about 0.2 of an A100's
@@ -48,9 +47,7 @@ GPUS = {
 def gpu(key: str) -> Gpu:
     """The GPU called `key` here. Raises UserError for an unknown one."""
     if key not in GPUS:
-        close = [name for name in GPUS if name.startswith(key)] or difflib.get_close_matches(key, GPUS, 1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"--gpu {key}: not among the known GPUs; {hint}known: {', '.join(GPUS)}")
+        raise UserError(f"--gpu {key}: not among the known GPUs; {suggestion(key, GPUS)}")
     return GPUS[key]
 
 

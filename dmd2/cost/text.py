@@ -1,4 +1,4 @@
-"""The reports of `stages.planning` for reading."""
+"""The reports of `cost.report` as text."""
 
 from __future__ import annotations
 

@@ -6,13 +6,12 @@ Images are uint8 (N, H, W, C), labels int64 (N,); nothing here knows where they 
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
 from dmd2 import config
-from dmd2.errors import UserError
+from dmd2.errors import UserError, suggestion
 from dmd2.metrics.blocks import Make, measure_blocks, resample_floor, summary, tally_range
 from dmd2.metrics.classifier import load_classifier, train_classifier
 from dmd2.metrics.extractor import Extractor
@@ -60,7 +59,5 @@ def load_extractor(
     It takes `batch_size` images at a time. Raises UserError for an unknown kind and for a missing or foreign file.
     """
     if features.kind not in EXTRACTORS:
-        close = get_close_matches(features.kind, EXTRACTORS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(EXTRACTORS))}"
-        raise UserError(f"features.kind: no extractor {features.kind!r}; {hint}")
+        raise UserError(f"features.kind: no extractor {features.kind!r}; {suggestion(features.kind, EXTRACTORS)}")
     return EXTRACTORS[features.kind](features, data, weights, device, batch_size)

@@ -21,7 +21,7 @@ import torch
 
 from dmd2 import config
 from dmd2.errors import UserError
-from dmd2.files import sha256
+from dmd2.files import check_sha256, sha256
 from dmd2.metrics.extractor import Observed
 from dmd2.metrics.images import Images, batches, check_images
 
@@ -90,16 +90,12 @@ def load_inception(
     path = Path(weights or named.path)
     if not path.is_file():
         raise UserError(f"{path}: no such file (features.weights.path); fetch {SOURCE} and put it there")
-    found = sha256(path)
     if named.sha256 is None:
         raise UserError(
-            f"features.weights.sha256 is not set, and a TorchScript file is a program: compare its SHA-256 {found} "
-            f"with a copy you trust, then set it"
+            f"features.weights.sha256 is not set, and a TorchScript file is a program: compare its SHA-256 "
+            f"{sha256(path)} with a copy you trust, then set it"
         )
-    if found != named.sha256:
-        raise UserError(
-            f"{path}: its SHA-256 is {found}, features.weights.sha256 says {named.sha256}; fetch {SOURCE} again"
-        )
+    check_sha256(path, named.sha256, f"fetch {SOURCE} again, or correct features.weights.sha256")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated, the published file is one

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dmd2.config import WeightsFile
 from dmd2.errors import UserError
-from dmd2.files import sha256
+from dmd2.files import check_sha256
 
 SOURCE = "https://download.pytorch.org/models/vgg16-397923af.pth"
 RESOLUTION = 224
@@ -56,10 +56,7 @@ def _read(weights: WeightsFile) -> dict[str, Any]:
     path = Path(weights.path)
     if not path.is_file():
         raise UserError(f"{path}: no such file (train.vgg_weights.path); fetch {SOURCE} and put it there")
-    if weights.sha256 is not None and (found := sha256(path)) != weights.sha256:
-        raise UserError(
-            f"{path}: its SHA-256 is {found}, train.vgg_weights.sha256 says {weights.sha256}; fetch {SOURCE} again"
-        )
+    check_sha256(path, weights.sha256, f"fetch {SOURCE} again, or correct train.vgg_weights.sha256")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dmd2.config import WeightsFile
 from dmd2.errors import UserError
-from dmd2.files import sha256
+from dmd2.files import check_sha256, sha256
 from dmd2.lineage.records import write_record
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Denoiser
 from dmd2.teachers import outline
-from dmd2.teachers.weights import check_sha256, read_network
+from dmd2.teachers.weights import read_network
 from dmd2.training.checkpoint_store import save_weights
 
 GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"

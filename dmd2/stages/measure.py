@@ -14,7 +14,7 @@ import torch
 from dmd2.config import Evaluation, Runtime
 from dmd2.config.protocols import describe
 from dmd2.datasets import ShardReader, read_manifest
-from dmd2.files import atomic, sha256, write_json
+from dmd2.files import atomic, check_sha256, sha256, write_json
 from dmd2.lineage.records import provenance, read_record, write_record
 from dmd2.lineage.spec import Spec
 from dmd2.metrics import (
@@ -35,7 +35,6 @@ from dmd2.progress import Counter
 from dmd2.stages.open_weights import checked_record
 from dmd2.stages.resumable import ResumableFiles, patience
 from dmd2.stages.sample import fields_of, maker, model_facts, open_model
-from dmd2.teachers.weights import check_sha256
 from dmd2.training import ranks
 from dmd2.training.checkpoint_store import save_weights
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -10,12 +9,12 @@ from typing import NamedTuple, Protocol
 import torch
 
 from dmd2 import config
-from dmd2.errors import UserError
+from dmd2.errors import UserError, suggestion
+from dmd2.files import check_sha256
 from dmd2.method.denoiser import Codec, Conditioner, Denoiser, Teacher
 from dmd2.teachers.edm import load_edm
 from dmd2.teachers.mixture import load_mixture
 from dmd2.teachers.pixels import pixel_space
-from dmd2.teachers.weights import check_sha256
 
 
 class Loader(Protocol):
@@ -71,6 +70,4 @@ def outline(teacher: config.TeacherConfig, data: config.Data) -> Denoiser:
 
 def _check_kind(kind: str) -> None:
     if kind not in TEACHERS:
-        close = difflib.get_close_matches(kind, TEACHERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(TEACHERS)}"
-        raise UserError(f"teacher.kind: no teacher {kind!r}; {hint}")
+        raise UserError(f"teacher.kind: no teacher {kind!r}; {suggestion(kind, TEACHERS)}")

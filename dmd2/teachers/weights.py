@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmd2 import files
 from dmd2.errors import UserError
 from dmd2.teachers.safe_pickle import read_edm_pickle
 from dmd2.teachers.torch_file import read_torch_file
@@ -60,16 +59,6 @@ def read_network(path: Path | str, expected: Mapping[str, Tensor], *, prefix: st
     if bad:
         raise UserError(f"{path}: {_few('holding NaN or infinity', bad)}; fetch it again")
     return {name: state[name].to(want.dtype) for name, want in expected.items()}
-
-
-def check_sha256(path: Path | str, wanted: str | None) -> None:
-    """Refuses a file whose SHA-256 is not `wanted`; None accepts any."""
-    if wanted is None:
-        return
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such weight file; put it there or correct the configured path")
-    if (found := files.sha256(path)) != wanted:
-        raise UserError(f"{path}: its SHA-256 is {found}, configured is {wanted}; fetch it again or correct `sha256`")
 
 
 def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:

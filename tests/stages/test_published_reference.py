@@ -110,7 +110,7 @@ def test_data_is_read_a_batch_at_a_time(world: World, tmp_path: Path, monkeypatc
     [
         ({"mu": np.zeros(2048)}, {}, r"`mu` is float64 \(2048,\), the extractor has 4 features"),
         ({"sigma": np.diag([1.0, 1, 1, -1])}, {}, "`sigma` is no covariance"),
-        ({}, {"sha256": "0" * 64}, r"published\.npz: its SHA-256 is .*, configured is 0000"),
+        ({}, {"sha256": "0" * 64}, r"published\.npz: its SHA-256 is .*, expected 0000"),
     ],
 )
 def test_wrong_file_ends_the_stage_before_the_data_is_read(

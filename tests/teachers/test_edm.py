@@ -208,7 +208,7 @@ def test_configured_file_is_read_and_its_checksum_kept(tmp_path: Path):
     assert states_equal(load_teacher(configured(path, good), DATA).denoiser, source)
     bad = configured(path, "0" * 64)
     for weights in (None, path):
-        with pytest.raises(UserError, match=rf"w.safetensors: its SHA-256 is {good}, configured is 0000"):
+        with pytest.raises(UserError, match=rf"w.safetensors: its SHA-256 is {good}, expected 0000"):
             load_teacher(bad, DATA, weights)
 
 

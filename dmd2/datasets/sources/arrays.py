@@ -67,18 +67,14 @@ class Cifar10(InMemory):
     def __init__(self, data: Data):
         insist(data, resolution=32, num_classes=10, channels=3, levels=256)
         path = existing(data, "the data set's archive cifar-10-binary.tar.gz")
-        found = files.sha256(path)
-        if found != self.SHA256:
-            raise UserError(
-                f"{path}: its SHA-256 is {found}, the published cifar-10-binary.tar.gz has {self.SHA256}; fetch it "
-                f"again (the Python and Matlab versions are not read)"
-            )
+        remedy = "fetch the published cifar-10-binary.tar.gz again (the Python and Matlab versions are not read)"
+        files.check_sha256(path, self.SHA256, remedy)
         content = self._members(path)
         rows = np.concatenate(
             [np.frombuffer(content[name], np.uint8).reshape(-1, self.RECORD) for name in self.BATCHES]
         )
         images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        super().__init__(np.ascontiguousarray(images), rows[:, 0], content[self.NAMES].decode().split(), found)
+        super().__init__(np.ascontiguousarray(images), rows[:, 0], content[self.NAMES].decode().split(), self.SHA256)
 
     def _members(self, path: Path) -> dict[str, bytes]:
         wanted = {*self.BATCHES, self.NAMES}
