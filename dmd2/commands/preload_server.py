@@ -59,9 +59,7 @@ class Server:
             events = self._selector.select(None if self._stages else idle_s)
             if not events and not self._stages:
                 return None
-            for key, _ in events:
-                if key.fd not in self._selector.get_map():  # closed by an event before this
-                    continue
+            for key, _ in events[:1]:  # what it closes may be what the next is about
                 with contextlib.suppress(OSError):
                     if files := self._handle(key.fileobj):
                         return files

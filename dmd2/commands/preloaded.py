@@ -25,9 +25,8 @@ import sys
 import time
 from types import FrameType
 
-PATIENCE_S, RETRY_S = 60.0, 600.0
-"""Until a caller no longer waits for a server, but does its imports itself; until one that could not be is tried
-again."""
+PATIENCE_S, RETRY_S = 300.0, 600.0
+"""Until a caller stops waiting for a server and does without; until a server that failed is tried again."""
 ROOT = os.path.abspath(__file__).removesuffix("/dmd2/commands/preloaded.py")
 SERVER = f"{ROOT}/dmd2/commands/preload_server.py"
 READ_LATE = ("_", "SHLVL", "PWD", "OLDPWD", "PATH")
@@ -104,7 +103,7 @@ def _connection(env: dict[str, str]) -> socket.socket:
         os.mkdir(folder, 0o700)
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{folder} is not private")
+        raise PermissionError(folder)  # not private
     path = f"{folder}/{server_name(env)}"
     if connection := _connected(path):
         return connection
@@ -121,19 +120,18 @@ def _connection(env: dict[str, str]) -> socket.socket:
             listener.bind(path)
             listener.listen(128)
             _start_server(listener.fileno(), env, f"{folder}/log")
-    if connection := _connected(path):
-        return connection
-    raise ConnectionRefusedError(path)
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(path)
+            return connection
 
 
 def _connected(path: str) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX)
-    try:
+    with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
         connection.connect(path)
-    except (FileNotFoundError, ConnectionRefusedError):
-        connection.close()
-        return None
-    return connection
+        return connection
+    connection.close()
+    return None
 
 
 def server_environment(threads: str | None) -> dict[str, str]:
@@ -150,7 +148,7 @@ def server_name(env: dict[str, str]) -> str:
     facts += sorted(item for item in env.items() if item[0] not in READ_LATE and not item[0].startswith("DMD2_"))
     facts += [(folder, os.stat(folder).st_mtime_ns) for folder in sys.path if folder.endswith("-packages")]
     facts += [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net")]
-    facts += [os.getcwd() for name in ("matplotlibrc",) if os.path.exists(name)]  # read from where it is imported
+    facts.append(os.getcwd() if os.path.exists("matplotlibrc") else "")  # which is read where it is imported
     for path in (__file__, SERVER):
         with open(path) as file:
             facts.append(file.read())
@@ -184,27 +182,23 @@ def _start_server(listener: int, env: dict[str, str], log: str) -> None:
 
 def _end_as(status: int) -> None:
     """Ends this process as one ended that had this wait status."""
-    if not os.WIFSIGNALED(status):
-        sys.exit(os.WEXITSTATUS(status))
-    signum = os.WTERMSIG(status)
-    if signum in FORWARDED:
-        signal.signal(signum, signal.SIG_DFL)
-    if signum in (*FORWARDED, signal.SIGKILL):
-        os.kill(os.getpid(), signum)
-    sys.exit(128 + signum)
+    code = os.waitstatus_to_exitcode(status)
+    if -code in (*FORWARDED, signal.SIGKILL):
+        with contextlib.suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 def main() -> None:
     """Runs the stage that `sys.argv` says, and ends as it ends."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback from in here
-    status = None
-    is_alone = "LOCAL_WORLD_SIZE" not in os.environ  # processes of one stage find each other by other means
-    if sys.platform == "linux" and is_alone and os.environ.get("DMD2_PRELOAD") != "0":
+    is_one_of_several = "LOCAL_WORLD_SIZE" in os.environ
+    if sys.platform == "linux" and not is_one_of_several and os.environ.get("DMD2_PRELOAD") != "0":
         with contextlib.suppress(OSError):
-            status = run(sys.argv[1:])
-    if status is not None:
-        _end_as(status)
+            if (status := run(sys.argv[1:])) is not None:
+                _end_as(status)
     os.execv(sys.executable, [sys.executable, "-m", "dmd2", *sys.argv[1:]])
 
 
