@@ -1,4 +1,4 @@
-"""The command line: settings of all commands, and how errors and interruptions end."""
+"""The command line: options of all commands, error handling and exit statuses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def settings(
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     if threads is not None:
-        share = max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of this machine's processes
+        share = max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # per process of this machine
         os.environ["OMP_NUM_THREADS"] = str(share)  # read when torch is imported, by the stage
 
 
@@ -47,8 +47,8 @@ for command in (*stages.COMMANDS, *planning.COMMANDS):
 
 
 def main() -> None:
-    """Runs the command line; a problem the user can mend is one line and status 2, an interruption 128 + signal."""
-    gc.set_threshold(100_000, 20, 100)  # importing torch's modules sets off hundreds of collections: 0.3 s a stage
+    """Runs the command line; a UserError is one line and exit status 2, an interruption 128 + signal."""
+    gc.set_threshold(100_000, 20, 100)  # importing torch triggers hundreds of collections: 0.3 s per stage
     try:
         app()
     except UserError as error:
@@ -59,11 +59,11 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}disk full ({error.strerror}); free space and run the same command: finished work is kept", 2)
     except Interrupted as stop:
-        if os.environ.get("RANK", "0") != "0":  # the first tells it for all
+        if os.environ.get("RANK", "0") != "0":  # rank 0 reports it for all
             sys.exit(stop.status)
         _fail(str(stop), stop.status)
     except KeyboardInterrupt:
-        _fail("interrupted; run the same command to go on", 130)
+        _fail("interrupted; run the same command to resume", 130)
 
 
 def _fail(message: str, status: int) -> None:

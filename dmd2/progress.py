@@ -1,4 +1,4 @@
-"""Progress of a long stage as log lines: how far, how fast, how long still. Readable in a file and on a terminal."""
+"""Progress of a long stage as log lines (done, rate, remaining time), readable in a file and on a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Writes a line at most every `interval_s` seconds and one at the end."""
+    """Logs a line at most every `interval_s` seconds and one at the end."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Progress:
         self._started = self._written = time.monotonic()
 
     def update(self, done: int, loss: float | None = None) -> None:
-        """Reports that `done` of the total are finished, and a loss to show if there is one."""
+        """Reports that `done` of the total are finished, with the loss if given."""
         now = time.monotonic()
         if done != self._total and now - self._written < self._interval:
             return
@@ -47,20 +47,20 @@ class Progress:
         log.info("%s", line)
 
     def update_total(self, done: int, total: int | None) -> None:
-        """`update` for a total that is learnt on the way."""
+        """`update` for a total that becomes known later."""
         if self._total is None and total is not None:
             self._total, self._initial = total, done
         self.update(done)
 
 
 class Counter:
-    """A `Progress` that is told how many more are done; without a total it shows the count and the rate."""
+    """A `Progress` updated by increments; without a total it shows count and rate."""
 
     def __init__(self, title: str, total: int | None = None):
         self._done = 0
         self._progress = Progress(title, total)
 
     def __call__(self, num: int) -> None:
-        """`num` more are done."""
+        """Reports that `num` more are done."""
         self._done += num
         self._progress.update(self._done)

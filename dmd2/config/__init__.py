@@ -1,4 +1,4 @@
-"""The keys of presets and runs, their types, ranges and defaults. No torch: the workflow plans its jobs with this.
+"""The schema of presets and runs: keys, types, ranges and defaults. Does not import torch (used by the workflow).
 
 Defaults are the paper's for ImageNet-64 (arXiv 2405.14867, appendix F.2) unless a comment says otherwise.
 """

@@ -55,12 +55,12 @@ class Sampler(Model):
         if self.kind == "heun" and self.checkpoint != "last":
             raise ValueError("`checkpoint` belongs to kind few_step: a teacher has one set of weights")
         if self.s_max is not None and self.s_max < self.s_min:
-            raise ValueError(f"s_max {self.s_max} lies below s_min {self.s_min}: no step would be stochastic")
+            raise ValueError(f"s_max {self.s_max} is below s_min {self.s_min}: no step would be stochastic")
         return self
 
 
 class Evaluation(Model):
-    """How samples are counted and compared."""
+    """Number of samples and how they are compared."""
 
     num_samples: int = Field(50_000, gt=0, description="samples per seed block")
     num_blocks: int = Field(3, gt=0, description="independent blocks; tables give mean and standard deviation")
@@ -68,14 +68,16 @@ class Evaluation(Model):
     protocols: tuple[ProtocolName, ...] = Field(
         ("edm",),
         min_length=1,
-        description="protocols.PROTOCOLS; the first one's distance is `fid`, others stand beside it",
+        description="protocols.PROTOCOLS; the first one's distance is `fid`, the others' are `fid_NAME`",
     )
-    streamed: bool = Field(False, description="samples go to the statistics and only `num_shown` are stored as images")
+    streamed: bool = Field(
+        False, description="samples are only added to the statistics; `num_shown` are stored as images"
+    )
     num_shown: int = Field(100, gt=0, description="stored samples of a streamed evaluation, for the sheets")
     curve_samples: int = Field(5_000, gt=0, description="samples per snapshot of the FID-against-training curve")
 
     @model_validator(mode="after")
     def _protocols_differ(self) -> Self:
         if len(set(self.protocols)) < len(self.protocols):
-            raise ValueError(f"protocols {list(self.protocols)}: one stands twice")
+            raise ValueError(f"protocols {list(self.protocols)}: one is listed twice")
         return self

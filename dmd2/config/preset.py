@@ -1,4 +1,4 @@
-"""The keys of presets and run files, and what must fit together in them."""
+"""The keys of presets and run files, and checks across their sections."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Preset(Model):
     train: Train
     runs: dict[str, dict[str, Any]] = Field({}, description="adjustments of runs by name, over the run's own keys")
     runtime: Runtime = Runtime()
-    gpus: int = Field(0, ge=0, description="devices that a training or teacher-sampling job asks for")
+    gpus: int = Field(0, ge=0, description="devices that a training or teacher-sampling job requests")
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -43,7 +43,7 @@ class Preset(Model):
         return self
 
     def check(self, train: Train) -> None:
-        """Raises ValueError where a run asks for more than this preset's teacher has."""
+        """Raises ValueError if a run exceeds the teacher's noise levels, or `gpus` does not divide its batch."""
         last = self.teacher.num_levels - 1
         for name in ("matching_levels", "critic_levels", "gan_levels"):
             if (high := getattr(train, name)[1]) > last:
@@ -59,7 +59,7 @@ class Preset(Model):
 
 
 class RunFile(Model):
-    """The content of `workflow/runs/NAME.yaml` after `extends` was followed."""
+    """The content of `workflow/runs/NAME.yaml` after `extends` is resolved."""
 
     description: str
     train: dict[str, Any] = Field({}, description="over the preset's `train`")
@@ -67,7 +67,7 @@ class RunFile(Model):
 
 
 class Run(Model):
-    """A run resolved on a preset."""
+    """A run merged with a preset."""
 
     name: str
     description: str

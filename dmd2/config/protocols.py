@@ -1,4 +1,4 @@
-"""Evaluation protocols: the choices under which published Frechet distances differ, by name. No torch."""
+"""Evaluation protocols by name: choices in which published Frechet distances differ. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CovarianceStart = Literal["zeros", "ones"]
 
 
 class Protocol(NamedTuple):
-    """How samples become grey levels, and what the accumulator of their covariance starts at."""
+    """How samples are quantised to grey levels, and the initial value of the covariance accumulator."""
 
     rounding: Rounding
     covariance_start: CovarianceStart
@@ -23,5 +23,5 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def describe(names: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """The protocols `names` with their choices, as a record states them."""
+    """The protocols `names` with their choices, as stored in a record."""
     return {name: PROTOCOLS[name]._asdict() for name in names}

@@ -1,8 +1,8 @@
-"""Reads presets and runs from YAML. No torch: the workflow plans its jobs with this.
+"""Reads presets and runs from YAML. Does not import torch (used by the workflow).
 
-A *preset* (`workflow/presets/NAME.yaml`) says on which data, teacher and scale; a *run* (`workflow/runs/NAME.yaml`)
-says how a student is trained there. Both are YAML mappings with at most one parent (`extends: NAME`). The keys of a
-run lie over the preset's `train` section, and the preset may adjust a run by name under `runs`.
+A *preset* (`workflow/presets/NAME.yaml`) sets data, teacher and scale; a *run* (`workflow/runs/NAME.yaml`) sets how a
+student is trained. Both are YAML mappings with at most one parent (`extends: NAME`). A run's keys override the preset's
+`train` section, and the preset may override a run by name under `runs`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError naming the file and line."""
+    """Reads the mapping in a YAML file. Raises UserError naming the file and line."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that stands twice in a mapping: the first would be lost."""
+    """YAML's safe loader that rejects duplicate keys, of which PyYAML would silently drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_mapping(text: str, where: str) -> dict[str, Any]:
-    """The mapping in a YAML or JSON text; an empty text is an empty one. Raises UserError naming `where` and line."""
+    """Parses the mapping in a YAML or JSON text; empty text is {}. Raises UserError naming `where` and the line."""
     try:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -61,7 +61,7 @@ def read_mapping(text: str, where: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`: mappings merge key by key, anything else replaces."""
+    """Merges `over` into a copy of `base`: mappings key by key; other values replace."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -72,18 +72,18 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def read_chain(folder: Path | str, name: str, *, _seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """`folder/name.yaml` over its parents (`extends: NAME`, at most one each). Raises UserError on a cycle."""
     if name in _seen:
-        raise UserError(f"{Path(folder) / name}.yaml: `extends` runs in a circle: {' -> '.join((*_seen, name))}")
+        raise UserError(f"{Path(folder) / name}.yaml: `extends` is a cycle: {' -> '.join((*_seen, name))}")
     content = read_yaml(Path(folder) / f"{name}.yaml")
     parent = content.pop("extends", None)
     if parent is None:
         return content
     if not isinstance(parent, str):
-        raise UserError(f"{Path(folder) / name}.yaml: `extends` takes one name, got {parent!r}")
+        raise UserError(f"{Path(folder) / name}.yaml: `extends` must be one name, got {parent!r}")
     return merge(read_chain(folder, parent, _seen=(*_seen, name)), content)
 
 
 def parse(model: type[M], content: Mapping[str, Any], where: str) -> M:
-    """`content` as `model`. Raises UserError with one line per problem: file, key, value, rule, suggestion."""
+    """Validates `content` as `model`. Raises UserError with a line per problem: file, key, value, rule, suggestion."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -92,12 +92,12 @@ def parse(model: type[M], content: Mapping[str, Any], where: str) -> M:
 
 
 def overrides(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys over the preset's in what a user gives Snakemake; the others choose the preset, or how it is run."""
+    """The keys of Snakemake's `--config` that override the preset's; the others choose the preset or execution."""
     return {key: value for key, value in content.items() if key not in ("preset", "presets", "mirror", "pending")}
 
 
 def load_preset(folder: Path | str, name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
-    """The preset `name` from `folder`/presets, with the user's overrides on top."""
+    """Loads the preset `name` from `folder`/presets, with the user's overrides. Raises UserError if it is invalid."""
     for key in overrides or {}:
         if key not in Preset.model_fields and closest(key, ["preset"]):
             raise UserError(f"unknown key `{key}`; did you mean 'preset'?")
@@ -106,11 +106,11 @@ def load_preset(folder: Path | str, name: str, overrides: Mapping[str, Any] | No
 
 
 SEEDED = re.compile(r"(?P<run>.+)_seed(?P<seed>[0-9]+)")
-"""`NAME_seedN` is the run NAME with another training seed; so is the run that it starts from, if there is one."""
+"""`NAME_seedN` is the run NAME with training seed N, which also applies to its `init_run`."""
 
 
 def load_run(folder: Path | str, name: str, preset: Preset) -> Run:
-    """The run `name` from `folder`/runs, or `name_seedN` for another seed, resolved on `preset`."""
+    """Loads the run `name` (or `NAME_seedN`) from `folder`/runs, merged with `preset`. Raises UserError if invalid."""
     seeded = None if (Path(folder) / "runs" / f"{name}.yaml").exists() else SEEDED.fullmatch(name)
     base = seeded["run"] if seeded else name
     file = parse(RunFile, read_chain(Path(folder) / "runs", base), f"run {base}")
@@ -144,7 +144,7 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that the model at `loc` below `model` takes."""
+    """The keys of the model at `loc` below `model`."""
     for part in loc:
         annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
         options = [annotation, *getattr(annotation, "__args__", ())]

@@ -32,14 +32,16 @@ class TeacherTraining(Model):
     learning_rate: float = Field(1e-4, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     warmup_iterations: int = Field(100, ge=0)
-    decay_from: float = Field(0.5, ge=0, le=1, description="share of the run after which the rate falls linearly")
-    final_rate: float = Field(0.02, ge=0, le=1, description="share of the learning rate left at the end")
+    decay_from: float = Field(
+        0.5, ge=0, le=1, description="fraction of the run after which the learning rate decays linearly"
+    )
+    final_rate: float = Field(0.02, ge=0, le=1, description="final learning rate as a fraction of the initial one")
     ema_decay: float = Field(0.999, ge=0, lt=1)
     p_mean: float = -1.2
     p_std: float = Field(1.2, gt=0)
     grad_clip: float = Field(10.0, gt=0)
     cpu_processes: int = Field(
-        1, gt=0, description="processes that share a batch on CPU; fewer pass it in as many micro-batches, equal for 2"
+        1, gt=0, description="processes that share a batch on CPU; fewer use more micro-batches (same bits for 2)"
     )
 
     @model_validator(mode="after")
@@ -49,7 +51,7 @@ class TeacherTraining(Model):
         return self
 
     def micro_batch_size(self, limit: int | None, device: str) -> int | None:
-        """Samples that pass the network at a time on `device` ("cpu", "cuda"), at most `limit`; None: no limit."""
+        """The largest micro-batch, in samples, on `device` ("cpu", "cuda"), at most `limit`; None: no limit."""
         if device != "cpu" or self.cpu_processes == 1:
             return limit
         share = self.batch_size // self.cpu_processes
@@ -57,7 +59,7 @@ class TeacherTraining(Model):
 
 
 class TeacherConfig(Model):
-    """The many-step diffusion model that is distilled: trained here, or read from a file."""
+    """The multi-step diffusion model that is distilled: trained here, or loaded from a file."""
 
     kind: str = Field(description="key of teachers.TEACHERS")
     network: Network = Network()
@@ -74,5 +76,5 @@ class TeacherConfig(Model):
         if self.training is not None and self.weights is not None:
             raise ValueError("set `training` or `weights`, not both")
         if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min {self.sigma_min} must lie below sigma_max {self.sigma_max}")
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
         return self

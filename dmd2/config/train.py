@@ -1,4 +1,4 @@
-"""The keys of a run, and of how it is executed."""
+"""The keys of a run and of its execution."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Train(Model):
     """One DMD2 run (paper, algorithm 1; released ImageNet script for the numbers)."""
 
     seed: Seed = 10
-    iterations: int = Field(200_000, gt=0, description="critic updates; the generator moves on every R-th")
+    iterations: int = Field(200_000, gt=0, description="critic updates; the generator is updated every R-th")
     batch_size: int = Field(280, gt=0, description="global, whatever the number of devices")
     num_snapshots: int = Field(20, gt=0, description="evenly spaced exports for the FID-against-training curve")
 
     critic_steps_per_generator: int = Field(5, gt=0, description="R of the two time-scale update rule")
-    matching_weight: float = Field(1.0, ge=0, description="0 leaves the GAN alone")
+    matching_weight: float = Field(1.0, ge=0, description="0: only the GAN")
     gan_generator_weight: float = Field(3e-3, ge=0)
     gan_critic_weight: float = Field(1e-2, ge=0)
     gan_loss: Literal["softplus", "hinge"] = "softplus"
@@ -33,13 +33,15 @@ class Train(Model):
     backward_simulation: bool = True
     share_critic_pass: bool = Field(
         False,
-        description="fake score and GAN see the same noised sample: one encoder pass less; not in the paper",
+        description="fake score and GAN use the same noised sample, which saves an encoder pass; not in the paper",
     )
-    share_levels: bool = Field(False, description="matching and GAN see the same noised sample; as FastGen")
+    share_levels: bool = Field(False, description="matching and GAN use the same noised sample; as FastGen")
     turns: Literal["both", "disjoint"] = Field(
-        "both", description="whether the critic also moves on a generator step; disjoint as FastGen"
+        "both", description="whether the critic is also updated on a generator step; disjoint as FastGen"
     )
-    gan_features: Literal["critic", "teacher"] = Field("critic", description="what the discriminator sees")
+    gan_features: Literal["critic", "teacher"] = Field(
+        "critic", description="the network whose features the discriminator uses"
+    )
     gan_taps: int = Field(1, gt=0, description="encoder levels with a discriminator head, from the coarsest")
     denoising_weighting: Literal["edm", "uniform"] = Field("edm", description="of the fake score's loss over sigma")
     precision: Precision = "fp32"  # the paper trains ImageNet in bf16
@@ -51,14 +53,14 @@ class Train(Model):
     critic_learning_rate: float = Field(2e-6, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(0.01, ge=0)
-    warmup_iterations: int = Field(72, ge=0)  # what 500 scheduler steps come to on the paper's 7 GPUs
+    warmup_iterations: int = Field(72, ge=0)  # 500 scheduler steps / the paper's 7 GPUs
     grad_clip: float = Field(10.0, gt=0)
-    ema_decay: float = Field(0.0, ge=0, lt=1)  # the paper keeps no average
-    init_run: str | None = Field(None, description="run whose networks this one starts from, instead of the teacher")
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # the paper uses no EMA
+    init_run: str | None = Field(None, description="run whose networks initialise this one, instead of the teacher")
 
     @property
     def has_gan(self) -> bool:
-        """Whether real data and a discriminator take part."""
+        """Whether the run has a GAN loss, which needs real data."""
         return self.gan_generator_weight > 0
 
     @model_validator(mode="after")
@@ -72,7 +74,9 @@ class Train(Model):
         if self.share_levels and self.matching_levels != self.gan_levels:
             raise ValueError("share_levels needs matching_levels and gan_levels to be equal")
         if self.turns == "disjoint" and self.critic_steps_per_generator == 1:
-            raise ValueError("turns disjoint needs critic_steps_per_generator above 1, or the critic never moves")
+            raise ValueError(
+                "turns disjoint needs critic_steps_per_generator above 1, else the critic is never updated"
+            )
         if self.regression_weight > 0 and self.regression_loss == "lpips" and self.vgg_weights is None:
             raise ValueError("regression_loss lpips needs vgg_weights; name the file, or use mse")
         if self.r1_weight > 0 and not self.has_gan:
@@ -86,38 +90,38 @@ class Train(Model):
         return self
 
     def snapshot_steps(self) -> list[int]:
-        """The iterations after which the generator is exported, the last one included."""
+        """The iterations after which the generator is exported, including the last."""
         return [self.iterations * (i + 1) // self.num_snapshots for i in range(self.num_snapshots)]
 
 
 class Runtime(Model):
-    """What changes how a run is executed but not its result; not part of any digest."""
+    """Settings of execution that do not change the result; not part of any digest."""
 
     log_every: int = Field(50, gt=0, description="iterations between log rows")
     checkpoint_every: int = Field(250, gt=0, description="iterations between checkpoints")
-    checkpoint_minutes: float = Field(10.0, gt=0, description="or sooner, after this many minutes")
+    checkpoint_minutes: float = Field(10.0, gt=0, description="maximum minutes between checkpoints")
     keep_checkpoints: int = Field(2, ge=2, description="the newest, and the ones to fall back to")
     sample_batch_size: int = Field(128, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     micro_batch_size: int | None = Field(
         None,
         gt=0,
-        description="samples that a device passes at a time, at most: its share of a batch is cut into equal parts",
+        description="maximum samples in a micro-batch: a device's share of a batch is split into equal ones",
     )
     layout: Literal["replicate", "shard"] = Field(
-        "replicate", description="whole networks on every device, or their weights and optimizers in parts (FSDP2)"
+        "replicate", description="networks and optimizers replicated on every device, or sharded (FSDP2)"
     )
     deterministic: bool = Field(
-        True, description="on CUDA ask for sums in a fixed order, so that a resumed run is the same bit for bit"
+        True, description="deterministic CUDA algorithms, so that a resumed run is the same bit for bit"
     )
     compile: bool = Field(False, description="torch.compile of the networks' blocks; equal up to rounding")
     activation_checkpointing: bool = Field(False, description="recompute the networks' blocks instead of storing them")
-    async_checkpoints: bool = Field(True, description="write checkpoints beside the training")
-    collective_timeout_minutes: float = Field(10.0, gt=0, description="after which a silent rank ends the job")
+    async_checkpoints: bool = Field(True, description="write checkpoints in the background")
+    collective_timeout_minutes: float = Field(10.0, gt=0, description="timeout of collective calls, which ends the job")
 
 
 def largest_part(share: int, at_most: int | None) -> int:
-    """The largest size of equal parts of `share` samples that is not above `at_most`."""
+    """The largest divisor of `share` that is at most `at_most`; `share` if that is None."""
     if at_most is None or at_most >= share:
         return share
     return next(size for size in range(at_most, 0, -1) if share % size == 0)

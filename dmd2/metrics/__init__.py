@@ -1,6 +1,6 @@
-"""Feature extractors, Frechet distances, and the other measures of a set of samples.
+"""Feature extractors, Frechet distances and other metrics of a set of samples.
 
-Images are uint8 (N, H, W, C), labels int64 (N,); nothing here knows where they come from.
+Images are uint8 (N, H, W, C), labels int64 (N,).
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ def load_extractor(
     device: torch.device | str = "cpu",
     batch_size: int = 256,
 ) -> Extractor:
-    """The extractor that `features` names, with the weights in `weights`.
+    """Loads the extractor `features.kind` with the weights in `weights`.
 
-    `weights` is the file of the rule that trains the classifier; None means the user's file in `features.weights`.
-    It takes `batch_size` images at a time. Raises UserError for an unknown kind and for a missing or foreign file.
+    `weights` is the output of the rule that trains the classifier; None means the user's file in `features.weights`.
+    Images are processed in batches of `batch_size`. Raises UserError for an unknown kind, and for a missing or
+    unsuitable file.
     """
     if features.kind not in EXTRACTORS:
         raise UserError(f"features.kind: no extractor {features.kind!r}; {suggestion(features.kind, EXTRACTORS)}")

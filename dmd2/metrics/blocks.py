@@ -1,6 +1,6 @@
-"""All measures of sets of samples, block by block, and what the data itself would score.
+"""All metrics of a set of samples, per block, and the score of the data itself (the floor).
 
-Shapes: N samples in S blocks. A result is what the `metrics` record of a run holds:
+Shapes: N samples in S blocks. A result is the content of the `metrics` record of a run:
 `{"metrics": {name: {"mean", "sd", "blocks"}}, "num_samples": per block, "num_blocks": S}`.
 """
 
@@ -25,15 +25,15 @@ Make = Callable[[range], tuple[Sequence[Images], Labels]]
 
 
 def tally_range(meter: Meter, make: Make, ids: range) -> Tally:
-    """The tally of the samples `ids`, all of one block, made a batch at a time."""
+    """The tally of the samples `ids`, all of one block, generated in batches."""
     parts = [range(ids.start + part.start, ids.start + part.stop) for part in batches(len(ids))]
     return reduce(Tally.merge, (meter.tally(*make(part), part.start % meter.num_samples) for part in parts))
 
 
 def measure_blocks(meter: Meter, make: Make, num_blocks: int = 1) -> dict[str, Any]:
-    """The measures of consecutive blocks of `meter.num_samples`, with their mean and standard deviation.
+    """Metrics of consecutive blocks of `meter.num_samples`, with mean and standard deviation.
 
-    Samples are made, measured and forgotten in batches.
+    Samples are generated, measured and discarded in batches.
     """
     size = meter.num_samples
     starts = range(0, size * num_blocks, size)
@@ -44,12 +44,12 @@ def measure_blocks(meter: Meter, make: Make, num_blocks: int = 1) -> dict[str, A
 def resample_floor(
     reference: Reference, num_samples: int, draws: int = 3, seed: int = 0, device: Device = "cpu"
 ) -> dict[str, Any]:
-    """What `num_samples` images drawn from the data with replacement score against the data, over `draws` draws.
+    """The metrics of `num_samples` images drawn with replacement from the data against the data, over `draws` draws.
 
-    It is the distance that sampling noise alone gives a perfect model. Two measures would be meaningless for images
-    that are in the data: the nearest distance is the data's own, of each image to the nearest other one, and precision
-    and recall are those of one random half of the data as a picture of the other. With more than `MAX_KEPT` real images
-    the draws and what they are compared with are the kept ones.
+    This is the floor: a perfect model's score, due to sampling noise alone. Two metrics are replaced, as they are
+    meaningless for images from the data: the nearest distance is the mean leave-one-out distance of the data, and
+    precision and recall compare two random halves of the data. With more than `MAX_KEPT` real images only the kept ones
+    are used.
     """
     rng, halves = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     num_kept = len(reference.images)
@@ -83,7 +83,7 @@ def _half_against_half(features: np.ndarray, device: Device) -> dict[str, float]
 
 
 def summary(blocks: Sequence[dict[str, float]], num_samples: int) -> dict[str, Any]:
-    """What a record holds of blocks that were measured: mean, deviation (N - 1; None for one block) and values."""
+    """A record's content: mean, standard deviation (divisor S - 1; None for one block) and values of the blocks."""
     columns = {name: [block[name] for block in blocks] for name in blocks[0]}
     metrics = {
         name: {

@@ -1,7 +1,7 @@
-"""A small convolutional classifier whose last hidden layer gives the features of small images.
+"""A small convolutional classifier whose last hidden layer is the feature space of small images.
 
-It stands where Inception stands for ImageNet: fixed by its seed, its data and its settings, so that anyone can train
-the same one in seconds. Shapes: B batch, C channels, R resolution, D = 64 features, K classes.
+It replaces Inception, and is determined by seed, data and settings, so that anyone can train the same one in seconds.
+Shapes: B batch, C channels, R resolution, D = 64 features, K classes.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ class Classifier(nn.Module):
         return self.fc1(x.flatten(1))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The class logits, (B, K), of what `hidden` gave."""
+        """The class logits (B, K) of the output (B, D) of `hidden`."""
         return self.fc2(F.silu(hidden))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The class logits, (B, K)."""
+        """x (B, C, R, R) in [-1, 1] -> class logits (B, K)."""
         return self.logits(self.hidden(x))
 
 
 class ClassifierExtractor:
-    """Features, classes and class probabilities by a trained `Classifier`."""
+    """Features, classes and class probabilities of a trained `Classifier`."""
 
     name = "classifier"
     dim = DIM
@@ -72,7 +72,7 @@ class ClassifierExtractor:
 
     @torch.no_grad()
     def observe(self, images: Images, *, detailed: bool = True) -> Observed:
-        """The hidden layer over its scale, (N, 64), the most probable class, and the softmax."""
+        """The hidden layer (N, 64) divided by `scale`, the most probable class, and the softmax."""
         check_images(images)
         parts = [self._forward(images[part]) for part in batches(len(images), self.batch_size)]
         features, classes, probabilities = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -100,9 +100,9 @@ def load_classifier(
     device: torch.device | str = "cpu",
     batch_size: int = FORWARD_BATCH,
 ) -> ClassifierExtractor:
-    """The extractor with weights that `train_classifier` gave, read from a safetensors file.
+    """Loads the extractor from a safetensors file of `train_classifier`'s weights.
 
-    Raises UserError naming the file if it is missing, damaged, or made for other data.
+    Raises UserError naming the file if it is missing, damaged, or trained on other data.
     """
     if weights is None:
         raise UserError("features.kind classifier needs the weights that the rule `features` writes, and got none")
@@ -132,9 +132,9 @@ def train_classifier(
     data: config.Data,
     device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a classifier trained on the labelled images, and what is known about it.
+    """Trains a classifier on the labelled images; returns its weights and facts about it.
 
-    Weights, split and order of batches come from `features.seed` alone; the global generator is left as it was.
+    Weights, split and batch order depend on `features.seed` only; the global generator is not used.
     """
     _check(images, labels, data)
     rng = torch.Generator().manual_seed(features.seed)
@@ -166,16 +166,18 @@ def _check(images: Images, labels: Labels, data: config.Data) -> None:
     check_images(images, labels)
     wanted = (data.resolution, data.resolution, data.channels)
     if images.shape[1:] != wanted:
-        raise UserError(f"images are {images.shape[1:]} but data.resolution and data.channels ask for {wanted}")
+        raise UserError(f"images are {images.shape[1:]} but data.resolution and data.channels require {wanted}")
     if data.resolution < MIN_RESOLUTION:
-        raise UserError(f"data.resolution {data.resolution} is below {MIN_RESOLUTION}, the classifier's least; enlarge")
+        raise UserError(
+            f"data.resolution {data.resolution} is below {MIN_RESOLUTION}, the classifier's minimum; increase it"
+        )
     if labels.min() < 0 or labels.max() >= data.num_classes:
         raise UserError(f"data.num_classes is {data.num_classes} but labels reach {labels.max()}; set it above that")
 
 
 def _initialised(data: config.Data, rng: torch.Generator) -> Classifier:
-    """A classifier with He et al.'s uniform weights, drawn from `rng` alone."""
-    with torch.device("meta"):  # where nothing is drawn
+    """A classifier with Kaiming-uniform weights drawn from `rng`."""
+    with torch.device("meta"):  # no random numbers are drawn there
         network = Classifier(data.channels, data.resolution, data.num_classes)
     network.to_empty(device="cpu")
     for module in network.modules():
@@ -187,7 +189,7 @@ def _initialised(data: config.Data, rng: torch.Generator) -> Classifier:
 
 
 def _fit(network: Classifier, x: Tensor, y: Tensor, features: config.Features, rng: torch.Generator) -> None:
-    """Adam on the cross-entropy with a rate that falls as a cosine to zero."""
+    """Adam on the cross-entropy with cosine decay of the learning rate to 0."""
     network.train()
     num_batches = math.ceil(len(x) / features.batch_size)
     optimizer = torch.optim.Adam(network.parameters(), lr=features.learning_rate)

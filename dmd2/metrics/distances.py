@@ -1,8 +1,8 @@
-"""Distances to nearest neighbours, and precision and recall, without a table of all pairs in memory.
+"""Nearest-neighbour distances, precision and recall, in memory independent of N * M.
 
-Shapes: N queries, M rows of data, D dimensions. |a - b|^2 = |a|^2 + |b|^2 - 2 ab is taken block by block in float64,
-where a copy is within 1e-6 of 0, on the device that the caller names. Not by scikit-learn or `prdc`: those keep the
-whole (N, M) table, and to import them takes longer than to search the digits.
+Shapes: N queries, M rows of data, D dimensions. |a - b|^2 = |a|^2 + |b|^2 - 2 ab is computed block by block in float64,
+which gives a copy a distance below 1e-6, on the caller's device. scikit-learn and `prdc` keep the whole (N, M) matrix,
+and importing them costs more time than searching the digits.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ NEIGHBOURS = 3  # k of Kynkaanniemi et al. 2019
 def to_nearest(
     queries: NDArray, data: NDArray, *, k: int = 1, own: bool = True, device: Device = "cpu"
 ) -> NDArray[np.float64]:
-    """The Euclidean distance of each query to the k-th nearest row of `data`, (N,); infinity where there are fewer.
+    """Euclidean distance (N,) of each query (N, D) to its k-th nearest row of `data` (M, D); inf if M < k.
 
-    `own=False` leaves out the row of the query's own number.
+    `own=False` excludes the row with the query's own index.
     """
     nearest = torch.full((len(queries), k), torch.inf, dtype=torch.float64, device=device)
     for rows, columns, squares in _squares(queries, data, device):
@@ -39,11 +39,11 @@ def to_nearest(
 def precision_recall(
     samples: NDArray, data: NDArray, radii: Matrix, *, k: int = NEIGHBOURS, device: Device = "cpu"
 ) -> tuple[float, float]:
-    """Precision and recall of `samples` (N, D) as a picture of `data` (M, D), Kynkaanniemi et al. 2019, eq. 1 and 2.
+    """Precision and recall of `samples` (N, D) against `data` (M, D) (Kynkaanniemi et al. 2019, eq. 1 and 2).
 
-    A set's manifold is the union of balls around its members that reach to the k-th nearest other member; `radii` (M,)
-    are the data's. Precision is the share of samples within the data's manifold, recall the share of the data within
-    the samples'.
+    A set's manifold is the union of balls around its members with radius the distance to the k-th nearest other member;
+    `radii` (M,) are the data's. Precision is the fraction of samples in the data's manifold, recall the fraction of the
+    data in the samples'.
     """
     limits = torch.from_numpy(radii).to(device).square()  # (M,)
     reach = torch.from_numpy(to_nearest(samples, samples, k=k, own=False, device=device)).to(device).square()  # (N,)
@@ -56,7 +56,7 @@ def precision_recall(
 
 
 def _squares(a: NDArray, b: NDArray, device: Device) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Squared distances between blocks of rows of `a` and of `b`, at least 0."""
+    """Squared distances between blocks of rows of `a` and `b`, clamped to >= 0."""
     for rows in batches(len(a)):
         x = _block(a[rows], device)
         for columns in batches(len(b)):

@@ -1,4 +1,4 @@
-"""How far images of one class are from one another: collapse, which a Frechet distance and a classifier can hide.
+"""Diversity within classes: detects mode collapse, which a Frechet distance and a classifier can hide.
 
 Shapes: N samples, D dimensions, K classes.
 """
@@ -15,7 +15,7 @@ from dmd2.metrics.images import Labels, Matrix
 
 @dataclass(frozen=True)
 class ClassMoments:
-    """Count, mean and summed squared deviation of each class; batches are merged."""
+    """Count, mean and summed squared deviation per class; mergeable over batches."""
 
     counts: Matrix  # (K,)
     means: Matrix  # (K, D)
@@ -34,7 +34,7 @@ class ClassMoments:
         return cls(counts, means, np.bincount(labels, deviations, minlength=num_classes).astype(np.float64))
 
     def merge(self, other: ClassMoments) -> ClassMoments:
-        """The moments of both sets together (pairwise update of Chan, Golub and LeVeque 1983)."""
+        """The moments of the union (pairwise update of Chan, Golub and LeVeque 1983)."""
         counts = self.counts + other.counts
         share = other.counts / np.maximum(counts, 1)
         delta = other.means - self.means
@@ -51,9 +51,10 @@ class ClassMoments:
 
 
 def relative_diversity(variance: Matrix, data_variance: Matrix) -> float:
-    """The spread within classes over the data's: 1 is the data's, 0 one image per class.
+    """Standard deviation within classes relative to the data's: 1 equals the data, 0 is one image per class.
 
-    The square root of the ratio of the mean variances, (K,) each, over the classes that both have.
+    The square root of the ratio of the summed variances (K,) over the classes for which both are finite. Raises
+    ValueError if there is none.
     """
     both = np.isfinite(variance) & np.isfinite(data_variance)
     if not both.any() or not data_variance[both].sum() > 0:

@@ -1,4 +1,4 @@
-"""The contract of a feature extractor."""
+"""The interface of a feature extractor."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dmd2.metrics.images import Images, Labels, Matrix
 
 
 class Observed(NamedTuple):
-    """What an extractor says of N images."""
+    """The output of an extractor for N images."""
 
     features: Matrix  # (N, D) float64
     classes: Labels | None = None  # (N,), the most probable of the data's classes
-    probabilities: Matrix | None = None  # (N, K) float64, of whatever classes the extractor knows; rows sum to 1
+    probabilities: Matrix | None = None  # (N, K) float64, of the extractor's own K classes; rows sum to 1
 
 
 class Extractor(Protocol):
-    """Turns images into the features that the Frechet distance compares.
+    """Computes the features that the Frechet distance compares.
 
-    A distance means something only within one extractor with one set of weights: its name and the weights' SHA-256
-    stand beside every number.
+    Distances are comparable only for the same extractor and weights, so its name and the weights' SHA-256 are recorded
+    with every number.
     """
 
     @property
@@ -31,7 +31,7 @@ class Extractor(Protocol):
         """The number of features."""
 
     def observe(self, images: Images, *, detailed: bool = True) -> Observed:
-        """The features of the images, and their classes if it knows the data's.
+        """The features of the images, and their classes if the extractor was trained on the data's classes.
 
-        `detailed` asks for the class probabilities of the inception score too, where it has some.
+        `detailed`: also the class probabilities for the inception score, if the extractor has any.
         """

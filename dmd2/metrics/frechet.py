@@ -22,7 +22,7 @@ _UNREADABLE = (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zli
 
 
 class Gaussian(NamedTuple):
-    """What the distance sees of a set: its mean and covariance."""
+    """Mean and covariance of a set of features."""
 
     mean: Matrix  # (D,)
     covariance: Matrix  # (D, D)
@@ -30,7 +30,7 @@ class Gaussian(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureStats:
-    """Count, mean and scatter of a set of features; batches are merged, so that no set has to fit in memory."""
+    """Count, mean and scatter matrix of a set of features; mergeable, so that no set has to fit in memory."""
 
     count: int
     mean: Matrix  # (D,)
@@ -38,12 +38,12 @@ class FeatureStats:
 
     @classmethod
     def empty(cls, dim: int) -> Self:
-        """The statistics of no sample: the start of an accumulation."""
+        """The statistics of an empty set."""
         return cls(0, np.zeros(dim), np.zeros((dim, dim)))
 
     @classmethod
     def of(cls, features: Matrix) -> Self:
-        """The statistics of one batch, (N, D)."""
+        """The statistics of one batch (N, D). Raises ValueError for another rank or N = 0."""
         if features.ndim != 2 or len(features) == 0:
             raise ValueError(f"features have shape {features.shape}; expected (N, D) with N at least 1")
         f = features.astype(np.float64, copy=False)
@@ -51,7 +51,7 @@ class FeatureStats:
         return cls(len(f), mean, (f - mean).T @ (f - mean))
 
     def merge(self, other: FeatureStats) -> FeatureStats:
-        """The statistics of both sets together (pairwise update of Chan, Golub and LeVeque 1983)."""
+        """The statistics of the union (pairwise update of Chan, Golub and LeVeque 1983)."""
         count = self.count + other.count
         if count == 0:
             return self
@@ -63,8 +63,9 @@ class FeatureStats:
     def covariance(self, start: CovarianceStart = "zeros", num_processes: int = 1) -> Matrix:
         """The covariance with divisor N - 1, (D, D).
 
-        `ones` is the protocol of the released DMD2 code, whose accumulator of f f^T starts at ones in each of its P
-        processes, which adds P/(N-1) to every entry; `zeros` is the covariance proper, as in EDM.
+        `ones` is the protocol of the released DMD2 code, which initialises the accumulator of f f^T with ones in each
+        of its P processes and so adds P/(N-1) to every entry; `zeros` is the correct covariance, as in EDM. Raises
+        ValueError for N < 2.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
@@ -77,9 +78,9 @@ class FeatureStats:
 
 
 def read_published(path: Path | str, dim: int) -> Gaussian:
-    """Published reference statistics: an .npz with `mu` (D,) and `sigma` (D, D), as EDM publishes them.
+    """Reads published reference statistics: an .npz with `mu` (D,) and `sigma` (D, D), as EDM publishes them.
 
-    Raises UserError naming the file and array where they are not the moments of `dim` features.
+    Raises UserError naming the file and array unless they are finite moments of `dim` features.
     """
     arrays = read_npz(path, ("mu", "sigma"))
     for name, shape in (("mu", (dim,)), ("sigma", (dim, dim))):
@@ -90,18 +91,20 @@ def read_published(path: Path | str, dim: int) -> Gaussian:
                 f"correct features.reference"
             )
         if not np.isfinite(found).all():
-            raise UserError(f"{path}: `{name}` holds NaN or infinity; fetch the file again")
+            raise UserError(f"{path}: `{name}` contains NaN or infinity; download the file again")
     mean, covariance = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
     slack = 1e-6 * np.abs(covariance).max()
     if np.abs(covariance - covariance.T).max() > slack or covariance.diagonal().min() < -slack:
-        raise UserError(f"{path}: `sigma` is no covariance (not symmetric, or a negative variance); fetch it again")
+        raise UserError(
+            f"{path}: `sigma` is not a covariance (not symmetric, or a negative variance); download it again"
+        )
     return Gaussian(mean, covariance)
 
 
 def read_npz(path: Path | str, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays `keys` of an .npz file, read without pickle.
+    """Reads the arrays `keys` of an .npz file, without pickle.
 
-    Raises UserError naming the file if it is missing, is no such archive, or lacks a key.
+    Raises UserError naming the file if it is missing, not such an archive, or lacks a key.
     """
     path = Path(path)
     try:
@@ -112,22 +115,23 @@ def read_npz(path: Path | str, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     except _UNREADABLE as error:
         raise UserError(f"{path}: not an .npz archive of plain arrays ({error}); delete it and run again") from None
     if missing := [key for key in keys if key not in found]:
-        raise UserError(f"{path}: no array `{missing[0]}` in it; delete it and run the workflow again")
+        raise UserError(f"{path}: contains no array `{missing[0]}`; delete it and run the workflow again")
     return found
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """The squared Frechet distance between two Gaussians, by clean-fid's function.
+    """The squared Frechet distance between two Gaussians, at least 0, computed by clean-fid.
 
-    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, equation 6).
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, equation 6). Raises ValueError for
+    different dimensions or a result that is not finite.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions; compare sets of one extractor")
-    from cleanfid.fid import frechet_distance as distance  # takes seconds: the module imports torchvision
+    from cleanfid.fid import frechet_distance as distance  # slow: imports torchvision
 
     with warnings.catch_warnings():
-        # Pixels that never change make the product singular, which clean-fid handles; SciPy warns of that and of
-        # an argument that clean-fid passes.
+        # Constant pixels make the product singular, which clean-fid handles; SciPy warns about it, and about a
+        # deprecated argument that clean-fid passes.
         warnings.simplefilter("ignore")
         value = float(distance(a.mean, a.covariance, b.mean, b.covariance))
     if not np.isfinite(value):

@@ -1,4 +1,4 @@
-"""Images as the metrics take them, and their pixels as features.
+"""Image arrays of the metrics, and pixel features.
 
 Shapes: N images, H height, W width, C channels (1 or 3), D = dimension of the pixel features.
 """
@@ -15,8 +15,8 @@ Images = NDArray[np.uint8]  # (N, H, W, C), 0..255
 Labels = NDArray[np.int64]  # (N,)
 Matrix = NDArray[np.float64]  # (N, D)
 
-BATCH = 1024  # images that are turned into features at once; bounds the memory, changes no result
-MAX_SIDE = 16  # pixel features have at most 16 x 16 x C = 768 dimensions
+BATCH = 1024  # images per batch; bounds the memory, does not change results
+MAX_SIDE = 16  # pixel features have at most 16 x 16 x C dimensions: 768 for C = 3
 
 
 def check_images(images: Images, labels: Labels | None = None) -> None:
@@ -45,8 +45,8 @@ def as_vectors(images: Images) -> NDArray[np.float32]:
 def pixel_features(images: Images) -> Matrix:
     """The flattened images in [-1, 1], float64 (N, D).
 
-    Images of more than 16 pixels a side are averaged over square blocks first, so that D stays at most 768: a
-    covariance of 12,288 dimensions would take a gigabyte and its square root hours.
+    Images with more than 16 pixels per side are first averaged over blocks, so that D <= 768: a covariance of 12,288
+    dimensions would need a gigabyte, and its square root hours.
     """
     check_images(images)
     num, height, width, channels = images.shape

@@ -1,13 +1,13 @@
 """The Inception network of the published FID figures, from a TorchScript file that the user supplies.
 
 The file is NVIDIA's `inception-2015-12-05.pt`, which clean-fid uses and which holds the same network as the pickle of
-EDM's evaluation. Called with `return_features=True` it resizes to 299 x 299 inside, in TensorFlow's old bilinear way,
-as EDM and clean-fid's mode `legacy_tensorflow` do. Called with `no_output_bias=True` it returns the softmax of its 1008
-classes without the last layer's bias, which is what published inception scores are made of (Salimans et al. 2016 and
-NVIDIA's metrics). Shapes: N images, C channels, D = 2048 features, K = 1008 classes.
+EDM's evaluation. With `return_features=True` it resizes to 299 x 299 internally, with TensorFlow 1's bilinear
+interpolation, as EDM and clean-fid's mode `legacy_tensorflow` do. With `no_output_bias=True` it returns the softmax of
+its 1008 classes without the last layer's bias, from which published inception scores are computed (Salimans et al.
+2016 and NVIDIA's metrics). Shapes: N images, C channels, D = 2048 features, K = 1008 classes.
 
-`torch.jit.load` compiles and runs TorchScript, not Python, and unpickles nothing into Python; but TorchScript is a
-program, whose operators can reach files. The file is therefore loaded only if its SHA-256 is the one in the preset.
+`torch.jit.load` runs TorchScript, not Python, and unpickles nothing into Python; but TorchScript is a program whose
+operators can access files. The file is therefore loaded only if its SHA-256 equals the one in the preset.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FORWARD_BATCH = 64
 class InceptionExtractor:
     """The pooled features of a TorchScript network called as `network(images, return_features=True)`.
 
-    If it takes `no_output_bias` as well, it gives class probabilities.
+    Returns class probabilities if the network also has an argument `no_output_bias`.
     """
 
     name = "inception"
@@ -47,13 +47,13 @@ class InceptionExtractor:
         probe = self.observe(np.zeros((1, 64, 64, 3), np.uint8))
         self.dim = probe.features.shape[1]
         if probe.probabilities is not None and not np.allclose(probe.probabilities.sum(axis=1), 1, atol=1e-3):
-            raise TypeError("what it returns with no_output_bias=True are no probabilities")
+            raise TypeError("its outputs with no_output_bias=True are not probabilities")
 
     @torch.no_grad()
     def observe(self, images: Images, *, detailed: bool = True) -> Observed:
-        """The features of images of any size, and class probabilities; grey images are repeated over three channels.
+        """Features of images of any size, and class probabilities; grey images are repeated to three channels.
 
-        There are no classes of the data: the network's are in another order.
+        `classes` is None: the network's classes are not the data's.
         """
         check_images(images)
         features, probabilities = [], []
@@ -77,9 +77,9 @@ def load_inception(
     device: torch.device | str = "cpu",
     batch_size: int = FORWARD_BATCH,
 ) -> InceptionExtractor:
-    """The extractor from `weights`, or else from the file that `features.weights` names.
+    """Loads the extractor from `weights`, or else from the file in `features.weights`.
 
-    Raises UserError if the file is missing, has another SHA-256 than the preset's, or is no such network.
+    Raises UserError if the file is missing, its SHA-256 differs from the preset's, or it is not such a network.
     """
     named = features.weights
     if named is None:
@@ -98,7 +98,7 @@ def load_inception(
     check_sha256(path, named.sha256, f"fetch {SOURCE} again, or correct features.weights.sha256")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated, the published file is one
+            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
             network = torch.jit.load(str(path), map_location="cpu")
         return InceptionExtractor(network, device, batch_size)
     except (RuntimeError, TypeError) as error:

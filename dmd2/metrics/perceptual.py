@@ -1,8 +1,8 @@
-"""The perceptual distance LPIPS (Zhang et al. 2018, arXiv 1801.03924) of generated images from their targets.
+"""The perceptual distance LPIPS (Zhang et al. 2018, arXiv 1801.03924) between generated images and their targets.
 
-The original DMD regresses on its teacher's images in this distance, with VGG-16 behind it and images brought to
-224 x 224 (arXiv 2311.18828, section 3.3 and appendix B). The distance and the weights of its linear layers come with
-the package `lpips`; the network's weights are torchvision's, from a file that the user supplies.
+It is the regression loss of the original DMD, with VGG-16 and images resized to 224 x 224 (arXiv 2311.18828,
+section 3.3 and appendix B). The package `lpips` provides the distance and the weights of its linear layers; the VGG-16
+weights are torchvision's, from a file that the user supplies.
 
 Shapes: B batch, C channels, H, W height and width.
 """
@@ -28,16 +28,16 @@ RESOLUTION = 224
 
 
 def load_lpips(weights: WeightsFile, device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor], Tensor]:
-    """The mean LPIPS () of images x0 (B, C, H, W) in [-1, 1] from targets, with its gradient in the images.
+    """Returns the mean LPIPS () between x0 and targets (B, C, H, W) in [-1, 1], differentiable in x0.
 
-    Grey images count as three equal channels. `weights` is torchvision's VGG-16. Raises UserError if the file is
-    missing, has another SHA-256 than the one set, or holds something else; nothing in it is executed.
+    Grey images are repeated to three channels. `weights` is torchvision's VGG-16. Raises UserError if the file is
+    missing, has another SHA-256 than the one set, or other content; nothing in it is executed.
     """
     return distance_by(_build(_read(weights), weights.path).to(device))
 
 
 def distance_by(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """The mean of what an LPIPS network of the library finds, with the images brought to what it expects."""
+    """Returns the mean distance () by an LPIPS network of the library, of images resized to its input size."""
 
     def distance(x0: Tensor, target: Tensor) -> Tensor:
         each: Tensor = network(_prepared(x0), _prepared(target.detach()))  # (B, 1, 1, 1)
@@ -47,7 +47,7 @@ def distance_by(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _prepared(x0: Tensor) -> Tensor:
-    """Images as VGG sees them: three channels, bilinearly brought to 224 x 224."""
+    """(B, 1 or 3, H, W) -> (B, 3, 224, 224) float32, bilinear."""
     x0 = x0.float().expand(-1, 3, -1, -1)
     return F.interpolate(x0, size=(RESOLUTION, RESOLUTION), mode="bilinear", align_corners=False)
 
@@ -63,12 +63,12 @@ def _read(weights: WeightsFile) -> dict[str, Any]:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a file of tensors ({first}); fetch {SOURCE} again") from None
     if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not named tensors; fetch {SOURCE}")
+        raise UserError(f"{path}: contains a {type(state).__name__}, not named tensors; fetch {SOURCE}")
     return state
 
 
 def _build(trunk: Mapping[str, Any], path: str) -> nn.Module:
-    """LPIPS by the library, filled from the files."""
+    """The library's LPIPS network with the weights from the files, frozen."""
     import lpips
 
     network = without_values()
@@ -85,16 +85,16 @@ def _build(trunk: Mapping[str, Any], path: str) -> nn.Module:
 
 
 def without_values() -> Any:
-    """LPIPS by the library on the meta device: it draws and downloads no values."""
+    """The library's LPIPS network on the meta device, which initialises and downloads nothing."""
     import lpips
 
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # the library passes torchvision an argument that is deprecated
+        warnings.simplefilter("ignore")  # the library uses a deprecated argument of torchvision
         return lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval().requires_grad_(False)
 
 
 def _bundled(name: str) -> str:
-    """The name in the library's file of a linear layer's weight, which its network lists twice: lins.0 is lin0."""
+    """The key of a linear layer's weight in the library's file; its network has each twice: lins.0 is lin0."""
     return name.replace("lins.", "lin") if name.startswith("lins.") else name
 
 

@@ -1,4 +1,4 @@
-"""What the real images are remembered by, so that samples can be compared with them without the data set.
+"""Statistics of the real images, with which samples are compared without the data set.
 
 Shapes: N real images, M of them kept, D features, K classes.
 """
@@ -31,7 +31,7 @@ _ARRAYS = ("images", "labels", "kept_features", "kept_probabilities", "radii", "
 
 @dataclass(frozen=True)
 class Reference:
-    """Moments of all real images, and a random choice of at most `MAX_KEPT` of them kept as they are."""
+    """Moments of all real images, and a random subset of at most `MAX_KEPT` images."""
 
     extractor: str  # its name
     origin: str  # OF_DATA, or which published file the moments of the features are from
@@ -60,10 +60,10 @@ class Reference:
         device: Device = "cpu",
         progress: Callable[[int], object] | None = None,
     ) -> Self:
-        """The reference of a data set, which is read a batch at a time; the moments are of all images.
+        """Computes the reference of a data set, which is read in batches; the moments are of all images.
 
-        `published` takes the place of the features' moments, with its origin in words. `progress` is called with the
-        number of images of each batch.
+        `published` replaces the moments of the features: (moments, description of their origin). `progress` is called
+        with the number of images of each batch. Raises ValueError for fewer than 2 images.
         """
         if num_images < 2 or max_kept < 2:
             raise ValueError(f"a reference needs at least 2 images, got {num_images} with max_kept {max_kept}")
@@ -103,7 +103,7 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Reads what `save` wrote; nothing is unpickled. Raises UserError naming a missing or foreign file."""
+        """Reads a file of `save`; nothing is unpickled. Raises UserError naming a missing or unsuitable file."""
         moments = [f"{name}_{part}" for name in _GAUSSIANS for part in ("mean", "covariance")]
         a = read_npz(path, ("extractor", "origin", "leave_one_out", *_ARRAYS, *moments))
         return cls(
@@ -116,7 +116,7 @@ class Reference:
         )
 
     def expect(self, extractor: Extractor, images: Images) -> None:
-        """Raises UserError unless `extractor` and the images' shape are the ones this reference was built with."""
+        """Raises UserError unless this reference was built with `extractor` and images of the same shape."""
         if (extractor.name, extractor.dim) != (self.extractor, len(self.features.mean)):
             raise UserError(
                 f"the reference was built with extractor {self.extractor} of {len(self.features.mean)} features, "
@@ -134,7 +134,7 @@ def _or_empty(seen: Observed) -> NDArray[np.float32]:
 def _moments(
     read: Read, num_images: int, extractor: Extractor | None, progress: Callable[[int], object] | None
 ) -> tuple[Gaussian | None, Gaussian]:
-    """The Gaussians of all images' features, with an extractor, and pixels, one batch in memory at a time."""
+    """Gaussians of the features (None without an extractor) and pixels of all images, computed in batches."""
     features, pixels = None, None
     for part in batches(num_images):
         images, _ = read(range(part.start, part.stop))

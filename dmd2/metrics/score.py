@@ -1,4 +1,4 @@
-"""The inception score (Salimans et al. 2016): how sure a classifier is of each image, and how varied its answers are.
+"""The inception score (Salimans et al. 2016): confidence and diversity of a classifier's predictions.
 
 Shapes: N samples, K classes of the classifier, S splits.
 """
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from dmd2.metrics.images import Matrix
 
-SPLITS = 10  # consecutive parts of a block whose scores are averaged, as every published figure does
+SPLITS = 10  # consecutive parts of a block whose scores are averaged, as in published scores
 
 
 @dataclass(frozen=True)
 class ScoreSums:
-    """The sums behind the score of each split; batches are merged."""
+    """Sufficient statistics of the score of each split; mergeable over batches."""
 
     counts: Matrix  # (S,)
     probabilities: Matrix  # (S, K)
@@ -26,7 +26,7 @@ class ScoreSums:
 
     @classmethod
     def of(cls, probabilities: Matrix, positions: NDArray[np.int64], num_samples: int) -> Self:
-        """The sums of samples at `positions` (N,) of a block of `num_samples`, with their probabilities (N, K)."""
+        """The sums of samples with class probabilities (N, K), at `positions` (N,) in a block of `num_samples`."""
         ends = [num_samples * (i + 1) // SPLITS for i in range(SPLITS)]
         split = np.searchsorted(ends, positions, side="right")
         sums = np.zeros((SPLITS, probabilities.shape[1]))
@@ -36,7 +36,7 @@ class ScoreSums:
         return cls(counts, sums, negentropies)
 
     def merge(self, other: ScoreSums) -> ScoreSums:
-        """The sums of both sets together."""
+        """The sums of the union."""
         return ScoreSums(
             self.counts + other.counts,
             self.probabilities + other.probabilities,
@@ -44,7 +44,7 @@ class ScoreSums:
         )
 
     def score(self) -> float:
-        """The mean over the splits of exp E[KL(p(k | x) || p(k))]; between 1 and K."""
+        """The mean over the splits of exp E[KL(p(k | x) || p(k))], in [1, K]."""
         used = self.counts > 0
         counts = self.counts[used]
         marginal = self.probabilities[used] / counts[:, None]

@@ -1,7 +1,7 @@
-"""Everything that is measured of a block of samples, as sums: a block never has to be in memory, nor on one process.
+"""Metrics of a block of samples from mergeable sums, so that a block may exceed memory and be split over processes.
 
-A `Meter` turns images into a `Tally`, tallies of the parts of a block are merged, and the meter reads the measures off
-the whole. Shapes: N samples, D features, K classes.
+A `Meter` computes the `Tally` of a batch, tallies of one block are merged, and the meter computes the metrics of the
+whole. Shapes: N samples, D features, K classes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Tally:
-    """The sums of some samples of a block; any two of one block that share no sample can be merged."""
+    """The sums of some samples of a block; tallies of disjoint samples of one block can be merged."""
 
     count: int
     features: tuple[FeatureStats, ...]  # by protocol
@@ -41,7 +41,7 @@ class Tally:
     kept: NDArray[np.float32]  # features of the first samples of the block, for precision and recall
 
     def merge(self, other: Tally) -> Tally:
-        """The sums of both sets of samples together."""
+        """The sums of the union of both sets of samples."""
         return Tally(
             count=self.count + other.count,
             features=tuple(a.merge(b) for a, b in zip(self.features, other.features, strict=True)),
@@ -65,7 +65,7 @@ class Tally:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Reads what `save` wrote; nothing is unpickled. Raises UserError naming a missing or damaged file."""
+        """Reads a file of `save`; nothing is unpickled. Raises UserError naming a missing or damaged file."""
         num_stats = int(read_npz(path, ("num_protocols",))["num_protocols"]) + 1
         parts = {f"stats{i}": ("count", "mean", "scatter") for i in range(num_stats)}
         parts |= {"classes": ("counts", "means", "squares"), "score": ("counts", "probabilities", "negentropies")}
@@ -88,8 +88,8 @@ class Tally:
 class Meter:
     """Measures blocks of `num_samples` samples against a reference.
 
-    The first of `protocols` is the one of all measures but the distances `fid_NAME` of the others. `detailed` asks for
-    those that the curve of a training does without: precision, recall and the inception score.
+    The first of `protocols` is used for all metrics but `fid_NAME` of the others. `detailed` enables precision, recall
+    and the inception score, which the training curve does not need. Raises ValueError for fewer than 2 samples.
     """
 
     def __init__(
@@ -103,21 +103,21 @@ class Meter:
         device: Device = "cpu",
     ) -> None:
         if num_samples < 2:
-            raise ValueError(f"{num_samples} samples are no block: a covariance needs at least 2")
+            raise ValueError(f"{num_samples} samples are not a block: a covariance needs at least 2")
         self.reference, self.extractor, self.num_samples = reference, extractor, num_samples
         self.protocols, self.detailed, self.device = tuple(protocols), detailed, device
         self._real = as_vectors(reference.images)
-        # As many samples as real images: the larger set's manifold would be larger for that alone.
+        # As many samples as real images, since the manifold grows with the size of the set.
         self._num_kept = min(len(reference.images), num_samples) if detailed else 0
 
     def tally(self, images: Sequence[Images], labels: Labels, first: int) -> Tally:
-        """The sums of samples first .. first + N - 1 of a block, whose images were made under each protocol."""
+        """The sums of samples [first, first + N) of a block; `images` has one array for each protocol."""
         check_images(images[0], labels)
         self.reference.expect(self.extractor, images[0])
         seen = self.extractor.observe(images[0], detailed=self.detailed)
         further = [self.extractor.observe(other, detailed=False).features for other in images[1:]]
         pixels = pixel_features(images[0])
-        asked = as_vectors(images[0][: max(0, MAX_KEPT - first)])  # a mean over more neighbours says nothing new
+        asked = as_vectors(images[0][: max(0, MAX_KEPT - first)])  # enough for the mean
         distances = to_nearest(asked, self._real, device=self.device)
         probabilities = np.zeros((len(labels), 0)) if seen.probabilities is None else seen.probabilities
         return Tally(
@@ -132,15 +132,15 @@ class Meter:
         )
 
     def measures(self, tally: Tally) -> dict[str, float]:
-        """What the sums of a whole block say.
+        """The metrics of a whole block. Raises ValueError for another number of samples.
 
         - fid, fid_NAME, pixel_fd: squared Frechet distance to the real images' features under the first and the other
           protocols, and to their pixels in [-1, 1]
         - nearest_distance: mean L2 distance in [-1, 1] pixel space to the nearest real image; near 0 means copies
-        - diversity: spread within classes over the data's; 0 means one image per class
-        - accuracy: share of samples that the extractor's classifier gives their label; absent if it has no classes
-        - precision, recall: Kynkaanniemi et al. 2019, k = 3, of as many samples as the reference kept real images
-        - inception_score: over ten parts of the block; absent if the extractor gives no class probabilities
+        - diversity: standard deviation within classes relative to the data's; 0 means one image per class
+        - accuracy: fraction of samples that the extractor classifies as their label; absent if it has no classes
+        - precision, recall: Kynkaanniemi et al. 2019, k = 3, with at most as many samples as kept real images
+        - inception_score: mean over ten splits of the block; absent without class probabilities
         """
         if tally.count != self.num_samples:
             raise ValueError(f"a block has {self.num_samples} samples, got {tally.count}")

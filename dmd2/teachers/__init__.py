@@ -1,4 +1,4 @@
-"""Teachers: what a preset's `teacher.kind` may name, and how each is built."""
+"""Registry of teachers: the values of a preset's `teacher.kind` and their loaders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dmd2.teachers.pixels import pixel_space
 
 
 class Loader(Protocol):
-    """Builds one kind of teacher, with the weights of a file or with initial ones drawn from `seed`."""
+    """Builds one kind of teacher, with weights from a file or initialised from `seed`."""
 
     def __call__(
         self, teacher: config.TeacherConfig, data: config.Data, weights: Path | None, *, seed: int = 0
@@ -26,7 +26,7 @@ class Loader(Protocol):
 
 
 class Kind(NamedTuple):
-    """How a kind of teacher is built, and what turns data into its latents and conditions without its network."""
+    """A kind of teacher: its loader, and its codec and conditioner, which do not need its network."""
 
     load: Loader
     space: Callable[[config.Data], tuple[Codec, Conditioner]]
@@ -39,7 +39,7 @@ TEACHERS: dict[str, Kind] = {
 
 
 def load_space(teacher: config.TeacherConfig, data: config.Data) -> tuple[Codec, Conditioner]:
-    """The codec and the conditioner of the teacher that a configuration describes."""
+    """The codec and conditioner of the configured teacher. Raises UserError for an unknown kind."""
     _check_kind(teacher.kind)
     return TEACHERS[teacher.kind].space(data)
 
@@ -47,11 +47,11 @@ def load_space(teacher: config.TeacherConfig, data: config.Data) -> tuple[Codec,
 def load_teacher(
     teacher: config.TeacherConfig, data: config.Data, weights: Path | str | None = None, *, seed: int = 0
 ) -> Teacher:
-    """The frozen teacher that a configuration describes, on the CPU and in evaluation mode.
+    """Loads the configured teacher: frozen, on the CPU, in evaluation mode.
 
-    Its weights come from `weights`, or else from the file that the user configured (whose SHA-256 is checked whenever
-    it is the one read); without either they are initial ones, the same for the same `seed`, drawn without touching
-    torch's global generator.
+    The weights come from `weights`, or else from the configured file (its SHA-256 is checked whenever it is read);
+    without either they are initialised from `seed`, without using torch's global generator. Raises UserError for an
+    unknown kind and for a file that is missing or unsuitable.
     """
     _check_kind(teacher.kind)
     path = None if weights is None else Path(weights)
@@ -63,7 +63,7 @@ def load_teacher(
 
 
 def outline(teacher: config.TeacherConfig, data: config.Data) -> Denoiser:
-    """A teacher's network without memory for its weights (meta tensors)."""
+    """A teacher's network on the meta device (no memory for weights)."""
     with torch.device("meta"):
         return load_teacher(teacher.model_copy(update={"weights": None}), data).denoiser
 

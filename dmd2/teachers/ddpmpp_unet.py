@@ -1,6 +1,6 @@
-"""The DDPM++ U-Net (Song et al. 2021) in the layout that EDM trains on CIFAR-10, with EDM's parameter names.
+"""The DDPM++ U-Net (Song et al. 2021) in EDM's configuration for CIFAR-10, with EDM's parameter names.
 
-Its encoder and decoder are the plain ones of EDM's `SongUNet`; NCSN++'s residual ones are not built.
+Encoder and decoder are the standard ones of EDM's `SongUNet`; NCSN++'s residual ones are not implemented.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dmd2.teachers.edm_layers import Conv, Linear, Resampling, ScaledLabelEmbedd
 class DDPMPlusPlus(UNetBase):
     """EDM's `SongUNet` with the settings `ddpmpp`.
 
-    `map_augment`, which takes EDM's augmentation parameters in training, gets none here and adds nothing; its weight is
-    a buffer, so that no optimizer decays what no gradient reaches.
+    `map_augment`, EDM's embedding of augmentation parameters, is not used; its weight is a buffer, so that weight decay
+    does not change it.
     """
 
     def __init__(self, network: Network, resolution: int, num_channels: int, num_classes: int):

@@ -1,6 +1,6 @@
-"""EDM's denoiser (Karras et al. 2022): preconditioning around one of its U-Nets, and the teacher made of it.
+"""EDM's denoiser (Karras et al. 2022): a U-Net with preconditioning, and its teacher.
 
-Shapes: B batch, C, H, W a sample.
+Shapes: B batch, (C, H, W) one sample.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ NETWORKS: dict[str, type[UNet] | type[DDPMPlusPlus]] = {"adm": UNet, "ddpmpp": D
 class EDMDenoiser(Denoiser):
     """x0 from x and sigma by a U-Net with EDM's preconditioning; conditions are `label`, int64 of shape (B,).
 
-    `precision` is what the network computes in; weights, embeddings, preconditioning and outputs stay float32. It may
-    be changed between calls: DMD2 trains in bf16 and evaluates in fp32. On CUDA, whose convolutions are faster so, the
-    network runs in channels_last; on CPU in the plain layout.
+    `precision` is the network's compute dtype; weights, embeddings, preconditioning and outputs stay float32. It may be
+    changed between calls: DMD2 trains in bf16 and evaluates in fp32. The network runs in channels_last on CUDA, where
+    convolutions are faster in it, and in the contiguous layout on CPU.
     """
 
     def __init__(self, unet: UNetBase, sample_shape: tuple[int, ...], sigma_data: float, precision: Precision = "fp32"):
@@ -50,7 +50,7 @@ class EDMDenoiser(Denoiser):
         """
         if x.shape[1:] != self.sample_shape:
             raise ValueError(
-                f"x is {tuple(x.shape)}; this denoiser takes (B, {', '.join(map(str, self.sample_shape))})"
+                f"x is {tuple(x.shape)}; this denoiser expects (B, {', '.join(map(str, self.sample_shape))})"
             )
         self.check_taps(num_taps)
         x, sigma = x.float(), sigma.float()
@@ -72,14 +72,14 @@ class EDMDenoiser(Denoiser):
 
 
 def build_denoiser(teacher: config.TeacherConfig, data: config.Data) -> EDMDenoiser:
-    """The denoiser that a configuration describes, with uninitialised weights; `torch.device("meta")` works."""
+    """The configured denoiser with uninitialised weights; supports `torch.device("meta")`."""
     shape = (data.channels, data.resolution, data.resolution)
     unet = NETWORKS[teacher.network.arch](teacher.network, data.resolution, data.channels, data.num_classes)
     return EDMDenoiser(unet, shape, teacher.sigma_data)
 
 
 def load_edm(teacher: config.TeacherConfig, data: config.Data, weights: Path | None, *, seed: int = 0) -> Teacher:
-    """The teacher with the weights in a file (see `load_weights`), or with initial ones drawn from `seed`."""
+    """The teacher with weights from a file (see `load_weights`), or initialised from `seed`."""
     denoiser = build_denoiser(teacher, data)
     if weights is None:
         denoiser.model.reset(torch.Generator().manual_seed(seed))

@@ -1,9 +1,9 @@
-"""What EDM's two U-Nets share: the residual block, encoder, decoder and the passes through them.
+"""Common to EDM's two U-Nets: the residual block, encoder, decoder and forward passes.
 
-Encoder and decoder are separate calls: DMD2's discriminator wants the encoder's output alone (arXiv 2405.14867,
+Encoder and decoder are separate calls: DMD2's discriminator needs only the encoder's output (arXiv 2405.14867,
 section 4.3), and a batch may need x0 of some samples and features of all.
 
-Shapes: B batch, C channels, H, W height and width at the block's resolution, N = H * W, E embedding, D channels a head.
+Shapes: B batch, C channels, (H, W) the block's resolution, N = H * W, E embedding, D channels per head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dmd2.teachers.edm_layers import (
 
 
 class Encoding(NamedTuple):
-    """What the encoder hands to the decoder, and to a discriminator."""
+    """The encoder's output, input of the decoder and of a discriminator."""
 
     skips: list[Tensor]  # outputs (B, C, H, W) of every encoder module, in order
     emb: Tensor  # (B, E), float32
@@ -52,12 +52,12 @@ class Encoding(NamedTuple):
 
 
 class Style(NamedTuple):
-    """What tells the blocks of one U-Net from those of the other."""
+    """Settings in which the blocks of the two U-Nets differ."""
 
     eps: float  # of the norms
     adaptive: bool  # the embedding scales and shifts after the second norm, or is added before it
     skip_scale: float  # of each sum with a skip
-    project_resampled: bool  # a 1x1 convolution on the skip also where resampling alone changes the shape
+    project_resampled: bool  # a 1x1 convolution on the skip also if only resampling changes the shape
     init: Init
     init_last: Init  # of the last layer of each branch
     init_attention: Init
@@ -68,10 +68,10 @@ DDPMPP = Style(1e-6, False, math.sqrt(0.5), True, Init(xavier=True), Init(1e-5, 
 
 
 class Block(nn.Module):
-    """A residual block, conditioned by an embedding, with self-attention if `num_heads` > 0."""
+    """A residual block conditioned on an embedding, with self-attention if `num_heads` > 0."""
 
     recompute = False
-    """Whether a pass with gradients stores the inputs alone and computes the rest again in backward."""
+    """Whether activation checkpointing is on."""
 
     def __init__(
         self,
@@ -128,8 +128,8 @@ class Block(nn.Module):
     def _attend(self, h: Tensor) -> Tensor:
         """Self-attention over positions; the channels of `qkv` are laid out as (heads, D, 3).
 
-        torch's kernels keep logits and softmax in float32 also where q, k and v are bfloat16. Either layout costs one
-        copy in and one out, and keeps itself in both directions.
+        torch's kernels compute logits and softmax in float32 even if q, k and v are bfloat16. Each memory layout costs
+        one copy in and one out, and is preserved in forward and backward.
         """
         batch, channels, height, width = h.shape
         heads, last = (self.num_heads, channels // self.num_heads), is_channels_last(h)
@@ -156,7 +156,7 @@ class MakeBlock(Protocol):
 def encoder(
     network: Network, resolution: int, stem: Conv, num_stem: int, make: MakeBlock
 ) -> tuple[nn.ModuleDict, list[int]]:
-    """The encoder's modules by name, and the channels of each one's output; `stem` gives `num_stem`."""
+    """The encoder's modules by name, and the number of output channels of each; `stem` has `num_stem`."""
     modules: dict[str, nn.Module] = {}
     width, widths = num_stem, []
     for level, mult in enumerate(network.channel_mult):
@@ -178,7 +178,7 @@ def decoder(
 ) -> nn.ModuleDict:
     """The decoder's modules by name; `widths` are the channels of the skips.
 
-    At the resolutions with attention every block has it, or with `attend_last` the last of the level alone.
+    At resolutions with attention every block has it, or with `attend_last` only the last of the level.
     """
     modules: dict[str, nn.Module] = {}
     skips, width = list(widths), widths[-1]
@@ -197,9 +197,9 @@ def decoder(
 
 
 class UNetBase(nn.Module, abc.ABC):
-    """The network F(x; c_noise, label) of EDM, uninitialised until `reset` or a state dict fills it.
+    """The network F(x; c_noise, label) of EDM, uninitialised until `reset` or `load_state_dict`.
 
-    A subclass builds `enc` and `dec` and says what surrounds them.
+    A subclass builds `enc` and `dec` and implements `embed` and `finish`.
     """
 
     enc: nn.ModuleDict
@@ -208,7 +208,7 @@ class UNetBase(nn.Module, abc.ABC):
     """(C, H, W) of the output of each level's last encoder block, coarsest first."""
 
     def _set_levels(self, network: Network, resolution: int, widths: list[int]) -> None:
-        """Notes where each level ends among the skips: the first starts with the stem, the others with a down block."""
+        """Sets `_ends`, each level's last skip, and `feature_shapes`. Levels start with the stem or a down block."""
         levels = range(len(network.channel_mult) - 1, -1, -1)
         self._ends = [(level + 1) * (network.num_blocks + 1) - 1 for level in levels]
         sizes = [resolution >> level for level in levels]
@@ -216,24 +216,24 @@ class UNetBase(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def embed(self, noise: Tensor, label: Tensor) -> Tensor:
-        """The conditioning (B, E) in float32 of noise (B,), EDM's c_noise, and label (B,), int64."""
+        """noise (B,), EDM's c_noise, and label (B,) int64 -> conditioning (B, E) float32."""
 
     @abc.abstractmethod
     def finish(self, x: Tensor) -> Tensor:
-        """The network's output from that of its last block."""
+        """The output layers, applied to the last block's output."""
 
     def blocks(self) -> list[nn.Module]:
-        """The residual blocks, in the order of a pass."""
+        """The residual blocks in forward order."""
         return [module for part in (self.enc, self.dec) for module in part.values() if isinstance(module, Block)]
 
     def reset(self, rng: torch.Generator) -> None:
-        """Draws EDM's initial values from `rng`, in the order of the state dict."""
+        """Initialises all weights as EDM does, from `rng`, in the order of the state dict."""
         for module in self.modules():
             if isinstance(module, Linear | LabelEmbedding | Conv | Unused):
                 module.reset(rng)
 
     def encode(self, x: Tensor, noise: Tensor, label: Tensor) -> Encoding:
-        """Everything up to the bottleneck, in the dtype and layout of x (B, C, H, W)."""
+        """The encoder, in the dtype and memory layout of x (B, C, H, W)."""
         emb = self.embed(noise, label)
         skips: list[Tensor] = []
         for module in self.enc.values():
@@ -242,11 +242,11 @@ class UNetBase(nn.Module, abc.ABC):
         return Encoding(skips, emb)
 
     def levels(self, encoding: Encoding) -> list[Tensor]:
-        """The output of each level's last block, coarsest first: the shapes are `feature_shapes`."""
+        """The output (B, *feature_shapes[i]) of each level's last block, coarsest first."""
         return [encoding.skips[i] for i in self._ends]
 
     def decode(self, encoding: Encoding) -> Tensor:
-        """The output (B, C, H, W) from an encoding; blocks that are wider than x take the next skip."""
+        """The decoder: output (B, C, H, W). Blocks with more input channels than x has concatenate the next skip."""
         skips, x = list(encoding.skips), encoding.bottleneck
         for block in self.dec.values():
             if not isinstance(block, Block):
@@ -273,7 +273,7 @@ def waves(noise: Tensor, num: int, *, endpoint: bool) -> tuple[Tensor, Tensor]:
 
 
 def check_size(network: Network, resolution: int) -> None:
-    """Raises UserError for sizes that no U-Net has."""
+    """Raises UserError if the resolution cannot be halved at each level, or the channels are odd."""
     factor = 2 ** (len(network.channel_mult) - 1)
     if not network.channel_mult or resolution % factor:
         raise UserError(

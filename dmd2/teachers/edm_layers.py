@@ -1,7 +1,7 @@
-"""The layers of EDM's U-Nets, with EDM's parameter names and initial values.
+"""The layers of EDM's U-Nets, with EDM's parameter names and initialisation.
 
-Weights are float32; a layer computes in the dtype of its input and casts its weights on the way. They are
-uninitialised until `reset` draws them or a state dict fills them, so that a network can be built on the meta device.
+Weights are float32; a layer casts them to the dtype of its input. They are uninitialised until `reset` or
+`load_state_dict`, so that a network can be built on the meta device.
 
 Shapes: B batch, C channels, H, W height and width, E embedding.
 """
@@ -21,10 +21,10 @@ Resampling = Literal["up", "down"]
 
 
 class Init(NamedTuple):
-    """How a layer's initial values are drawn: uniformly, by EDM's `weight_init`.
+    """Uniform initialisation of a layer (EDM's `weight_init`).
 
-    ADM's are within +-scale / sqrt(fan in), biases too (kaiming_uniform, init_weight and init_bias sqrt(1/3));
-    DDPM++'s weights within +-scale * sqrt(6 / (fan in + fan out)), biases 0 (`xavier`).
+    ADM: weights and biases within +-scale / sqrt(fan in) (kaiming_uniform, init_weight and init_bias sqrt(1/3)).
+    DDPM++ (`xavier`): weights within +-scale * sqrt(6 / (fan in + fan out)), biases 0.
     """
 
     scale: float = 1.0
@@ -45,18 +45,18 @@ KAIMING = Init()
 
 
 def num_groups(num_channels: int) -> int:
-    """EDM's min(32, C // 4), or the largest divisor of C below it where that does not divide C."""
+    """The largest divisor of C that is at most EDM's min(32, C // 4)."""
     most = max(1, min(32, num_channels // 4))
     return next(n for n in range(most, 0, -1) if num_channels % n == 0)
 
 
 def norm(num_channels: int, eps: float = 1e-5, *, silu: bool = True) -> GroupNormSiLU:
-    """GroupNorm with EDM's number of groups, then SiLU unless told otherwise."""
+    """GroupNorm with EDM's number of groups, followed by SiLU if `silu`."""
     return GroupNormSiLU(num_channels, num_groups(num_channels), eps=eps, silu=silu)
 
 
 class Linear(nn.Module):
-    """x W^T + b of (B, in), in the input's dtype."""
+    """x W^T + b: (B, in) -> (B, out), in the input's dtype."""
 
     def __init__(self, num_in: int, num_out: int, init: Init = KAIMING):
         super().__init__()
@@ -65,7 +65,7 @@ class Linear(nn.Module):
         self.init = init
 
     def reset(self, rng: torch.Generator) -> None:
-        """Draws EDM's initial values."""
+        """Initialises as EDM does."""
         self.init.draw(self.weight, self.bias, rng)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,14 +73,14 @@ class Linear(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """One column of the weight (E, classes) for each label: the product with a one-hot vector, without the product."""
+    """label (B,) -> columns of the weight (E, classes) as (B, E): equals the product with a one-hot vector."""
 
     def __init__(self, num_classes: int, num_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_out, num_classes))
 
     def reset(self, rng: torch.Generator) -> None:
-        """Draws EDM's initial values: kaiming_normal times sqrt(classes), that is N(0, 1)."""
+        """Initialises as EDM does: kaiming_normal times sqrt(classes), that is N(0, 1)."""
         nn.init.normal_(self.weight, generator=rng)
 
     def forward(self, label: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class LabelEmbedding(nn.Module):
 
 
 class ScaledLabelEmbedding(LabelEmbedding):
-    """DDPM++'s form: a linear layer with bias of the one-hot vector times sqrt(classes)."""
+    """DDPM++'s label embedding: a linear layer with bias, applied to the one-hot vector times sqrt(classes)."""
 
     def __init__(self, num_classes: int, num_out: int, init: Init):
         super().__init__(num_classes, num_out)
@@ -96,7 +96,7 @@ class ScaledLabelEmbedding(LabelEmbedding):
         self.init, self.scale = init, math.sqrt(num_classes)
 
     def reset(self, rng: torch.Generator) -> None:
-        """Draws EDM's initial values."""
+        """Initialises as EDM does."""
         self.init.draw(self.weight, self.bias, rng)
 
     def forward(self, label: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class ScaledLabelEmbedding(LabelEmbedding):
 
 
 class Unused(nn.Module):
-    """A weight of the published network that no computation here reads, kept so that its files fit."""
+    """A weight of the published network that is not used here, kept so that its state dict loads."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -116,7 +116,7 @@ class Unused(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution that keeps H and W, in the input's dtype; with `resampling`, of the resampled input."""
+    """A convolution with "same" padding, in the input's dtype; with `resampling`, of the resampled input."""
 
     def __init__(
         self, num_in: int, num_out: int, kernel: int, *, resampling: Resampling | None = None, init: Init = KAIMING
@@ -129,12 +129,12 @@ class Conv(nn.Module):
             self.register_buffer("resample_filter", _box())
 
     def reset(self, rng: torch.Generator) -> None:
-        """Draws EDM's initial values."""
+        """Initialises as EDM does."""
         self.init.draw(self.weight, self.bias, rng)
 
     def forward(self, x: Tensor) -> Tensor:
         x = resample(x, self.resampling)
-        # Cast and layout in one copy: a convolution would convert weights of another layout by itself, in a second.
+        # Casts and converts the layout in one copy; else the convolution would make a second one for the layout.
         layout = torch.channels_last if is_channels_last(x) else torch.preserve_format
         return F.conv2d(x, self.weight.to(x.dtype, memory_format=layout), self.bias.to(x.dtype), padding=self.padding)
 
@@ -152,10 +152,7 @@ class Resample(nn.Module):
 
 
 def resample(x: Tensor, resampling: Resampling | None) -> Tensor:
-    """(B, C, H, W) at half the resolution by 2x2 means, at twice by repetition, or as it is.
-
-    EDM convolves with a 2x2 box filter; these are the same sums.
-    """
+    """Downsamples (B, C, H, W) by 2x2 means, upsamples by repetition, or returns x; equal to EDM's 2x2 box filter."""
     if resampling == "down":
         return F.avg_pool2d(x, 2)
     if resampling == "up":
@@ -164,7 +161,7 @@ def resample(x: Tensor, resampling: Resampling | None) -> Tensor:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether channels are the fastest dimension of x (B, C, H, W), and not by a size of 1 alone."""
+    """Whether x (B, C, H, W) is channels_last, and not contiguous as well (as with a size of 1)."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 

@@ -1,4 +1,4 @@
-"""The ADM U-Net (Dhariwal and Nichol 2021) in the layout that EDM trains, with EDM's parameter names."""
+"""The ADM U-Net (Dhariwal and Nichol 2021) as trained by EDM, with EDM's parameter names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dmd2.teachers.edm_layers import Conv, LabelEmbedding, Linear, Resampling, n
 
 
 class UNet(UNetBase):
-    """EDM's `DhariwalUNet`, which its ImageNet-64 model is."""
+    """EDM's `DhariwalUNet`, the network of its ImageNet-64 model."""
 
     def __init__(self, network: Network, resolution: int, num_channels: int, num_classes: int):
         super().__init__()
@@ -47,7 +47,7 @@ class UNet(UNetBase):
 
 
 def _heads(network: Network, width: int) -> int:
-    """Attention heads of a block with `width` channels."""
+    """The number of attention heads of a block with `width` channels. Raises UserError unless it is whole."""
     if width % network.channels_per_head:
         raise UserError(
             f"network.channels_per_head {network.channels_per_head} does not divide the {width} channels of a block "

@@ -1,9 +1,9 @@
-"""A teacher that is exact: the x0-denoiser of a Gaussian mixture in closed form, for tests and small demonstrations.
+"""An exact teacher: the closed-form x0-denoiser of a Gaussian mixture, for tests and small demonstrations.
 
-Class c has M modes N(mean_cm, std_cm^2 I) of weight w_cm. After x = x0 + sigma eps, mode m has the density
-N(mean_cm, v_cm I) with v_cm = std_cm^2 + sigma^2, from which all below follows.
+Class c has M modes N(mean_cm, std_cm^2 I) with weights w_cm. After x = x0 + sigma eps, mode m has the density
+N(mean_cm, v_cm I) with v_cm = std_cm^2 + sigma^2, from which the formulas below follow.
 
-Shapes: B batch, K classes, M modes a class, N elements of a sample, F features.
+Shapes: B batch, K classes, M modes per class, N elements of a sample, F features.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class GaussianMixture(nn.Module):
         return (log_terms.softmax(1)[:, :, None] * modes).sum(1).view(x.shape)
 
     def score(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        """The gradient of log p_sigma(x | label) in x, by Tweedie's formula: (E[x0 | x] - x) / sigma^2."""
+        """The gradient of log p_sigma(x | label) with respect to x, by Tweedie's formula: (E[x0 | x] - x) / sigma^2."""
         return (self.posterior_mean(x, sigma, label) - x) / expand(sigma.to(x.dtype), x).square()
 
     def sample(self, label: Tensor, rng: torch.Generator) -> Tensor:
@@ -83,11 +83,10 @@ class GaussianMixture(nn.Module):
 
 
 class MixtureDenoiser(Denoiser):
-    """The exact denoiser plus c_out times a small network that starts at zero.
+    """The exact denoiser plus c_out times a small network whose output is initially zero.
 
-    As a teacher it is frozen there and so exact; a copy starts at the teacher, as DMD2's generator and critic do, and
-    is trained through the network. The tap is the network's last hidden layer as (F, 4, 4), since realism heads take
-    images.
+    A teacher is frozen and so exact; a copy (DMD2's generator or critic) starts equal to it and trains the network. The
+    tap is the network's last hidden layer as (F, 4, 4), since realism heads need feature maps.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class MixtureDenoiser(Denoiser):
         self.last = Linear(16 * num_features, num)
 
     def reset(self, rng: torch.Generator) -> None:
-        """Draws the network's initial values; its last layer is zero."""
+        """Initialises the network; its last layer is zero."""
         for layer in (self.first, self.label, self.second):
             layer.reset(rng)
         nn.init.zeros_(self.last.weight)
@@ -137,7 +136,7 @@ def mixture_teacher(
     levels: int = 256,
     seed: int = 0,
 ) -> Teacher:
-    """A frozen, exact teacher of any mixture; `seed` draws the networks that its copies train."""
+    """A frozen, exact teacher of any mixture; `seed` initialises the network that its copies train."""
     denoiser = MixtureDenoiser(mixture, sample_shape, sigma_data)
     denoiser.reset(torch.Generator().manual_seed(seed))
     return Teacher(
@@ -151,7 +150,7 @@ def mixture_teacher(
 
 
 def load_mixture(teacher: config.TeacherConfig, data: config.Data, weights: Path | None, *, seed: int = 0) -> Teacher:
-    """The teacher of a fixed mixture on samples of the data's shape: two modes a class, at places that never change."""
+    """The teacher of a fixed mixture on samples of the data's shape: two modes per class with constant means."""
     shape = (data.channels, data.resolution, data.resolution)
     places = torch.rand(
         data.num_classes, len(MODE_WEIGHTS), math.prod(shape), generator=torch.Generator().manual_seed(0), device="cpu"

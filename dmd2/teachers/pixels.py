@@ -1,4 +1,4 @@
-"""Teachers that work on pixels with class labels: their way between images and x0, and their conditions.
+"""Codec and conditioner of class-conditional teachers in pixel space.
 
 Shapes: B batch, H, W, C image height, width, channels; L grey levels.
 """
@@ -20,15 +20,15 @@ OFF_GRID = 255  # no level of a codec that has fewer than 256
 
 
 class PixelCodec:
-    """Images of `levels` equally spaced grey levels as x0 in [-1, 1]; fulfils `denoiser.Codec`.
+    """Images with L = `levels` equally spaced grey levels as x0 in [-1, 1]; implements `denoiser.Codec`.
 
-    Images are uint8 (B, H, W, C) and show level k as round(255 k / (L - 1)). Storage is the level itself, uint8
-    (B, C, H, W). x0 is 2 k / (L - 1) - 1, float32 (B, C, H, W).
+    Level k is round(255 k / (L - 1)) in images, uint8 (B, H, W, C); k in storage, uint8 (B, C, H, W); and
+    2 k / (L - 1) - 1 in x0, float32 (B, C, H, W). Raises ValueError unless 2 <= L <= 256.
     """
 
     def __init__(self, levels: int, channels: int):
         if not 2 <= levels <= 256:
-            raise ValueError(f"levels {levels} must lie in 2..256")
+            raise ValueError(f"levels {levels} must be in 2..256")
         self.levels, self.channels = levels, channels
         self._half = (levels - 1) / 2
         self._grey = np.rint(np.arange(levels) * 255 / (levels - 1)).astype(np.uint8)  # (L,)
@@ -36,7 +36,7 @@ class PixelCodec:
         self._level[self._grey] = np.arange(levels)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """uint8 images (B, H, W, C) -> levels (B, C, H, W). Raises UserError on a value between the levels."""
+        """uint8 images (B, H, W, C) -> levels (B, C, H, W). Raises UserError for a value that is not a level."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != self.channels:
             raise UserError(
                 f"images are {images.dtype} {images.shape}; expected uint8 (B, H, W, {self.channels}): "
@@ -45,7 +45,7 @@ class PixelCodec:
         stored = self._level[images]
         if self.levels < 256 and (stored == OFF_GRID).any():
             value = images[stored == OFF_GRID][0]
-            raise UserError(f"pixel value {value} is none of {self.levels} grey levels; set `data.levels` to 256")
+            raise UserError(f"pixel value {value} is not one of {self.levels} grey levels; set `data.levels` to 256")
         return np.ascontiguousarray(stored.transpose(0, 3, 1, 2))
 
     def load(self, stored: np.ndarray) -> Tensor:
@@ -55,13 +55,15 @@ class PixelCodec:
     def decode(self, x0: Tensor, *, rounding: str = "round") -> np.ndarray:
         """x0 (B, C, H, W) -> uint8 images (B, H, W, C) of the codec's levels, clamped to their range.
 
-        "round" takes the nearest level, floor(x0 (L - 1) / 2 + L / 2): at L = 256 EDM's truncated 127.5 x0 + 128.
-        "truncate" takes the level below, floor((x0 + 1) (L - 1) / 2): at L = 256 DMD2's truncated 127.5 (x0 + 1).
-        Raises UserError if x0 holds NaN.
+        "round" is the nearest level, floor(x0 (L - 1) / 2 + L / 2): for L = 256 EDM's truncated 127.5 x0 + 128.
+        "truncate" is the level below, floor((x0 + 1) (L - 1) / 2): for L = 256 DMD2's truncated 127.5 (x0 + 1).
+        Raises UserError if x0 contains NaN.
         """
         x0 = x0.detach().float()
         if torch.isnan(x0).any():
-            raise UserError("samples hold NaN: the network diverged; lower its learning rate or take an earlier export")
+            raise UserError(
+                "samples contain NaN: the network diverged; lower its learning rate or use an earlier export"
+            )
         if rounding == "round":
             level = x0 * self._half + self.levels / 2
         elif rounding == "truncate":
@@ -73,13 +75,13 @@ class PixelCodec:
 
 
 class ClassConditioner:
-    """Class labels as the condition `label`, int64 of shape (B,); fulfils `denoiser.Conditioner`."""
+    """Class labels as the condition `label`, int64 (B,); implements `denoiser.Conditioner`."""
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
 
     def encode(self, labels: Sequence[Any]) -> Cond:
-        """Conditions of integer labels. Raises UserError on one outside 0 .. classes - 1."""
+        """The conditions of integer labels. Raises UserError for one outside [0, num_classes)."""
         label = torch.as_tensor(np.asarray(labels, dtype=np.int64))
         if len(label) and not 0 <= int(label.min()) <= int(label.max()) < self.num_classes:
             raise UserError(
@@ -89,7 +91,7 @@ class ClassConditioner:
         return {"label": label}
 
     def draw(self, num: int, rng: torch.Generator) -> Cond:
-        """`num` uniform labels on the generator's device."""
+        """`num` uniform random labels, on the generator's device."""
         return {"label": torch.randint(self.num_classes, (num,), generator=rng, device=rng.device)}
 
     def null(self, num: int) -> Cond | None:
@@ -98,5 +100,5 @@ class ClassConditioner:
 
 
 def pixel_space(data: Data) -> tuple[PixelCodec, ClassConditioner]:
-    """The space of a class-conditional teacher of pixels."""
+    """The codec and conditioner of a class-conditional teacher in pixel space."""
     return PixelCodec(data.levels, data.channels), ClassConditioner(data.num_classes)

@@ -1,4 +1,4 @@
-"""Weight files and what a network expects of them: names and shapes, compared before anything is copied."""
+"""Loads weight files; names and shapes are checked against the network before anything is copied."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def load_weights(module: nn.Module, path: Path | str) -> None:
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """The tensors in a file by name: a state dict as `.safetensors` or torch's `.bin`, `.pt`, `.pth`, or EDM's `.pkl`.
+    """Reads a state dict from `.safetensors`, torch's `.bin`, `.pt` or `.pth`, or EDM's `.pkl`.
 
-    Nothing in the file is executed. Raises UserError naming it if it cannot be read.
+    Nothing in the file is executed. Raises UserError naming the file if it cannot be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,23 +48,23 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 
 
 def read_network(path: Path | str, expected: Mapping[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a weight file that make up the state dict `expected`, in its order and dtypes.
+    """Reads the tensors of the state dict `expected` from a weight file, in its order and dtypes.
 
-    `expected` may hold meta tensors. With a `prefix` the file holds several networks, and the one whose names begin so
-    is meant. Raises UserError if a name or shape differs, or if a value is not finite.
+    `expected` may have meta tensors. `prefix` selects one of several networks in the file. Raises UserError if a name
+    or shape differs, or if a value is not finite.
     """
     state = {k.removeprefix(prefix): v for k, v in read_weights(path).items() if k.startswith(prefix)}
     check_state(state, expected, f"{path}: {prefix}*" if prefix else str(path))
     bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if bad:
-        raise UserError(f"{path}: {_few('holding NaN or infinity', bad)}; fetch it again")
+        raise UserError(f"{path}: {_few('containing NaN or infinity', bad)}; download it again")
     return {name: state[name].to(want.dtype) for name, want in expected.items()}
 
 
 def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Raises UserError with the first few names that are missing, unexpected or of another shape or kind.
+    """Raises UserError with the first few names that are missing, unexpected, or differ in shape or kind of dtype.
 
-    Fixed filters (`resample_filter`) must also hold EDM's values, since the network computes without them.
+    Fixed filters (`resample_filter`) must also have EDM's values, since the network does not read them.
     """
     problems = [
         _few("missing", [name for name in expected if name not in found]),
@@ -72,8 +72,8 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], whe
         _few("mismatching", [text for name in expected if name in found for text in _mismatch(name, found, expected)]),
     ]
     if any(problems):
-        told = "; ".join(problem for problem in problems if problem)
-        raise UserError(f"{where}: not the weights of the configured network: {told}; correct `network` or the file")
+        listed = "; ".join(problem for problem in problems if problem)
+        raise UserError(f"{where}: not the weights of the configured network: {listed}; correct `network` or the file")
 
 
 def _mismatch(name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

@@ -145,12 +145,12 @@ def test_contradictory_or_impossible_training_key_is_refused(keys: dict[str, Any
         ({"samplers": {"ode": {"num_steps": None}}}, "samplers.ode: `num_steps` belongs to kind heun"),
         ({"samplers": {"student": {"num_steps": 4}}}, "samplers.student: `num_steps` belongs to kind heun"),
         ({"samplers": {"student": {"s_churn": 4}}}, "samplers.student: `s_churn`.* belong to kind heun"),
-        ({"samplers": {"sde": {"s_max": 0.01}}}, "s_max 0.01 lies below s_min 0.05"),
+        ({"samplers": {"sde": {"s_max": 0.01}}}, "s_max 0.01 is below s_min 0.05"),
         ({"pairs": {"sampler": "odee"}}, "pairs.sampler: no sampler 'odee'; known: ode, sde, student"),
         ({"pairs": {"sampler": "sde"}}, "pairs.sampler: 'sde' is not deterministic"),
         ({"pairs": {"sampler": "student"}}, "pairs.sampler: 'student' is not deterministic"),
         ({"teacher": {"weights": {"path": "x"}}}, "set `training` or `weights`, not both"),
-        ({"teacher": {"sigma_min": 90}}, "sigma_min 90.0 must lie below sigma_max 80.0"),
+        ({"teacher": {"sigma_min": 90}}, "sigma_min 90.0 must be below sigma_max 80.0"),
         ({"teacher": {"training": None, "weights": {"path": "x", "sha256": "12"}}}, "sha256"),
         ({"gpus": 3}, "batch_size 64 is not divisible by 3 gpus; use 66"),
         ({"data": {"channels": 2}}, "data.channels"),
@@ -203,13 +203,13 @@ def test_extends_in_a_circle_is_refused(parents: list[str], folder: Path):
     names = ["a", *parents]
     for name, parent in zip(names, parents, strict=False):
         write(folder / "runs" / f"{name}.yaml", {"extends": parent, "description": ""})
-    with pytest.raises(UserError, match="`extends` runs in a circle: " + " -> ".join(names)):
+    with pytest.raises(UserError, match="`extends` is a cycle: " + " -> ".join(names)):
         read_chain(folder / "runs", "a")
 
 
 def test_extends_takes_one_existing_name(folder: Path):
     write(folder / "runs" / "a.yaml", {"extends": ["dmd2", "gan"], "description": ""})
-    with pytest.raises(UserError, match="`extends` takes one name"):
+    with pytest.raises(UserError, match="`extends` must be one name"):
         read_chain(folder / "runs", "a")
     write(folder / "runs" / "a.yaml", {"extends": "dmd22", "description": ""})
     with pytest.raises(UserError, match=r"dmd22\.yaml: no such file; did you mean 'dmd2'\?"):

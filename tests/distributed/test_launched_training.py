@@ -57,7 +57,7 @@ def test_interrupted_ranks_save_and_one_process_goes_on_with_their_parts(inputs:
     process.send_signal(signal.SIGTERM)
     status, told = ended(process)
     assert status == 143, told
-    stopped = re.findall(r"error: SIGTERM: saved after iteration (\d+); run the same command to go on", told)
+    stopped = re.findall(r"error: SIGTERM: saved after iteration (\d+); run the same command to resume", told)
     assert stopped == [str(job.saved())], told
     assert job.saved() == job.rows()[-1]["step"], "nothing that was done is lost"
 

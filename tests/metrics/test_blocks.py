@@ -225,5 +225,5 @@ def test_part_of_a_block_is_not_measured_as_one(digits, reference, extractor):
     meter = Meter(reference, extractor, 20)
     with pytest.raises(ValueError, match="a block has 20 samples, got 10"):
         meter.measures(meter.tally([digits.images[:10]], digits.labels[:10], 0))
-    with pytest.raises(ValueError, match="1 samples are no block"):
+    with pytest.raises(ValueError, match="1 samples are not a block"):
         measure(digits.images[:1], digits.labels[:1], reference, extractor)

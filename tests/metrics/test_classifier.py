@@ -71,7 +71,7 @@ def test_other_sizes_train_too(resolution, channels):
 
 
 def test_images_of_another_shape_than_the_preset_says_are_refused(digits):
-    with pytest.raises(UserError, match=r"data\.resolution and data\.channels ask for \(16, 16, 1\)"):
+    with pytest.raises(UserError, match=r"data\.resolution and data\.channels require \(16, 16, 1\)"):
         train_classifier(digits.images, digits.labels, FEATURES, DATA.model_copy(update={"resolution": 16}))
 
 

@@ -107,9 +107,9 @@ def test_published_statistics_are_used_as_they_are(tmp_path: Path):
         ({"mu": np.zeros(4)}, r"`mu` is float64 \(4,\), the extractor has 3 features"),
         ({"sigma": np.eye(4)}, r"`sigma` is float64 \(4, 4\), the extractor has 3 features"),
         ({"mu": np.zeros(3, np.int64)}, r"`mu` is int64"),
-        ({"mu": np.array([0, np.nan, 1])}, "`mu` holds NaN"),
-        ({"sigma": np.array([[1, 0.5, 0], [0, 1, 0], [0, 0, 1.0]])}, "`sigma` is no covariance"),
-        ({"sigma": np.diag([1.0, -1, 1])}, "`sigma` is no covariance"),
+        ({"mu": np.array([0, np.nan, 1])}, "`mu` contains NaN"),
+        ({"sigma": np.array([[1, 0.5, 0], [0, 1, 0], [0, 0, 1.0]])}, "`sigma` is not a covariance"),
+        ({"sigma": np.diag([1.0, -1, 1])}, "`sigma` is not a covariance"),
         ({"mu": np.array([{"a": 1}, None, None], dtype=object)}, r"not an \.npz archive of plain arrays"),
     ],
 )

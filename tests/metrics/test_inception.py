@@ -98,7 +98,7 @@ def test_detector_without_class_scores_has_features_alone(tmp_path: Path):
 
 def test_detector_that_returns_no_probabilities_is_refused(tmp_path: Path):
     path = saved(Logits(), tmp_path / "logits.pt")
-    with pytest.raises(UserError, match=r"logits\.pt: .*no_output_bias=True are no probabilities"):
+    with pytest.raises(UserError, match=r"logits\.pt: .*no_output_bias=True are not probabilities"):
         load_extractor(named(path, sha256(path)), DATA, None)
 
 

@@ -132,7 +132,7 @@ def test_a_wrong_file_is_refused_with_its_name(file: WeightsFile, tmp_path: Path
     assert "features.28.bias is missing, expected (512,)" in refusal(missing)
     other = good | {"features.0.weight": torch.zeros(64, 1, 3, 3)}
     assert "features.0.weight is (64, 1, 3, 3), expected (64, 3, 3, 3)" in refusal(other)
-    assert "holds a list" in refusal([1, 2])
+    assert "contains a list" in refusal([1, 2])
     assert "not a file of tensors" in refusal(b"not a checkpoint")
     assert "not a file of tensors" in refusal(Path(file.path).read_bytes()[:10_000])
     torch.save(good, tmp_path / "good.pth")

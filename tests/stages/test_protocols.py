@@ -36,7 +36,7 @@ def test_tables_have_a_place_for_every_protocol():
 @pytest.mark.parametrize(
     ("names", "complaint"),
     [
-        (["edm", "edm"], r"protocols \['edm', 'edm'\]: one stands twice"),
+        (["edm", "edm"], r"protocols \['edm', 'edm'\]: one is listed twice"),
         (["clean"], r"`evaluation\.protocols\.0` is 'clean': input should be 'edm' or 'dmd2'"),
         ([], r"`evaluation\.protocols` is \[\]"),
     ],

@@ -109,7 +109,7 @@ def test_data_is_read_a_batch_at_a_time(world: World, tmp_path: Path, monkeypatc
     ("published", "file", "complaint"),
     [
         ({"mu": np.zeros(2048)}, {}, r"`mu` is float64 \(2048,\), the extractor has 4 features"),
-        ({"sigma": np.diag([1.0, 1, 1, -1])}, {}, "`sigma` is no covariance"),
+        ({"sigma": np.diag([1.0, 1, 1, -1])}, {}, "`sigma` is not a covariance"),
         ({}, {"sha256": "0" * 64}, r"published\.npz: its SHA-256 is .*, expected 0000"),
     ],
 )

@@ -153,7 +153,7 @@ def test_bf16_is_of_the_blocks_and_not_of_embedding_and_conditioning(arch: str):
 
 
 def test_wrong_sample_shape_is_refused():
-    with pytest.raises(ValueError, match=r"x is \(2, 3, 8, 8\); this denoiser takes \(B, 1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"x is \(2, 3, 8, 8\); this denoiser expects \(B, 1, 8, 8\)"):
         network()(torch.zeros(2, 3, 8, 8), torch.ones(2), {"label": torch.tensor([0, 1])})
 
 

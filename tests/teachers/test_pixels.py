@@ -57,7 +57,7 @@ def test_decoding_takes_the_nearest_of_17_levels_and_clamps():
 
 
 def test_values_between_the_levels_and_wrong_images_are_refused():
-    with pytest.raises(UserError, match=r"pixel value 7 is none of 17 grey levels; set `data\.levels` to 256"):
+    with pytest.raises(UserError, match=r"pixel value 7 is not one of 17 grey levels; set `data\.levels` to 256"):
         PixelCodec(17, 1).encode(np.full((1, 2, 2, 1), 7, np.uint8))
     with pytest.raises(UserError, match=r"images are uint8 \(1, 2, 2, 3\); expected uint8 \(B, H, W, 1\)"):
         PixelCodec(256, 1).encode(np.zeros((1, 2, 2, 3), np.uint8))
@@ -65,7 +65,7 @@ def test_values_between_the_levels_and_wrong_images_are_refused():
         PixelCodec(256, 1).encode(np.zeros((1, 2, 2, 1)))
     with pytest.raises(ValueError, match="rounding is 'floor'"):
         PixelCodec(256, 1).decode(torch.zeros(1, 1, 2, 2), rounding="floor")
-    with pytest.raises(ValueError, match=r"levels 257 must lie in 2\.\.256"):
+    with pytest.raises(ValueError, match=r"levels 257 must be in 2\.\.256"):
         PixelCodec(257, 1)
 
 
@@ -73,7 +73,7 @@ def test_nan_is_an_error_and_infinity_is_clamped():
     codec = PixelCodec(256, 1)
     x0 = torch.tensor([float("inf"), float("-inf"), 1e30, 0.0]).view(1, 1, 2, 2)
     assert codec.decode(x0).ravel().tolist() == [255, 0, 255, 128]
-    with pytest.raises(UserError, match="samples hold NaN"):
+    with pytest.raises(UserError, match="samples contain NaN"):
         codec.decode(x0 * float("nan"))
 
 

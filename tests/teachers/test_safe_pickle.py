@@ -95,7 +95,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
     source = network()
     source.model.out_norm.bias.data[3] = float("nan")
     path = write(tmp_path, edm_pickle(source))
-    with pytest.raises(UserError, match=r"1 holding NaN or infinity: model\.out_norm\.bias"):
+    with pytest.raises(UserError, match=r"1 containing NaN or infinity: model\.out_norm\.bias"):
         read_network(path, outline(TEACHER, DATA).state_dict())
 
 

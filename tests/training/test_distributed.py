@@ -54,7 +54,7 @@ def test_distillation_on_two_ranks_equals_one_process_with_the_whole_batch(start
 
 def test_one_rank_asked_to_stop_stops_all_and_they_resume_exactly(start: Start, latents: Path, tmp_path: Path):
     one, other = on_two_ranks(start, stopped_fit, tmp_path, latents)
-    assert one["stopped"] == other["stopped"] == "SIGTERM: saved after iteration 7; run the same command to go on"
+    assert one["stopped"] == other["stopped"] == "SIGTERM: saved after iteration 7; run the same command to resume"
     assert_same_state(one["weights"], other["weights"])
     resumed, straight = (torch.load(tmp_path / f"{name}-0.pt", weights_only=True) for name in ("resumed", "straight"))
     assert_same_state(resumed, straight)

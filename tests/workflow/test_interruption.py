@@ -99,5 +99,5 @@ def test_interrupted_workflow_ends_in_order_and_goes_on(finished: Checkout, tmp_
     assert not (checkout / TARGET).exists()
     saved = last_saved(checkout)
     assert first <= saved < ITERATIONS
-    assert f"SIGINT: saved after iteration {saved}; run the same command to go on" in said
+    assert f"SIGINT: saved after iteration {saved}; run the same command to resume" in said
     assert_resumes_to_the_same_end(checkout, finished, at_least=saved)  # without --unlock
