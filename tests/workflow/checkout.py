@@ -12,6 +12,8 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import Any
 
+import forked_snakemake
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = ("Snakefile", "environment.yml", "pyproject.toml", "workflow", "profiles", "dmd2", "kernels")
 RULE = re.compile(r"^(?:local)?rule (\w+):\n((?: {4}.*\n)*)", re.MULTILINE)
@@ -51,12 +53,22 @@ class Checkout:
 
     def command(self, *arguments: str, overlay: Overlay = None, config: str = "preset=smoke") -> list[str]:
         """`snakemake ARGUMENTS` with preset smoke and `overlay` on it; targets come first in `arguments`."""
+        options = self._options(overlay, config)
+        return [sys.executable, "-c", HEAR_SIGINT, sys.executable, "-m", "snakemake", *arguments, *options]
+
+    def _options(self, overlay: Overlay, config: str) -> list[str]:
         options = ["--config", *config.split()]
         if overlay:
             file = self / "overlay.yaml"
             file.write_text(json.dumps(overlay))  # JSON is YAML
             options += ["--configfile", str(file)]
-        return [sys.executable, "-c", HEAR_SIGINT, sys.executable, "-m", "snakemake", *arguments, *options]
+        return options
+
+    def without_jobs(
+        self, *arguments: str, overlay: Overlay = None, config: str = "preset=smoke"
+    ) -> subprocess.CompletedProcess[str]:
+        """As `snakemake`, for a dry run or one that stops before its first job."""
+        return forked_snakemake.run(self.folder, [*arguments, *self._options(overlay, config)], environment())
 
     def snakemake(
         self, *arguments: str, prefix: tuple[str, ...] = (), env: Mapping[str, str] | None = None, **options: Any
@@ -74,7 +86,7 @@ class Checkout:
 
     def planned(self, *targets: str, overlay: Overlay = None) -> set[str]:
         """What a dry run would start: rules with their wildcards, such as `train dmd2` and `sample teacher/ode`."""
-        done = self.snakemake(*targets, "-n", overlay=overlay)
+        done = self.without_jobs(*targets, "-n", overlay=overlay)
         assert done.returncode == 0, done.stdout
         jobs = jobs_in(done.stdout)
         assert (not jobs) == (NOTHING in done.stdout), done.stdout
