@@ -31,21 +31,17 @@ SLOW = (
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the slow folders and files, before `-m` is looked at."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the slow folders and files, before `-m` is looked at, and leaves `fuzz` out unless `-m` names it."""
     for item in items:
         if item.path.is_relative_to(TESTS) and item.path.relative_to(TESTS).as_posix().startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+    if "fuzz" not in config.option.markexpr and (fuzz := [item for item in items if item.get_closest_marker("fuzz")]):
+        config.hook.pytest_deselected(items=fuzz)
+        items[:] = [item for item in items if item not in fuzz]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leaves tests marked `gpu` out where there is none."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves tests marked `fuzz` out unless `-m` names them."""
-    if "fuzz" not in config.option.markexpr and (fuzz := [item for item in items if item.get_closest_marker("fuzz")]):
-        config.hook.pytest_deselected(items=fuzz)
-        items[:] = [item for item in items if item not in fuzz]
