@@ -140,5 +140,5 @@ def test_a_runs_own_key_wins_over_the_presets_default():
     plan = Plan(ROOT / "workflow", "digits")
     assert plan.run("dmd2").train.share_critic_pass
     assert not plan.run("dmd2_separate").train.share_critic_pass
-    apart = plan.run("dmd2").train.model_copy(update={"share_critic_pass": False})
-    assert plan.run("dmd2_separate").train == apart
+    usual = plan.preset.train.model_copy(update={"share_critic_pass": False})
+    assert plan.run("dmd2_separate").train == usual

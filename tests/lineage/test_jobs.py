@@ -97,9 +97,9 @@ def test_work_of_a_job_is_passes_times_samples():
     assert flops(streamed, "metrics floor") == flops(streamed, "latents") == flops(streamed, "teacher") == {}
     assert flops(streamed, "reference") == {"fp32": 2 * 1_281_167}
     stored = Plan(WORKFLOW, "digits")
-    assert flops(stored, "sample teacher/ode") == {"fp32": 35 * 3 * 3 * 5391}
-    assert flops(stored, "metrics teacher/ode") == {"fp32": 2 * 3 * 5391}
-    assert flops(stored, "teacher") == {"fp32": 3 * 3 * 2400 * 64}
+    assert flops(stored, "sample teacher/ode") == {"fp32": 23 * 3 * 3 * 1797}
+    assert flops(stored, "metrics teacher/ode") == {"fp32": 2 * 3 * 1797}
+    assert flops(stored, "teacher") == {"fp32": 3 * 3 * 800 * 64}
 
 
 def test_gpu_hours_are_work_over_rate():
@@ -152,10 +152,10 @@ def test_room_on_disks_is_that_of_images_pairs_and_what_runs_store():
     assert found["results"] == {
         # The teacher's; of six runs the generator's and both networks'; the snapshot that stands in the table.
         "weights": 100 + 6 * (2 * 100 + 120) + 100,
-        "snapshots": (5 * 6 + 10) * 100,
+        "snapshots": (5 * 6 + 9) * 100,
         "samples": 6 * 2 * 500 * (64 + 2560),
     }
-    assert found["state"] == {"snapshots": (5 * 6 + 10) * 100, "checkpoints": 6 * 3 * (100 + 120 + 400 + 100)}
+    assert found["state"] == {"snapshots": (5 * 6 + 9) * 100, "checkpoints": 6 * 3 * (100 + 120 + 400 + 100)}
 
 
 def test_best_snapshots_wait_for_their_curve():
