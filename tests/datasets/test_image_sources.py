@@ -239,7 +239,9 @@ def test_a_zip_whose_list_of_classes_does_not_fit_is_refused(labels: object, tre
     class_zip(tree, tmp_path / "images.zip")
     with zipfile.ZipFile(tmp_path / "images.zip", "a") as archive:
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
-    with pytest.raises(UserError, match=r"dataset.json (contains no classes|has no class for n1/c.jpeg, nor for 3 more)"):
+    with pytest.raises(
+        UserError, match=r"dataset.json (contains no classes|has no class for n1/c.jpeg, nor for 3 more)"
+    ):
         open_source(data_of("image_zip", tmp_path / "images.zip"))
 
 
