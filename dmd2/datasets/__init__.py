@@ -1,4 +1,4 @@
-"""Labelled images, teacher latents and noise-image pairs: from a source, through tar shards, to batches."""
+"""Data sets of labelled images, latents and noise-image pairs: sources, tar shards, batches."""
 
 from dmd2.datasets.images import write_images
 from dmd2.datasets.reader import ShardReader

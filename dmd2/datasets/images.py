@@ -1,4 +1,4 @@
-"""From a source of images to shards of them."""
+"""Writes the images of a source as shards."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dmd2.lineage.spec import Spec
 log = logging.getLogger(__name__)
 BATCH = 64
 BEYOND = 100
-"""How many unreadable images over the limit are still listed before the rest is left alone."""
+"""How many unreadable images above the limit are listed before the job stops."""
 NAMED = 3
-"""How many of them the error names."""
+"""How many of them the error message names."""
 PROBED = 32
-"""Images encoded to estimate how much room all take."""
+"""Number of images encoded to estimate the size of all."""
 
 
 def write_images(
@@ -39,12 +39,12 @@ def write_images(
 ) -> dict[str, Any]:
     """Writes the images of a source as shards with the fields `image` and `cls`; returns the manifest.
 
-    `workers` processes share the work; the result does not depend on their number. `progress(total)` gives what is
-    called with the number of images of each shard. Images that cannot be read are left out and listed, with the
-    reasons, in `unreadable.json` beside the manifest.
+    The result does not depend on `workers`, the number of processes. `progress(total)` returns a function that is
+    called with the number of images of each shard. Images that cannot be read are skipped and listed, with the
+    reasons, in `unreadable.json` next to the manifest.
 
-    Raises UserError when more than `data.max_unreadable` cannot be read (finished shards stay: a higher limit goes on
-    from them), and before the start when the disk has too little room.
+    Raises UserError if more than `data.max_unreadable` images cannot be read (finished shards are kept, so a higher
+    limit resumes from them), and before the start if the disk has too little space.
     """
     manifest_path = Path(manifest_path)
     log.info("shards: listing %s", data.path or data.source)  # a minute for ImageNet's archive
@@ -88,7 +88,7 @@ class ImageMaker:
 
 @dataclass
 class _Unreadable:
-    """Counts and lists what was left out, and stops when it is too much."""
+    """Counts and lists skipped images; raises UserError if there are too many."""
 
     source: Source
     limit: int
@@ -96,13 +96,13 @@ class _Unreadable:
     found: list[LeftOut] = field(default_factory=list)
 
     def add(self, items: Sequence[LeftOut]) -> None:
-        """Notes some; raises UserError when there are so many that the rest need not be looked at."""
+        """Adds skipped images. Raises UserError if there are more than `limit` + BEYOND."""
         self.found += items
         if len(self.found) > self.limit + BEYOND:
             self._stop("at least ")
 
     def facts(self) -> dict[str, Any]:
-        """What the manifest tells of the whole set; raises UserError when more is left out than the limit allows."""
+        """Facts about the whole set for the manifest. Raises UserError if more than `limit` images were skipped."""
         if len(self.found) > self.limit:
             self._stop("")
         self._write()
@@ -128,7 +128,7 @@ class _Unreadable:
         )
 
     def _write(self) -> None:
-        """Lists what was left out in the order of the source; no list where nothing was."""
+        """Writes the list of skipped images in the order of the source; removes it if there are none."""
         if self.found:
             files.write_json(self.path, {"unreadable": [item._asdict() for item in sorted(self.found)]})
         else:
@@ -136,7 +136,7 @@ class _Unreadable:
 
 
 def check_room(make: ImageMaker, folder: Path) -> None:
-    """Raises UserError when the disk of `folder` has less room than the shards are estimated to take."""
+    """Raises UserError if the disk of `folder` has less free space than the estimated size of the shards."""
     folder.mkdir(parents=True, exist_ok=True)
     num = len(make.source)
     probe = make(np.linspace(0, num - 1, PROBED).astype(int).tolist())
@@ -148,11 +148,11 @@ def check_room(make: ImageMaker, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: the shards of {num} images take about {needed / 1e9:.1f} GB more, but {free / 1e9:.1f} GB are "
+            f"{folder}: the shards of {num} images need about {needed / 1e9:.1f} GB more, but {free / 1e9:.1f} GB are "
             f"free; make room, or make {folder} a link to a larger disk"
         )
 
 
 def _in_tar(size: int) -> int:
-    """The room that a member of `size` bytes takes, its header included."""
+    """The size in a tar, in bytes, of a member of `size` bytes, including its header."""
     return 512 + -(-size // 512) * 512

@@ -1,8 +1,8 @@
-"""What a teacher makes of the data: stored latents with conditions, and noise-image pairs.
+"""Writes sets of latents with conditions, and of noise-image pairs.
 
 A latent set has the fields `latent`, `cond.NAME` and `cls`; a pair set has `noise`, `x0` and `cond.NAME`.
 
-Shapes: B batch, H, W, C height, width and channels of an image, `...` the shape of a sample in the network's space.
+Shapes: B batch, (H, W, C) an image, `...` the shape of a sample in the network's space.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def write_latents(
 ) -> dict[str, Any]:
     """Writes the latents and conditions of an image set, shard by shard; returns the manifest.
 
-    The first batch of every shard is decoded again and compared with the images. The mean absolute difference may not
-    exceed `max_decode_error` grey levels of 255; the default asks for equality, as a pixel codec gives. Mean and
-    largest difference are kept with each shard. `options` are those of `write_shards`.
+    The first batch of every shard is decoded and compared with the images: UserError if the mean absolute difference
+    exceeds `max_decode_error` grey levels of 255 (default: equal, as with a pixel codec). Mean and largest difference
+    are stored with each shard. `options` are those of `write_shards`.
     """
     reader = ShardReader(images_manifest, images_digest)
 
@@ -51,9 +51,9 @@ def write_latents(
         found = decode_error(images, codec.decode(codec.load(np.asarray(fields["latent.npy"]))))
         if not found["decode_error_mean"] <= max_decode_error:
             raise UserError(
-                f"{images_manifest}: samples {ids.start} to {ids.stop - 1} come back from the codec with a mean error "
+                f"{images_manifest}: the codec reconstructs samples {ids.start} to {ids.stop - 1} with a mean error "
                 f"of {found['decode_error_mean']:.3f} grey levels, more than {max_decode_error}; check that the "
-                f"teacher's codec fits the data (resolution, channels, levels)"
+                f"teacher's codec matches the data (resolution, channels, levels)"
             )
         return found
 
@@ -83,7 +83,7 @@ def write_pairs(
 ) -> dict[str, Any]:
     """Writes noise-image pairs; returns the manifest.
 
-    `make(ids)` gives the pairs `ids`; noise and x0 are stored in the dtype it gives them (float32 or float16).
+    `make(ids)` returns the pairs `ids`; noise and x0 are stored in their dtype (float32 or float16).
     `options` are those of `write_shards`.
     """
 

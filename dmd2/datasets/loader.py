@@ -1,9 +1,8 @@
-"""Batches for training as a pure function of (seed, step): a resumed run asks for the step it stopped at.
+"""Stateless batches for training: a function of (seed, step), so that a resumed run needs only the step.
 
-The stream of sample ids is endless: one permutation of the set after another, each seeded by (seed, epoch). Global
-batch `step` is a run of consecutive positions in it, of which rank r takes the r-th part; a batch may span two epochs,
-so within an epoch no sample is lost or repeated, whatever the batch size. The stream does not depend on the number of
-ranks: the same global batch size gives the same global batches.
+The stream of sample ids is infinite: a permutation of the set for each epoch, seeded by (seed, epoch). Global batch
+`step` is a range of consecutive positions in it, of which rank r reads the r-th share; a batch may span two epochs, so
+that an epoch has every sample exactly once for any batch size. Global batches do not depend on the number of ranks.
 
 Shapes: B batch of one rank, `...` the shape of one sample in the network's space.
 """
@@ -29,20 +28,20 @@ Raw = Mapping[str, np.ndarray]
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """The permutation of an epoch. It rests on raw PCG64 words, whose stream NumPy keeps the same in all versions."""
+    """The permutation (N,) of an epoch, from raw PCG64 words, whose stream NumPy guarantees across versions."""
     words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
     return np.argsort(words, kind="stable")
 
 
 class EpochStream:
-    """The endless stream of sample ids."""
+    """The infinite stream of sample ids."""
 
     def __init__(self, num_samples: int, seed: int):
         self.num_samples = num_samples
         self._order = lru_cache(maxsize=2)(partial(epoch_order, seed, num_samples=num_samples))
 
     def ids(self, start: int, stop: int) -> np.ndarray:
-        """The ids at positions start .. stop-1."""
+        """The ids at positions [start, stop)."""
         epochs = range(start // self.num_samples, (stop - 1) // self.num_samples + 1)
         parts = []
         for epoch in epochs:
@@ -54,10 +53,10 @@ class EpochStream:
 class Loader:
     """The batches of one rank.
 
-    `batch_size` is a rank's; the global batch is batch_size * world. A set that takes at most `cache_bytes` decoded
-    is held in memory as one array per name; of a larger one a background thread reads `prefetch` steps ahead.
+    `batch_size` is per rank; the global batch is batch_size * world. A set of at most `cache_bytes` decoded is cached
+    in memory as one array per name; of a larger one a background thread prefetches `prefetch` steps.
 
-    Raises UserError if the set has fewer samples than one global batch, or was made under another `digest`.
+    Raises UserError if the set has fewer samples than one global batch, or was written under another `digest`.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Loader:
         return self._stream.ids(start, start + self._batch_size)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This rank's batch at `step` by name: (B, ...) each."""
+        """This rank's batch at `step`: arrays (B, ...) by name."""
         if self._cache is not None:
             ids = self.ids(step)
             return {name: values.take(ids, axis=0) for name, values in self._cache.items()}
@@ -109,7 +108,7 @@ class Loader:
         return self._pending.pop(step).result()
 
     def close(self) -> None:
-        """Stops reading ahead and closes the shards."""
+        """Stops prefetching and closes the shards."""
         self._worker.shutdown(cancel_futures=True)
         self.reader.close()
 
@@ -125,7 +124,7 @@ class DataBatch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Noise (B, ...), the image (B, ...) that the teacher's ODE takes it to, and the conditions."""
+    """Noise (B, ...), the image x0 (B, ...) to which the teacher's ODE maps it, and the conditions."""
 
     noise: Tensor
     x0: Tensor
@@ -133,12 +132,12 @@ class PairBatch(NamedTuple):
 
 
 def to_batch(raw: Raw, codec: Codec) -> DataBatch:
-    """A batch of a latent set as tensors: `latent` through the codec, every `cond.NAME` as it is."""
+    """A batch of a latent set as tensors: x0 from `latent` by the codec, and every `cond.NAME` unchanged."""
     return DataBatch(codec.load(raw["latent"]), _cond(raw))
 
 
 def to_pairs(raw: Raw) -> PairBatch:
-    """A batch of a pair set as tensors; noise and image float32 however they are stored."""
+    """A batch of a pair set as tensors; noise and x0 are converted to float32."""
     noise, x0 = (torch.from_numpy(raw[name]).float() for name in ("noise", "x0"))
     return PairBatch(noise, x0, _cond(raw))
 

@@ -1,8 +1,8 @@
-"""Reads tar shards by sample id, in any order, and refuses damaged ones.
+"""Random access to tar shards by sample id; damaged shards are errors.
 
-Cost of true random access: one seek and one small read per field, so a shuffled epoch over local disks needs no
-shuffle buffer and an exact resume no replay. The first touch of a shard by a process reads it once from end to end to
-check its SHA-256 (0.6 GB/s on one core).
+A field costs one seek and one small read, so a shuffled epoch over local disks needs no shuffle buffer, and an exact
+resume no replay. A process reads a shard once from end to end on first use, to check its SHA-256 (0.6 GB/s on one
+core).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from dmd2.errors import UserError
 
 MAX_OPEN_FILES = 256
 _checked: set[tuple[str, str, int, int, int]] = set()
-"""Shards that this process has checked: path, checksum, and the file's identity (inode, size, time)."""
+"""Shards that this process has checked: path, checksum, and the file's inode, size and mtime."""
 
 
 def open_local(path: Path) -> BufferedReader:
-    """A shard on a mounted disk; a reader of remote shards takes another function with this signature."""
+    """Opens a shard on a mounted disk; replace it with a function of the same signature for remote shards."""
     return path.open("rb")
 
 
 class ShardReader:
-    """The samples of a manifest as decoded arrays. Threads may share one.
+    """Reads samples of a manifest as decoded arrays; thread-safe.
 
-    `digest` refuses a set that was made under another configuration.
+    Raises UserError if the set was written under another configuration than `digest`.
     """
 
     def __init__(
@@ -59,25 +59,25 @@ class ShardReader:
         return int(self.manifest["num_samples"])
 
     def num_bytes(self, names: Sequence[str] | None = None) -> int:
-        """The memory that all samples take when decoded."""
+        """The size of all decoded samples in bytes."""
         layouts = [self.manifest["fields"][field] for field in self._chosen(names).values()]
         return len(self) * sum(np.dtype(item["dtype"]).itemsize * int(np.prod(item["shape"])) for item in layouts)
 
     def read(
         self, ids: Sequence[int] | range | np.ndarray, names: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """The samples `ids`, in that order, by name: (len(ids), *shape) each. `names` leaves fields out.
+        """The samples `ids` in that order: arrays (len(ids), *shape) by name, of all fields or those in `names`.
 
-        Raises UserError naming the shard that is missing, short, truncated or altered, and the remedy.
+        Raises UserError for an unknown id or name, and with the remedy for a missing, truncated or altered shard.
         """
         chosen = self._chosen(names)
         wanted = np.asarray(ids, np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
-            raise UserError(f"{self.path}: samples {wanted.min()} to {wanted.max()} asked for, it has {len(self)}")
+            raise UserError(f"{self.path}: samples {wanted.min()} to {wanted.max()} requested, it has {len(self)}")
         data: dict[str, list[bytes]] = {name: [b""] * len(wanted) for name in chosen}
         columns = {name: self._order.index(field) for name, field in chosen.items()}
         with self._lock:
-            shards = np.searchsorted(self._starts, wanted, side="right") - 1  # of equal starts the last is not empty
+            shards = np.searchsorted(self._starts, wanted, side="right") - 1  # the last of equal starts is not empty
             positions = wanted - self._starts[shards]
             for row in np.argsort(wanted, kind="stable"):  # each shard is opened once, and read forwards
                 for name, column in columns.items():
@@ -91,7 +91,7 @@ class ShardReader:
             yield self.read(range(start, min(start + batch_size, len(self))), names)
 
     def verify(self) -> None:
-        """Checks every shard now, instead of each at its first use."""
+        """Checks all shards now, instead of at their first use. Raises UserError for a damaged one."""
         with self._lock:
             for shard in range(len(self.manifest["shards"])):
                 self._open(shard)
@@ -150,7 +150,7 @@ class ShardReader:
         _checked.add(identity)
 
     def _read_index(self, shard: int, path: Path) -> np.ndarray:
-        """Offsets and sizes of a shard's members: (samples, fields, 2)."""
+        """Offsets and sizes of a shard's members in bytes: (samples, fields, 2) int64."""
         entry = self.manifest["shards"][shard]
         try:
             text = path.read_bytes()

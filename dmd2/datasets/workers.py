@@ -1,4 +1,4 @@
-"""Work on many pieces in processes of its own: threads would wait for one another in Python's lock."""
+"""A parallel map over processes (threads would contend for the GIL)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _task: Callable[[Any], Any]
 
 
 def each(task: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """`task` of each item, in the order in which they are done; with one worker here, in the items' order.
+    """Yields `task(item)` in order of completion; with one worker in this process, in the items' order.
 
-    With more the task and what it returns are pickled: the task once per process. The first error ends the others.
-    Raises UserError when a process is killed from outside.
+    With several, the task (once per process) and its results are pickled. The first exception terminates the others.
+    Raises UserError if a process is killed from outside.
     """
     items = list(items)
     if workers == 1 or len(items) < 2:
@@ -37,8 +37,7 @@ def each(task: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R
             yield future.result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, perhaps for want of memory; run again with fewer threads: what is finished "
-            "is kept"
+            "a worker process was killed, perhaps out of memory; run again with fewer threads: finished work is kept"
         ) from None
     except BaseException:
         for process in set(multiprocessing.active_children()) - before:
@@ -49,7 +48,7 @@ def each(task: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R
 
 
 def _begin(task: Callable[[Any], Any]) -> None:
-    """Prepares a worker: it keeps the task, leaves Ctrl-C to its parent, and ends when that is gone."""
+    """Initialises a worker: stores the task, ignores Ctrl-C (the parent's job), and exits with the parent."""
     global _task
     _task = task
     signal.signal(signal.SIGINT, signal.SIG_IGN)

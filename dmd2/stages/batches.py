@@ -1,4 +1,4 @@
-"""The batches that a training asks for: a rank's share of latents and pairs, from the tars of their sets."""
+"""Training batches: a rank's share of latents and pairs, read from shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dmd2.training import ranks
 def data_batches(
     spec: Spec, manifest: Path, teacher: Teacher, batch_size: int, seed: int, device: torch.device
 ) -> Batches:
-    """Real samples as x0 of the teacher's space, with their conditions."""
+    """Batches of real samples: (x0 in the teacher's space, conditions)."""
     loader = _loader(spec, "latents", manifest, batch_size, seed)
 
     def batch(index: int) -> tuple[Tensor, Cond]:
@@ -28,7 +28,7 @@ def data_batches(
 
 
 def pair_batches(spec: Spec, manifest: Path, batch_size: int, seed: int, device: torch.device) -> PairBatches:
-    """Noise and the teacher's images, in an order of their own."""
+    """Batches of (noise, the teacher's x0, conditions), shuffled with `seed` + 1, unlike the real samples."""
     loader = _loader(spec, "pairs", manifest, batch_size, seed + 1)
 
     def batch(index: int) -> tuple[Tensor, Tensor, Cond]:
@@ -40,7 +40,7 @@ def pair_batches(spec: Spec, manifest: Path, batch_size: int, seed: int, device:
 
 
 def _loader(spec: Spec, upstream: str, manifest: Path, batch_size: int, seed: int) -> Loader:
-    """This rank's batches of a set."""
+    """The loader of this rank's batches of a set."""
     return Loader(
         manifest,
         batch_size=ranks.local_share(batch_size),
@@ -52,5 +52,5 @@ def _loader(spec: Spec, upstream: str, manifest: Path, batch_size: int, seed: in
 
 
 def _staged(value: Tensor, device: torch.device) -> Tensor:
-    """The tensor where a GPU can fetch it without the host waiting."""
+    """The tensor in pinned memory for asynchronous copies to a GPU; unchanged for a CPU."""
     return value.pin_memory() if device.type == "cuda" else value

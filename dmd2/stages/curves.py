@@ -1,4 +1,4 @@
-"""Stages on the snapshots of a run: their metrics against training, and the choice of the best."""
+"""Stages on the snapshots of a run: metrics over training, and selection of the best."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from dmd2.training import ranks
 
 STUDENT = Sampler(kind="few_step")
 OF_THE_FILE = ("artifact", "sha256", "bytes", "provenance")
-"""What a record says of the file that it stands beside, and not of the model in it."""
+"""Fields of a record that describe its file and not the model in it."""
 
 
 def curve(
     spec: Spec, snapshots: Path, reference: Path, extractor_weights: Path, state: Path, out: Path, runtime: Runtime
 ) -> None:
-    """Metrics of a run's snapshots against training, as CSV: paper, figure 9. Each rank measures its share of them."""
+    """Writes the metrics of a run's snapshots over training as CSV (paper, figure 9); each rank measures its share."""
     evaluation = spec.need("evaluation")
     checked_record(reference, spec.upstream["reference"])
     device = ranks.device_of(runtime.device)
@@ -56,7 +56,7 @@ def curve(
 
 
 def _position(spec: Spec, step: int) -> dict[str, int]:
-    """Where in its training a snapshot was taken."""
+    """The iteration and generator updates of a snapshot."""
     return {"step": step, "generator_updates": -(-step // spec.need("train").critic_steps_per_generator)}
 
 
@@ -68,9 +68,9 @@ def _write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def select(spec: Spec, curve: Path | None, snapshots: Path, generator: Path, out: Path) -> None:
-    """A copy of a run's snapshot, after the iteration that the sampler names or the best by the curve, and why.
+    """Copies a run's snapshot: of the sampler's iteration, or the best by FID of `curve`; its record says which.
 
-    `generator` is the last one, whose record says of the run what the snapshot's does not.
+    `generator` is the run's last one, whose record has facts that the snapshot's lacks.
     """
     files = {item["step"]: snapshots.parent / item["file"] for item in read_json(snapshots)["snapshots"]}
     facts = checked_record(generator, spec.upstream["model"])
@@ -80,13 +80,15 @@ def select(spec: Spec, curve: Path | None, snapshots: Path, generator: Path, out
     own = checked_record(files[step], spec.upstream["model"])
     with atomic(out) as temporary:
         shutil.copyfile(files[step], temporary)
-    of_the_run = {name: value for name, value in facts.items() if name not in TRAINING}  # the snapshot took less
+    of_the_run = {
+        name: value for name, value in facts.items() if name not in TRAINING
+    }  # the snapshot's own cost is lower
     kept = {name: value for name, value in {**of_the_run, **own}.items() if name not in OF_THE_FILE}
     write_record(out, spec, **{**kept, "iterations": step, **why})
 
 
 def _best(curve: Path, record: dict[str, Any], steps: set[int]) -> tuple[int, dict[str, Any]]:
-    """The step of the lowest FID on a run's curve, the earliest of equal ones, and why it was taken."""
+    """The step with the lowest FID on a run's curve (the earliest of equal ones), and facts about the selection."""
     rows = {int(row["step"]): row["fid"] for row in read_curve(curve)}
     if set(rows) != steps:
         raise UserError(f"{curve}: has other steps than the run's snapshots; delete it and run the workflow again")

@@ -20,13 +20,13 @@ from dmd2.training.rng import SampleNoise, step_rng
 
 
 def shards(spec: Spec, manifest: Path, source: str | None, max_unreadable: int, workers: int) -> None:
-    """The images and classes of a source, which lies at `source` if it lies anywhere, as shards."""
+    """Writes the images and classes of a source as shards; `source` is its path, if it has one."""
     data = spec.need("data").model_copy(update={"path": source, "max_unreadable": max_unreadable})
     write_images(manifest, data, spec, workers=workers, progress=lambda total: Counter("shards", total))
 
 
 def latents(spec: Spec, images: Path, manifest: Path, runtime: Runtime) -> None:
-    """The images in the teacher's space (itself, for a pixel teacher) with the teacher's conditions."""
+    """Writes the images encoded in the teacher's space (pixels for a pixel teacher), with the teacher's conditions."""
     codec, conditioner = load_space(spec.need("teacher"), spec.need("data"))
     write_latents(
         images,
@@ -41,7 +41,7 @@ def latents(spec: Spec, images: Path, manifest: Path, runtime: Runtime) -> None:
 
 
 def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
-    """Noise-image pairs of the teacher's deterministic sampler; each rank makes its share of the shards."""
+    """Writes noise-image pairs of the teacher's deterministic sampler; each rank writes its share of the shards."""
     settings, sampler = spec.need("pairs"), spec.need("sampler")
     device = ranks.device_of(runtime.device)
     teacher = open_teacher(spec, weights).to(device)

@@ -1,4 +1,4 @@
-"""Files from outside: fetched, checked and listed."""
+"""Fetches, checks and lists external files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dmd2.report.tables import load_table, measured_entries
 
 
 def download(name: str, entry: str, record: Path, mirror: str | None) -> None:
-    """The file `name` beside `record`, which is written once the file is known to be the one that `entry` describes."""
+    """Fetches the file `name` next to `record`, which is written after the file was checked against `entry`."""
     if record.name != f"{name}.json":
         raise UserError(f"--record: {record} is not the record of {name}; it must be called {name}.json")
     provide(name, parse(Download, read_mapping(entry, "--entry"), f"--entry {name}"), mirror, record.parent)
 
 
 def listing(workflow: Path, preset: str | None, over: Path | None = None) -> str:
-    """A line for each file from outside: its state, its place, and the keys that name it; then what to do."""
+    """A line for each external file: state, path and the keys that name it; then what the user has to do."""
     catalogue = load_catalogue(workflow / "downloads.yaml")
     paths = {str(FOLDER / name): [entry.what] for name, entry in catalogue.items()}
     if preset is not None:
@@ -38,9 +38,9 @@ def listing(workflow: Path, preset: str | None, over: Path | None = None) -> str
 
 
 def fetch(workflow: Path, preset: str, mirror: str | None, over: Path | None = None) -> None:
-    """Fetches and checks what a preset needs, as its jobs would: for machines that have no connection while they run.
+    """Fetches and checks all external files of a preset, for machines that are offline during jobs.
 
-    Raises UserError at the end for what could not be had, a line each.
+    Raises UserError at the end with one line for each file that could not be fetched.
     """
     catalogue = load_catalogue(workflow / "downloads.yaml")
     problems = []
@@ -55,17 +55,17 @@ def fetch(workflow: Path, preset: str, mirror: str | None, over: Path | None = N
 
 
 def _needed(workflow: Path, preset: str, over: Path | None) -> dict[str, list[str]]:
-    """What a preset needs, with the keys of a user's file over it."""
+    """The external files of a preset, overridden by the YAML file `over`: path -> keys that name it."""
     plan = Plan(workflow, preset, overrides(read_yaml(over)) if over else {})
     return needed_downloads(plan.preset, _runs(plan, workflow))
 
 
 def _runs(plan: Plan, workflow: Path) -> list[Run]:
-    """The runs in the tables of a preset, and those that they start from."""
+    """The runs in the tables of a preset, and those that initialise them (`init_run`)."""
     tables = [load_table(path) for path in sorted((workflow / "tables").glob("*.yaml"))]
     models = [entry.partition("/")[0] for table in tables for entry in measured_entries(table, plan.preset.name)]
     names = [model for model in dict.fromkeys(models) if model not in ("teacher", FLOOR)]
-    for name in names:  # grows by the parents
+    for name in names:  # grows by the parents while iterating
         parent = plan.run(name).train.init_run
         if parent is not None and parent not in names:
             names.append(parent)

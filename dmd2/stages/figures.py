@@ -1,4 +1,4 @@
-"""Stages that draw: curves of training and of quality, sheets of samples, and the configuration for the report."""
+"""Stages that write figures: curves of training and quality, sheets of samples; and the report's configuration."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dmd2.files import write_text
 from dmd2.report.sheets import by_class, compare_png, grid_png
 
 ROWS, COLUMNS = 8, 10
-"""Of a sheet: images of each class, and classes."""
+"""Of a sheet: images per class, and classes."""
 
 
 def curves(logs: Mapping[str, Path], qualities: Mapping[str, Path], real: Path, folder: Path) -> None:
-    """curves.svg, brightness.svg and fid_curve.svg of the runs, in `folder`."""
-    from dmd2.report.figures import (  # matplotlib, which sheets do without
+    """Writes curves.svg, brightness.svg and fid_curve.svg of the runs to `folder`."""
+    from dmd2.report.figures import (  # imports matplotlib, which sheets do not need
         brightness_figure,
         curves_figure,
         fid_curve_figure,
@@ -33,13 +33,13 @@ def curves(logs: Mapping[str, Path], qualities: Mapping[str, Path], real: Path, 
 
 
 def _brightness(manifest: Path) -> float:
-    """Mean of the real images in [-1, 1]; of the first ten thousand, for a large set."""
+    """Mean of the first 10,000 real images, in [-1, 1]."""
     reader = ShardReader(manifest)
     return float(reader.read(range(min(len(reader), 10_000)), ["image"])["image"].mean()) / 127.5 - 1
 
 
 def grid(manifest: Path, out: Path) -> None:
-    """A sheet of the first samples of each class, or of the first samples where most classes have few."""
+    """Writes a sheet of the first samples of each class, or of the first samples if most classes have few."""
     images, labels = _first(manifest)
     if _too_thin(labels):
         compare_png({f"the first {ROWS * COLUMNS}, of classes in turn": images[: ROWS * COLUMNS]}, out, columns=COLUMNS)
@@ -48,7 +48,7 @@ def grid(manifest: Path, out: Path) -> None:
 
 
 def compare(sets: Mapping[str, Path], out: Path) -> None:
-    """Sheets side by side under their titles."""
+    """Writes sheets of several sets side by side with their titles."""
     panels, columns = {}, COLUMNS
     content = {title: _first(manifest) for title, manifest in sets.items()}
     thin = any(_too_thin(labels) for _, labels in content.values())
@@ -60,13 +60,13 @@ def compare(sets: Mapping[str, Path], out: Path) -> None:
 
 
 def _too_thin(labels: np.ndarray) -> bool:
-    """Whether a sheet with one class a column would have few rows, though there are images for more."""
+    """Whether a sheet with one class per column would have too few rows, although there are enough images."""
     _, counts = np.unique(labels, return_counts=True)
     return len(counts) > COLUMNS and counts.min() < ROWS
 
 
 def _first(manifest: Path, num: int = 2000) -> tuple[np.ndarray, np.ndarray]:
-    """The first samples, or evenly spaced ones where those are of a few classes because the set is sorted."""
+    """The first samples, or evenly spaced ones if the first are of few classes because the set is sorted."""
     reader = ShardReader(manifest)
     content = reader.read(range(min(len(reader), num)), ["image", "cls"])
     if len(reader) > num and len(np.unique(content["cls"])) < COLUMNS:
@@ -75,7 +75,7 @@ def _first(manifest: Path, num: int = 2000) -> tuple[np.ndarray, np.ndarray]:
 
 
 def configuration(preset: str, runs: str, out: Path) -> None:
-    """The resolved preset and runs as YAML, with every default written out, keys in the order of their models."""
+    """Writes the resolved preset and runs as YAML with all defaults, keys in the order of their models."""
     content = {
         "preset": parse(Preset, json.loads(preset), "preset").model_dump(mode="json"),
         "runs": {name: parse(Run, run, "run").model_dump(mode="json") for name, run in json.loads(runs).items()},

@@ -1,4 +1,4 @@
-"""Stages that take weights from outside: a teacher's, and the students that others have released."""
+"""Stages that import weights: a published teacher's, and released students'."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"
 
 
 def teacher(spec: Spec, out: Path) -> None:
-    """The weights of a published teacher."""
+    """Imports the weights of a published teacher."""
     source, digest = _identified(spec.need("teacher").weights)
     network = _network(spec)
     _publish(out, spec, read_network(source, network.state_dict()), source, digest, network)
 
 
 def student(spec: Spec, generator: Path | None, networks: Path | None) -> None:
-    """A released student: `generator` to sample from, and `networks` (with its fake score) for a run to go on from.
+    """Imports a released student: `generator` for sampling, and `networks` (with its fake score) to initialise a run.
 
     The source is a generator's state dict, or a folder of the released code.
     """
@@ -42,7 +42,7 @@ def student(spec: Spec, generator: Path | None, networks: Path | None) -> None:
         guidance = source.with_name(GUIDANCE)
         if source.name != GENERATOR or not guidance.is_file():
             raise UserError(
-                f"{source}: a run cannot go on from a generator alone; name the released folder, with {GENERATOR} and "
+                f"{source}: a generator alone cannot initialise a run; name the released folder, with {GENERATOR} and "
                 f"{GUIDANCE}, in the `weights` of run {spec.name}"
             )
         fake = read_network(guidance, network.state_dict(), prefix="fake_unet.")
@@ -51,7 +51,7 @@ def student(spec: Spec, generator: Path | None, networks: Path | None) -> None:
 
 
 def _identified(weights: WeightsFile) -> tuple[Path, str]:
-    """The file to read, and its SHA-256 after it was compared with the configured one."""
+    """The file to read and its SHA-256. Raises UserError if it is missing or its SHA-256 is not the configured one."""
     source = Path(weights.path)
     if source.is_dir():
         source /= GENERATOR
@@ -66,7 +66,7 @@ def _network(spec: Spec) -> Denoiser:
 
 
 def _publish(out: Path, spec: Spec, state: Mapping[str, Tensor], source: Path, digest: str, network: Denoiser) -> None:
-    """Writes weights with a record that says where they come from, and the size of one network."""
+    """Writes weights with a record of their source and the size of one network."""
     save_weights(out, state)
     write_record(
         out,

@@ -39,7 +39,7 @@ from dmd2.training import ranks
 from dmd2.training.checkpoint_store import save_weights
 
 CHUNK = 2048
-"""Samples of a streamed evaluation whose statistics are kept as one file while the job runs: what a kill can lose."""
+"""Samples per file of intermediate statistics in a streamed evaluation: the most work that a kill can lose."""
 
 
 def read_images(manifest: Path, digest: str) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +49,7 @@ def read_images(manifest: Path, digest: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def features(spec: Spec, images: Path | None, weights: Path) -> None:
-    """The feature extractor of the Frechet distance: trained on the data, or a copy of the user's file."""
+    """Writes the feature extractor of the Frechet distance: trained on the data, or a copy of the user's file."""
     config, data = spec.need("features"), spec.need("data")
     facts: dict[str, Any] = {"origin": "file"}
     if config.weights is not None:
@@ -58,7 +58,7 @@ def features(spec: Spec, images: Path | None, weights: Path) -> None:
             shutil.copyfile(config.weights.path, temporary)
         load_extractor(config, data, weights)
     else:
-        assert images is not None  # the rule of an extractor that is trained gives them
+        assert images is not None  # the rule passes them for a trained extractor
         pixels, labels = read_images(images, spec.upstream["shards"])
         state, facts = train_classifier(pixels, labels, config, data)
         save_weights(weights, state)
@@ -66,9 +66,9 @@ def features(spec: Spec, images: Path | None, weights: Path) -> None:
 
 
 def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runtime: Runtime) -> None:
-    """Statistics of the real images; the moments of their features from a published file if one is configured.
+    """Writes statistics of the real images; moments of their features come from a published file if configured.
 
-    It is the first rank's work, should there be several.
+    Runs on rank 0 only.
     """
     if ranks.rank() > 0:
         return
@@ -92,13 +92,13 @@ def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runt
 
 
 def open_extractor(spec: Spec, weights: Path, runtime: Runtime, device: torch.device) -> Extractor:
-    """The extractor that the features stage has stored, after its record was checked."""
+    """Loads the extractor written by the features stage, with its record checked."""
     checked_record(weights, spec.upstream["features"])
     return load_extractor(spec.need("features"), spec.need("data"), weights, device, runtime.sample_batch_size)
 
 
 class SampleSource(NamedTuple):
-    """What is measured: stored samples, a model's weights whose samples are streamed, or neither: the floor."""
+    """What is measured: stored samples, streamed samples of a model's weights, or neither (the floor)."""
 
     samples: Path | None
     weights: Path | None
@@ -113,7 +113,7 @@ def metrics(
     out: Path,
     runtime: Runtime,
 ) -> None:
-    """The metrics record of an entry. Of several ranks each measures its share of a stream; the first writes."""
+    """Writes the metrics record of an entry. Each rank measures its share of a stream; rank 0 writes."""
     evaluation = spec.need("evaluation")
     checked_record(reference, spec.upstream["reference"])
     device, real, shares = ranks.device_of(runtime.device), Reference.load(reference), None
@@ -151,7 +151,7 @@ def _meter(spec: Spec, real: Reference, extractor: Path, runtime: Runtime, devic
 
 
 def _of_stored(spec: Spec, manifest: Path, meter: Meter) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measures and facts of stored samples, which are read a batch at a time."""
+    """Metrics of stored samples, read in batches, and facts about the model."""
     reader = ShardReader(manifest, spec.upstream["samples"])
     names = [field.removesuffix(".png") for field in fields_of(meter.protocols)]
     progress = Counter(f"metrics {spec.name}", len(reader))
@@ -168,7 +168,7 @@ def _of_stored(spec: Spec, manifest: Path, meter: Meter) -> tuple[dict[str, Any]
 def _of_stream(
     spec: Spec, weights: Path, meter: Meter, shares: ResumableFiles, runtime: Runtime
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measures and facts of a model's samples, which are made, measured and forgotten; of the first rank alone."""
+    """Metrics of a model's samples, which are generated, measured and discarded, and facts; empty on ranks > 0."""
     evaluation, sampler = spec.need("evaluation"), spec.need("sampler")
     model = open_model(spec, weights, sampler, torch.device(meter.device))
     make = maker(spec, model, sampler, runtime.sample_batch_size, shares.beat)
@@ -188,7 +188,7 @@ def _of_stream(
 
 
 def _chunks(evaluation: Evaluation) -> list[range]:
-    """The ids of all blocks in parts of at most CHUNK, none of which is of two blocks."""
+    """The ids of all blocks in chunks of at most CHUNK, each within one block."""
     size = evaluation.num_samples
     starts = range(0, size * evaluation.num_blocks, size)
     return [range(start + part, start + min(part + CHUNK, size)) for start in starts for part in range(0, size, CHUNK)]

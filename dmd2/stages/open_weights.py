@@ -1,4 +1,4 @@
-"""Weight files of the workflow: opened with their record checked, so that no stage builds on a foreign one."""
+"""Opens weight files of the workflow with their records checked."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dmd2.teachers import load_teacher
 
 
 def checked_record(path: Path, digest: str) -> dict[str, Any]:
-    """The record of an artifact, after its checksum and the configuration it was made under were checked."""
+    """The record of an artifact. Raises UserError if its checksum or the digest of its configuration differs."""
     record = read_record(path)
     expect_digest(path, record, digest)
     return record
 
 
 def open_teacher(spec: Spec, path: Path, upstream: str = "teacher") -> Teacher:
-    """The teacher's architecture with the weights in `path`: the teacher's own, or a student's."""
+    """Loads the teacher's architecture with the weights in `path`: the teacher's or a student's."""
     checked_record(path, spec.upstream[upstream])
     return load_teacher(spec.need("teacher"), spec.need("data"), path)
 
 
 def open_weights(path: Path, digest: str) -> dict[str, Tensor]:
-    """The tensors of a checked safetensors file."""
+    """Loads the tensors of a safetensors file with its record checked."""
     checked_record(path, digest)
     return load_file(path)

@@ -1,9 +1,8 @@
-"""Files that several processes make a share of each, in a folder of the state that outlives a killed job.
+"""Intermediate files of a job that are divided among its processes and survive a kill.
 
-Every process makes every world-th file, passes over those that are there, and ends; the first waits for the others'
-files. That takes no collective call, so ranks may be hours apart, and what a killed job has finished is kept whatever
-the number of processes before and after. A file is a function of its name and of what the folder is named by: two jobs
-at work in one folder write the same twice, and harm nothing.
+Each process writes every world-th file that does not exist yet, and ends; rank 0 waits for the others' files. There is
+no collective call, so ranks may be hours apart, and finished files are kept when the number of processes changes. A
+file's content is a function of its name and the folder's name, so two jobs in one folder write the same content.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ from dmd2.training import ranks
 
 log = logging.getLogger(__name__)
 SLOW_BATCH_MINUTES = 60.0
-"""A process says that it is alive once a batch, and a batch of a teacher's 511 passes may take many minutes."""
+"""A process reports that it is alive once per batch, and a batch of a teacher's 511 passes may take many minutes."""
 POLL_S = 0.2
 
 
 def patience(runtime: Runtime) -> float:
-    """Minutes after which a process that makes samples and says nothing counts as hung."""
+    """Minutes without a heartbeat after which a sampling process counts as hung."""
     return max(runtime.collective_timeout_minutes, SLOW_BATCH_MINUTES)
 
 
 class ResumableFiles:
-    """The files `names` of one job, of which this process makes its share."""
+    """The files `names` of one job, of which this process writes its share."""
 
     def __init__(self, state: Path, spec: Spec, contents: Sequence[str], names: Sequence[str]) -> None:
-        """`contents` are the checksums of what is read besides the spec: with it they name the folder."""
+        """`contents` are the checksums of all inputs; together with the spec they determine the folder's name."""
         key = hashlib.sha256("\n".join([spec.digest, *contents]).encode()).hexdigest()[:16]
         self.folder = state / f"{spec.stage}-{spec.name.replace('/', '-')}-{key}"
         self.paths = [self.folder / name for name in names]
         self._alive = self.folder / f"rank-{ranks.rank()}.alive"
 
     def mine(self, is_whole: Callable[[Path], object]) -> Iterator[tuple[int, Path]]:
-        """Number and path of the files that this process has to make; `is_whole` raises UserError for a damaged one."""
+        """Yields number and path of each file that this process must write; `is_whole` raises UserError if damaged."""
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = 0
         for number in range(ranks.rank(), len(self.paths), ranks.world_size()):
@@ -54,20 +53,20 @@ class ResumableFiles:
                     kept += 1
                     continue
             except UserError as error:
-                log.warning("%s; it is made again", error)
+                log.warning("%s; it is written again", error)
             if kept:
-                log.info("%s: %d parts of a job that ended early are kept", self.folder.name, kept)
+                log.info("%s: resuming with %d finished files of an interrupted job", self.folder.name, kept)
                 kept = 0
             yield number, path
 
     def beat(self) -> None:
-        """Tells the first process that this one is alive; to be called every few minutes at least."""
+        """Heartbeat for rank 0's `wait`; call it at least every few minutes."""
         self._alive.touch()
 
     def wait(self, timeout_minutes: float, is_whole: Callable[[Path], object] = Path.exists) -> None:
-        """Waits, on the first process, for the files of the others; one that `is_whole` raises for is made again.
+        """Blocks rank 0 until the files of all ranks exist and pass `is_whole`.
 
-        Raises UserError if a file is missing and the process that makes it has not moved for `timeout_minutes`.
+        Raises UserError if a file is missing and its rank had no heartbeat for `timeout_minutes`.
         """
 
         def is_there(path: Path) -> bool:
@@ -76,7 +75,7 @@ class ResumableFiles:
             except UserError:
                 return False
 
-        seen: dict[Path, tuple[float, float]] = {}  # beat, and when it was first seen by this process's clock
+        seen: dict[Path, tuple[float, float]] = {}  # heartbeat, and this process's time when it was first seen
         world = ranks.world_size()
         for number, path in enumerate(self.paths):
             alive = self.folder / f"rank-{number % world}.alive"
@@ -86,12 +85,12 @@ class ResumableFiles:
                     seen[alive] = beat, time.monotonic()
                 elif time.monotonic() - seen[alive][1] > 60 * timeout_minutes:
                     raise UserError(
-                        f"{path}: rank {number % world} has not moved for {timeout_minutes:g} minutes "
-                        f"(runtime.collective_timeout_minutes); see its log, and run the same command: what is "
-                        f"finished is kept"
+                        f"{path}: rank {number % world} had no heartbeat for {timeout_minutes:g} minutes "
+                        f"(runtime.collective_timeout_minutes); see its log, and run the same command: finished "
+                        f"files are kept"
                     )
                 time.sleep(POLL_S)
 
     def clear(self) -> None:
-        """Removes the folder, after its results were published."""
+        """Removes the folder after its results were published."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The stage that samples, from a teacher or a student, and how every stage makes samples."""
+"""The stage that samples from a teacher or student, and the sampling functions of all stages."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ from dmd2.training import ranks
 from dmd2.training.rng import SampleNoise
 
 SHARD = 4096
-"""Samples in one shard of generated images."""
+"""Samples per shard of generated images."""
 APART_MINUTES = 24 * 60.0
-"""How long ranks wait for one another: a shard of a many-step teacher's images takes the better part of an hour."""
+"""Timeout of collective calls: ranks may be a shard apart, which takes a many-step teacher most of an hour."""
 
 
 def open_model(spec: Spec, weights: Path, sampler: Sampler, device: torch.device) -> Teacher:
-    """The model behind an entry, whose network computes in the sampler's precision."""
+    """Loads an entry's model on `device`, with the sampler's precision."""
     model = open_teacher(spec, weights, upstream="model").to(device)
     model.denoiser.precision = sampler.precision
     return model
 
 
 def sample_x0(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler: Sampler, seed: int) -> Tensor:
-    """The samples `ids`: each a function of the model, `seed` and its id, in whatever batch it is made.
+    """Generates the samples `ids`: float32 (len(ids), ...) on the CPU.
 
-    Sample i has class i modulo the number of classes. Returns float32 (len(ids), ...) on the CPU.
+    A sample depends on the model, `seed` and its id, not on its batch. Sample i has class i modulo the number of
+    classes.
     """
     device = teacher.grid.sigmas.device
     noise = SampleNoise(seed, list(ids), teacher.sample_shape, device)
@@ -58,7 +59,7 @@ def sample_x0(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler:
 def sample_images(
     spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler: Sampler, seed: int
 ) -> list[Images]:
-    """The images of `sample_x0` under each protocol of the spec: uint8 (len(ids), H, W, C) each, of the same x0."""
+    """Decodes `sample_x0` under each protocol of the spec: one uint8 (len(ids), H, W, C) each, from the same x0."""
     x0 = sample_x0(spec, teacher, ids, sampler, seed)
     names = spec.need("evaluation").protocols
     return [teacher.codec.decode(x0, rounding=PROTOCOLS[name].rounding) for name in names]
@@ -67,7 +68,7 @@ def sample_images(
 def maker(
     spec: Spec, teacher: Teacher, sampler: Sampler, batch_size: int, beat: Callable[[], object] = lambda: None
 ) -> Callable[[range], tuple[list[Images], Labels]]:
-    """The function that makes any samples with their labels, `batch_size` at a time; `beat` is called after each."""
+    """Returns a function that generates images and labels in batches of `batch_size`; `beat` is called after each."""
     seed = spec.need("evaluation").seed
 
     def make(ids: range) -> tuple[list[Images], Labels]:
@@ -82,12 +83,12 @@ def maker(
 
 
 def labels_of(spec: Spec, ids: Sequence[int] | range) -> Labels:
-    """The classes of the samples `ids`: equal shares, in turn."""
+    """The classes of the samples `ids`: id modulo the number of classes."""
     return np.asarray(ids, dtype=np.int64) % spec.need("data").num_classes
 
 
 def fields_of(protocols: Sequence[str]) -> list[str]:
-    """The fields that hold the images of each protocol: `image.png` those of the first, `image_dmd2.png` and such."""
+    """The fields with the images of each protocol: `image.png` for the first, `image_NAME.png` for the others."""
     return ["image.png", *(f"image_{name}.png" for name in protocols[1:])]
 
 
@@ -97,7 +98,7 @@ def num_passes(spec: Spec, sampler: Sampler) -> int:
 
 
 def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
-    """Images of a teacher or student as shards; each rank makes its share."""
+    """Writes images of a teacher or student as shards; each rank writes its share."""
     evaluation, sampler = spec.need("evaluation"), spec.need("sampler")
     device = ranks.device_of(runtime.device)
     model = open_model(spec, weights, sampler, device)
@@ -129,7 +130,7 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
 
 
 def model_facts(spec: Spec, sampler: Sampler, record: dict[str, Any]) -> dict[str, Any]:
-    """What a table says of the model behind a set of samples, and of the passes that each took."""
+    """Facts for tables: the model of a set of samples, and the number of network passes per sample (nfe)."""
     counts = ("run", "iterations", "generator_updates", "checkpoint_step", "selection", "seed")
     selection = {"selection": "last"} if "checkpoint_step" in record else {}
     model = {

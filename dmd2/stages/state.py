@@ -1,4 +1,4 @@
-"""The state folder of a training: which one is its own, and whether its disk has room."""
+"""The state folder of a training: its name, and checks of free disk space."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from dmd2.training.checkpoint_store import CheckpointStore
 from dmd2.training.loop import log
 
 ADAMW_STATES = 2
-"""Tensors of a parameter's size that AdamW keeps beside it."""
+"""AdamW's state tensors per parameter, of the parameter's size."""
 
 
 def state_store(root: Path, spec: Spec, runtime: Runtime, read: Mapping[str, str]) -> CheckpointStore:
-    """The state folder of a training: named by its spec and by checksums of what it `read`s.
+    """The state folder of a training, named by its spec and the checksums `read` of its inputs.
 
-    A spec says how its inputs are made; the checksums say what they are. Where an input's content changes under the
-    same spec (images were added to a data set's folder) the training starts anew, in another folder.
+    If an input's content changes under the same spec (images were added to a data set's folder), training starts from
+    scratch in another folder.
     """
     text = json.dumps([spec.digest, dict(read)], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -48,7 +48,7 @@ def state_store(root: Path, spec: Spec, runtime: Runtime, read: Mapping[str, str
 def checksums(
     spec: Spec, teacher_weights: Path, latents: Path, pairs: Path | None, start: Path | None
 ) -> dict[str, str]:
-    """What a student's training reads, by checksum."""
+    """Checksums of the inputs of a student's training, by name."""
     read = {
         "teacher": _recorded(teacher_weights),
         "latents": content_id(read_manifest(latents, spec.upstream["latents"])),
@@ -64,7 +64,7 @@ def checksums(
 
 
 def _recorded(weights: Path) -> str:
-    """The SHA-256 in a weight file's record, which who opens the file compares."""
+    """The SHA-256 in a weight file's record; it is verified when the file is opened."""
     return str(read_record(weights, verify=False)["sha256"])
 
 
@@ -84,17 +84,17 @@ def check_teachers_room(fit: TeacherFit, state: Path, out: Path, runtime: Runtim
 
 
 def _more(state: Path, checkpoint: int, runtime: Runtime, snapshots: int = 0) -> int:
-    """What a state folder will take beside what an earlier attempt left there: one checkpoint more than are kept."""
+    """Bytes that a state folder needs beyond what an earlier attempt left: one checkpoint more than are kept."""
     return max(0, (runtime.keep_checkpoints + 1) * checkpoint + snapshots - held_bytes(state))
 
 
 def weights_bytes(network: nn.Module) -> int:
-    """The size of a network's weights in a file, up to its header."""
+    """The size of a network's weights in a file, in bytes, without its header."""
     return sum(value.numel() * value.element_size() for value in network.state_dict().values())
 
 
 def checkpoint_bytes(networks: Sequence[nn.Module], averaged: nn.Module | None) -> int:
-    """The size of a checkpoint: the networks in training, their optimizers' state, and an average if one is kept."""
+    """The size of a checkpoint in bytes: trained networks, their optimizers' state, and the EMA if there is one."""
     trained = (p for network in networks for p in network.parameters() if p.requires_grad)
     optimizers = sum(ADAMW_STATES * p.numel() * p.element_size() for p in trained)
     average = weights_bytes(averaged) if averaged is not None else 0
@@ -102,12 +102,12 @@ def checkpoint_bytes(networks: Sequence[nn.Module], averaged: nn.Module | None) 
 
 
 def held_bytes(folder: Path) -> int:
-    """What the files in a folder take."""
+    """The total size of the files below a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def check_room(needs: Mapping[Path, int]) -> None:
-    """Raises UserError if a disk has less room than the bytes that will be written into its folders."""
+    """Raises UserError if a disk has less free space than the bytes that will be written to its folders."""
     folders = defaultdict(list)
     for folder in needs:
         folders[os.stat(_existing(folder)).st_dev].append(folder)
@@ -122,7 +122,7 @@ def check_room(needs: Mapping[Path, int]) -> None:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """The folder, or its nearest existing parent."""
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent

@@ -1,4 +1,4 @@
-"""The stage that fills a table. No torch."""
+"""The stage that fills a table. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dmd2.report.tables import load_table, read_records, rows, write_csv, write_
 
 
 def table(spec: Spec, source: Path, metrics: Mapping[str, Path], out_csv: Path, out_markdown: Path) -> None:
-    """The table of `source` with the metric records by entry; an entry without a file stays pending."""
+    """Writes the table of `source` with the metric records by entry; an entry without a file is pending."""
     content = load_table(source)
     records = read_records(metrics)
     for entry, record in records.items():

@@ -1,4 +1,4 @@
-"""Stages that train: the teacher of a small data set, and the students."""
+"""Stages that train the teacher of a small data set, and students."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from dmd2.training.loop import fit, log
 from dmd2_kernels import implementation
 
 COLLAPSE = 0.15
-"""Mean nearest-neighbour over mean pair distance in a batch below which the log warns of a collapse."""
+"""Threshold of `neighbour_ratio` (mean nearest-neighbour over mean pair distance) for the mode-collapse warning."""
 
 
 def _group(device: torch.device, runtime: Runtime) -> AbstractContextManager[None]:
     if device.type == "cuda" and runtime.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined,unused-ignore]
     return ranks.process_group(device, runtime.collective_timeout_minutes)
@@ -48,7 +48,7 @@ def _group(device: torch.device, runtime: Runtime) -> AbstractContextManager[Non
 def teacher(
     spec: Spec, latents: Path | None, state_root: Path, weights: Path, train_log: Path, runtime: Runtime
 ) -> None:
-    """The teacher's weights: trained here, in closed form, or read from the user's file."""
+    """Writes the teacher's weights: trained here, in closed form, or from the user's file."""
     config, device = spec.need("teacher"), ranks.device_of(runtime.device)
     if config.weights is not None:
         imports.teacher(spec, weights)
@@ -93,7 +93,7 @@ def teacher(
 
 
 class TrainOutputs(NamedTuple):
-    """Where a run's results go: all below one folder, so that they appear together."""
+    """Paths of a run's results, all in one folder, so that they appear together."""
 
     generator: Path
     networks: Path
@@ -111,7 +111,7 @@ def train(
     out: TrainOutputs,
     runtime: Runtime,
 ) -> None:
-    """One student: generator, networks to go on from, snapshots with their manifest, and the log."""
+    """Trains a student; writes generator, networks (to initialise other runs), snapshots with manifest, and the log."""
     config, device = spec.need("train"), ranks.device_of(runtime.device)
     frozen, distance = open_teacher(spec, teacher_weights), _regression_distance(config, device)
     read = checksums(spec, teacher_weights, latents, pairs, start)
@@ -135,7 +135,7 @@ def train(
             snapshots = config.snapshot_steps()
             took = fit(run, config.iterations, store, runtime, title=spec.name, snapshots=snapshots, alarm=_alarm)
             networks, generator = sharding.gather(run.networks()), sharding.gather(run.export())
-        if ranks.rank() == 0:  # the others have ended: what follows may take longer than ranks wait
+        if ranks.rank() == 0:  # after the process group: what follows may take longer than its timeout
             facts = {
                 "run": spec.name,
                 "seed": config.seed,
@@ -154,7 +154,7 @@ def train(
 
 
 def _prepare(runtime: Runtime, *networks: Denoiser) -> None:
-    """How the networks' blocks run; a frozen one recomputes where a gradient on images passes through it."""
+    """`Denoiser.prepare` of all networks; a frozen one recomputes too when a gradient flows through it to images."""
     for network in networks:
         network.prepare(compile=runtime.compile, activation_checkpointing=runtime.activation_checkpointing)
 
@@ -167,16 +167,16 @@ def _regression_distance(config: Train, device: torch.device) -> Distance:
 
 
 def _progress(train: Train, step: int, took: Mapping[str, float] | None, device: str) -> dict[str, Any]:
-    """What a run has done and, where that is known, taken after iteration `step`."""
+    """Updates and, if known, seconds of a run after iteration `step`."""
     updates = -(-step // train.critic_steps_per_generator)
     seconds = _train_seconds(took, device) if took is not None else {}
     return {"checkpoint_step": step, "generator_updates": updates, **seconds}
 
 
 def _train_seconds(took: Mapping[str, float], device: str) -> dict[str, Any]:
-    """Wall seconds of the main process over all attempts; processor and GPU seconds of all processes.
+    """Wall-clock seconds of the main process over all attempts; CPU and GPU seconds of all processes.
 
-    Processes share the work equally: the main one's processor seconds count for each of them.
+    CPU seconds are the main process's times the number of processes, which share the work equally.
     """
     seconds = {"train_wall_s": took["wall_s"], "train_cpu_s": took["cpu_s"] * ranks.world_size()}
     if device == "cuda":
@@ -186,11 +186,11 @@ def _train_seconds(took: Mapping[str, float], device: str) -> dict[str, Any]:
 
 def _alarm(row: dict[str, float]) -> str | None:
     if row.get("num_nonfinite", 0.0) > 0:
-        return "the matching gradient holds values that are not finite, which count as 0: the teacher may be damaged"
+        return "the matching gradient has non-finite values, which are replaced by 0: the teacher may be damaged"
     ratio = row.get("neighbour_ratio")
     if ratio is None or ratio >= COLLAPSE:
         return None
-    return f"generated images are nearly alike (neighbour ratio {ratio:.3f}): the generator may have collapsed"
+    return f"generated images are nearly equal (neighbour ratio {ratio:.3f}): the generator may have collapsed"
 
 
 def _publish_log(store: CheckpointStore, out: Path) -> None:
@@ -203,10 +203,10 @@ def _publish_log(store: CheckpointStore, out: Path) -> None:
 
 
 def _publish_snapshots(store: CheckpointStore, facts: dict[str, Any], manifest: Path, spec: Spec) -> None:
-    """Copies the exported generators beside `manifest`, which is written last and lists them.
+    """Copies the exported generators to `snapshots` next to `manifest`, which is written last and lists them.
 
-    Each has a record of its own: the run's `facts`, but the updates and seconds that it took up to there; no seconds
-    where a power cut has taken the log's row of that time.
+    Each has a record: the run's `facts`, with the updates and seconds up to its step (no seconds if the log's row was
+    lost in a power failure).
     """
     folder, train = manifest.parent / "snapshots", spec.need("train")
     clock = {row["step"]: row for row in map(json.loads, (store.folder / "log.jsonl").read_text().splitlines())}

@@ -158,7 +158,7 @@ def test_trees_that_do_not_fit_the_configuration_are_refused(tree: Path) -> None
 
 def test_a_link_to_nowhere_does_not_vanish(tree: Path) -> None:
     (tree / "n1" / "x.png").symlink_to(tree / "gone.png")
-    with pytest.raises(UserError, match=r"n1/x.png: cannot be read \(No such file or directory\); mend or remove it"):
+    with pytest.raises(UserError, match=r"n1/x.png: cannot be read \(No such file or directory\); fix or remove it"):
         open_source(data_of("image_folder", tree))
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_head_in_a_tar_lets_no_image_vanish(kind: str, tree: Path, tmp
             content = bytearray(whole)
             content[head + field] ^= 1
             file.write_bytes(content)
-            with pytest.raises(UserError, match=r"(train|train-1).tar: (damaged or truncated|not a whole)"):
+            with pytest.raises(UserError, match=r"(train|train-1).tar: (damaged or truncated|not a complete)"):
                 open_source(data_of(name, path))
 
 
@@ -212,14 +212,14 @@ def test_a_truncated_archive_is_refused(kind: str, left: float, tree: Path, tmp_
     file = tmp_path / "train-1.tar" if kind == "webdataset" else Path(path)
     content = file.read_bytes().rstrip(b"\0")  # without the padding that tars end with
     file.write_bytes(content[: int(len(content) * left)])
-    with pytest.raises(UserError, match=r"truncated|not a whole|no tar of a class|has no image|no image \("):
+    with pytest.raises(UserError, match=r"truncated|not a complete|no tar of a class|has no image|no image \("):
         open_source(data_of(name, path))
 
 
 def test_a_compressed_tar_is_refused_for_it_has_no_random_access(tree: Path, tmp_path: Path) -> None:
     imagenet_tar(tree, tmp_path / "train.tar")
     (tmp_path / "train.tgz").write_bytes(gzip.compress((tmp_path / "train.tar").read_bytes()))
-    with pytest.raises(UserError, match=r"train.tgz: not a whole uncompressed tar"):
+    with pytest.raises(UserError, match=r"train.tgz: not a complete uncompressed tar"):
         open_source(data_of("imagenet_tar", tmp_path / "train.tgz"))
 
 
@@ -239,7 +239,9 @@ def test_a_zip_whose_list_of_classes_does_not_fit_is_refused(labels: object, tre
     class_zip(tree, tmp_path / "images.zip")
     with zipfile.ZipFile(tmp_path / "images.zip", "a") as archive:
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
-    with pytest.raises(UserError, match=r"dataset.json (holds no classes|has no class for n1/c.jpeg, nor for 3 more)"):
+    with pytest.raises(
+        UserError, match=r"dataset.json (contains no classes|has no class for n1/c.jpeg, nor for 3 more)"
+    ):
         open_source(data_of("image_zip", tmp_path / "images.zip"))
 
 

@@ -123,7 +123,7 @@ def test_a_cut_archive_of_cifar10_is_refused(tmp_path: Path, monkeypatch: pytest
     data = cifar10_archive(path)
     path.write_bytes(path.read_bytes()[:-5000])
     as_published(path, monkeypatch)
-    with pytest.raises(UserError, match=r"not a whole tar.gz archive"):
+    with pytest.raises(UserError, match=r"not a complete tar.gz archive"):
         open_source(data)
 
 

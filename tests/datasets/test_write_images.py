@@ -162,7 +162,7 @@ def test_a_killed_worker_ends_the_writing_with_a_line_and_leaves_no_half_shard(s
     os.kill(children(process.pid)[0], signal.SIGKILL)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert told.strip().startswith("a worker process was killed, perhaps for want of memory; run again with fewer")
+    assert told.strip().startswith("a worker process was killed, perhaps out of memory; run again with fewer")
     assert len(told.strip().splitlines()) == 1
     assert not (out / "manifest.json").exists()
     for sidecar in out.glob("shard-*.json"):
@@ -195,7 +195,7 @@ def test_too_small_a_disk_is_refused_before_the_start(
     assert write_images(out / "manifest.json", data, spec_of(data))["num_samples"] == 19  # they are there already
     elsewhere = tmp_path / "elsewhere"
     with pytest.raises(
-        UserError, match=r"the shards of 20 images take about 0.0 GB more, but 0.0 GB are free; make room"
+        UserError, match=r"the shards of 20 images need about 0.0 GB more, but 0.0 GB are free; make room"
     ):
         write_images(elsewhere / "manifest.json", data, spec_of(data))
     assert list(elsewhere.iterdir()) == []

@@ -66,7 +66,7 @@ def test_damaged_file_is_made_again_with_a_warning(tmp_path: Path, as_rank, capl
 
     with caplog.at_level(logging.WARNING):
         assert [number for number, _ in shares(tmp_path).mine(damaged)] == [3]
-    assert "part-3: damaged; it is made again" in caplog.text
+    assert "part-3: damaged; it is written again" in caplog.text
 
 
 def test_other_inputs_mean_another_folder(tmp_path: Path):
@@ -83,7 +83,7 @@ def test_silent_process_ends_the_wait_with_an_error(tmp_path: Path, as_rank):
     mine = shares(tmp_path)
     for _, path in mine.mine(exists):
         path.touch()
-    with pytest.raises(UserError, match=r"part-1: rank 1 has not moved for 0\.01 minutes .*run the same command"):
+    with pytest.raises(UserError, match=r"part-1: rank 1 had no heartbeat for 0\.01 minutes .*run the same command"):
         mine.wait(0.01)
 
 

@@ -140,7 +140,7 @@ def test_evaluation_killed_without_warning_loses_no_finished_part(world: World, 
     assert not (tmp_path / "m.json").exists()
     done = subprocess.run(arguments, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "2 parts of a job that ended early are kept" in done.stderr
+    assert "resuming with 2 finished files of an interrupted job" in done.stderr
     straight = world.metrics(plan, "teacher/ode", tmp_path / "straight.json", weights=world.teacher)
     assert_close(json.loads((tmp_path / "m.json").read_text()), straight, rel=1e-6)
 

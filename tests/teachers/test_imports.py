@@ -147,12 +147,12 @@ def empty(folder: Path) -> Path:
 def test_run_cannot_go_on_from_less_than_generator_and_fake_score(tmp_path: Path):
     out, path = tmp_path / "out.safetensors", tmp_path / "student.bin"
     torch.save(network(1).state_dict(), path)
-    assert "cannot go on from a generator alone; name the released folder" in fails(import_spec(path), out, True)
+    assert "a generator alone cannot initialise a run; name the released folder" in fails(import_spec(path), out, True)
     folder = released(tmp_path / "checkpoint", fake_unet={})
     told = fails(import_spec(folder), out, True)
     assert "pytorch_model_1.bin: fake_unet.*: not the weights of the configured network" in told
     (folder / "pytorch_model_1.bin").unlink()
-    assert "cannot go on from a generator alone" in fails(import_spec(folder), out, True)
+    assert "a generator alone cannot initialise a run" in fails(import_spec(folder), out, True)
 
 
 def test_moved_file_is_the_same_spec_and_is_found_by_its_checksum():

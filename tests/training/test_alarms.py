@@ -12,8 +12,8 @@ HEALTHY = {"neighbour_ratio": 0.5, "num_nonfinite": 0.0, "matching_loss": 0.7}
     [
         (HEALTHY, None),
         ({"denoising_loss": 0.6}, None),
-        (HEALTHY | {"neighbour_ratio": 0.1}, "nearly alike (neighbour ratio 0.100)"),
-        (HEALTHY | {"num_nonfinite": 3.0}, "not finite, which count as 0"),
+        (HEALTHY | {"neighbour_ratio": 0.1}, "nearly equal (neighbour ratio 0.100)"),
+        (HEALTHY | {"num_nonfinite": 3.0}, "non-finite values, which are replaced by 0"),
     ],
 )
 def test_collapse_and_values_that_are_not_finite_are_told(row: dict[str, float], words: str | None):

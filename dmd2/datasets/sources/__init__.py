@@ -1,4 +1,4 @@
-"""Where labelled images come from. A new data set is one class in a file here and one line in `SOURCES`."""
+"""Sources of labelled images. A new data set is one class in a file here and one line in `SOURCES`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["SOURCES", "Source", "Unreadable", "open_source"]
 
 
 def open_source(data: Data) -> Source:
-    """The source that a configuration names. Raises UserError for an unknown one."""
+    """Opens the configured source. Raises UserError for an unknown one."""
     if data.source not in SOURCES:
         raise UserError(f"data.source is {data.source!r}; known: {', '.join(sorted(SOURCES))}")
     return SOURCES[data.source](data)

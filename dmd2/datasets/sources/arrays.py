@@ -35,7 +35,7 @@ class InMemory:
 
 
 class Digits(InMemory):
-    """Scikit-learn's handwritten digits: 1,797 grey images of 8x8 in 17 levels, in the order of the data set.
+    """Scikit-learn's handwritten digits: 1,797 grey 8x8 images with 17 levels, in the order of the data set.
 
     Level k of 0..16 is stored as round(k * 255 / 16).
     """
@@ -53,10 +53,10 @@ class Digits(InMemory):
 
 
 class Cifar10(InMemory):
-    """CIFAR-10's 50,000 training images from the data set's own archive `cifar-10-binary.tar.gz`, in its order.
+    """CIFAR-10's 50,000 training images from the official archive `cifar-10-binary.tar.gz`, in its order.
 
-    The binary version, because the Python version is pickled. A record is one byte of class and 3,072 bytes of pixels,
-    the planes red, green, blue of 32x32 (www.cs.toronto.edu/~kriz/cifar.html).
+    The binary version, because the Python version is pickled. A record is one class byte and 3,072 bytes of pixels,
+    the red, green and blue 32x32 planes (www.cs.toronto.edu/~kriz/cifar.html).
     """
 
     SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"  # see workflow/downloads.yaml
@@ -83,7 +83,7 @@ class Cifar10(InMemory):
                 found = {Path(m.name).name: tar.extractfile(m) for m in tar if Path(m.name).name in wanted}
                 content = {name: file.read() for name, file in found.items() if file is not None}
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise UserError(f"{path}: not a whole tar.gz archive ({error}); fetch it again") from None
+            raise UserError(f"{path}: not a complete tar.gz archive ({error}); fetch it again") from None
         if missing := sorted(wanted - content.keys()):
             raise UserError(f"{path}: has no {', '.join(missing)}; fetch it again")
         return content

@@ -1,6 +1,6 @@
-"""What a source of labelled images is, and what sources of encoded images share: decoding, cropping, resizing.
+"""The interface of a source of labelled images; decoding, cropping and resizing of encoded images.
 
-Shapes: H, W, C height, width and channels of an image.
+Shapes: (H, W, C) an image.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Unreadable(Exception):
 
 
 class Source(Protocol):
-    """Labelled images by number. One can be pickled, so that processes read it side by side."""
+    """Labelled images by number; picklable, so that several processes can read it."""
 
     fingerprint: str
-    """Changes when the data behind the configuration does, as far as can be seen without reading the images."""
+    """Changes when the data does, as far as can be determined without reading the images."""
     classes: Sequence[str]
-    """The names of the classes by number."""
+    """The names of the classes by class number."""
     labels: np.ndarray
     """The class of every image: (number of images,) int64."""
 
@@ -43,23 +43,23 @@ class Source(Protocol):
         """Image `number`, uint8 (H, W, C). Raises Unreadable for one that cannot be decoded."""
 
     def name(self, number: int) -> str:
-        """What the user knows image `number` by."""
+        """The name of image `number` in messages."""
 
 
 class EncodedImages(ABC):
-    """Images that lie somewhere as encoded files, of which a subclass gives the bytes.
+    """Images stored as encoded files, whose bytes a subclass reads.
 
-    Each is cropped about its centre to its short side and resized with Lanczos' filter, as EDM's dataset tool does
-    with `--transform=center-crop`; one of the right size stays as it is. Grey, palette and CMYK become RGB,
-    transparency is dropped, of an animation the first picture counts, EXIF rotation is ignored: as that tool does. Not
-    read are more than 8 bits a channel, more pixels than Pillow's limit, and whatever is damaged.
+    Each is centre-cropped to its short side and resized with a Lanczos filter, like EDM's dataset tool with
+    `--transform=center-crop`; one of the right size is unchanged. Also like that tool, grey, palette and CMYK become
+    RGB, transparency is dropped, only the first frame of an animation is read, and EXIF rotation is ignored. Unreadable
+    are more than 8 bits per channel, more pixels than Pillow's limit, and damaged images.
     """
 
     def __init__(self, data: Data, names: Sequence[str], labels: Sequence[int] | np.ndarray, classes: Sequence[str]):
         if len(classes) != data.num_classes:
             raise UserError(f"{data.path}: {len(classes)} classes, but data.num_classes is {data.num_classes}")
         if not len(names):
-            raise UserError(f"{data.path}: no image ({', '.join(sorted(SUFFIXES))}) in it; correct data.path")
+            raise UserError(f"{data.path}: contains no image ({', '.join(sorted(SUFFIXES))}); correct data.path")
         self._data, self._names, self.classes = data, names, classes
         self.labels = np.asarray(labels, np.int64)
 
@@ -78,40 +78,40 @@ class EncodedImages(ABC):
 
 
 def decode(content: bytes, resolution: int, channels: int) -> np.ndarray:
-    """An encoded image cropped and resized: uint8 (resolution, resolution, channels). Raises Unreadable."""
+    """Decodes, crops and resizes an image: uint8 (resolution, resolution, channels). Raises Unreadable."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.mode not in MODES:
-                raise Unreadable(f"mode {image.mode} is not 8 bits a channel")
+                raise Unreadable(f"mode {image.mode} is not 8 bits per channel")
             mode = "RGB" if channels == 3 else "L"
             image.load()
             square = _centre(image if image.mode == mode else image.convert(mode))
         resized = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
     except Unreadable:
         raise
-    except UnidentifiedImageError:  # its message has an address in memory
+    except UnidentifiedImageError:  # its message contains a memory address
         raise Unreadable(f"not an image of a known format ({', '.join(FORMATS)})") from None
-    except Exception as error:  # what decoders raise on damaged files is not one family
+    except Exception as error:  # decoders raise many types on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Unreadable(f"not a readable image ({reason[:200]})") from error
     return np.asarray(resized).reshape(resolution, resolution, channels)
 
 
 def _centre(image: Image.Image) -> Image.Image:
-    """The largest square about the centre."""
+    """The largest centred square."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
 def is_image(name: str) -> bool:
-    """Whether a file counts, by its name: an image's suffix, not hidden."""
+    """Whether a file name has an image suffix and is not hidden."""
     stem = name.rpartition("/")[2]
     return not stem.startswith(".") and f".{stem.rpartition('.')[2].lower()}" in SUFFIXES
 
 
 def existing(data: Data, what: str) -> Path:
-    """The configured path of a source. Raises UserError where nothing is."""
+    """The configured path of a source. Raises UserError if it is not set or does not exist."""
     if data.path is None:
         raise UserError(f"data.path is not set, but source {data.source} reads one; set it to {what}")
     path = Path(data.path)
@@ -121,13 +121,13 @@ def existing(data: Data, what: str) -> Path:
 
 
 def fingerprint_of(names: Iterable[str], sizes: Iterable[int]) -> str:
-    """A checksum of a listing."""
+    """SHA-256 of a listing of names and sizes."""
     listing = "\n".join(f"{name} {size}" for name, size in zip(names, sizes, strict=True))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def insist(data: Data, **wanted: int) -> None:
-    """Raises UserError where a key of the configuration is not what the source has."""
+    """Raises UserError if a key of the configuration differs from the source's value."""
     for key, value in wanted.items():
         if getattr(data, key) != value:
             found = getattr(data, key)

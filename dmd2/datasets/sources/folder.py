@@ -11,13 +11,13 @@ from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of, 
 from dmd2.errors import UserError
 
 LISTERS = 16
-"""Threads that wait for the disk while a tree or archive is listed: network disks answer one at a time slowly."""
+"""Threads that list a tree or archive: hides the latency of network disks."""
 
 
 class ImageFolder(EncodedImages):
     """A folder with one folder of images per class; classes are numbered in the sorted order of the folders' names.
 
-    Hidden files and files that are not images by their suffix do not count.
+    Hidden files and files without an image suffix are ignored.
     """
 
     def __init__(self, data: Data):
@@ -40,7 +40,7 @@ class ImageFolder(EncodedImages):
             raise UserError(f"{path}: cannot be read ({error.strerror}); was it moved? run again") from error
 
     def _images_of(self, name: str) -> list[tuple[str, int]]:
-        """(path below the root, size) of the images in and below a class folder, sorted."""
+        """(path relative to the root, size in bytes) of the images below a class folder, sorted."""
         found = []
         for top, _, files in os.walk(self._root / name):
             below = Path(top).relative_to(self._root).as_posix()
@@ -54,4 +54,4 @@ def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); fix or remove it") from None

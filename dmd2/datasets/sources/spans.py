@@ -1,4 +1,4 @@
-"""Pieces of large files, read in place."""
+"""Reads byte ranges of large files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_OPEN_FILES = 64
 
 
 class Spans:
-    """Offsets and sizes in files, read by number. A pickled copy opens the files anew."""
+    """Byte ranges (offset, size) in files, read by number. A pickled copy reopens the files."""
 
     def __init__(self, files: Sequence[str], file_of: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]):
         self._files = list(files)
@@ -32,7 +32,7 @@ class Spans:
         return self.read(int(self._file_of[number]), self.offset(number), int(self.sizes[number]))
 
     def offset(self, number: int) -> int:
-        """Where piece `number` begins in its file."""
+        """The offset of range `number` in its file."""
         return int(self._offsets[number])
 
     def __del__(self) -> None:
@@ -40,7 +40,7 @@ class Spans:
             os.close(descriptor)
 
     def read(self, file: int, offset: int, size: int) -> bytes:
-        """`size` bytes of file `file` from `offset` on. Raises UserError where the file ends before."""
+        """Reads `size` bytes of file `file` at `offset`. Raises UserError if the file ends before."""
         descriptor = self._descriptor(file)
         inside = 0 <= offset <= offset + size <= os.fstat(descriptor).st_size
         content = os.pread(descriptor, size, offset) if inside else b""
@@ -57,7 +57,7 @@ class Spans:
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its name, and where its content lies in the outermost file."""
+    """A regular file in a tar: its name, and the offset and size of its content in the outermost file."""
 
     name: str
     offset: int
@@ -74,18 +74,16 @@ def tar_members(path: Path | str, offset: int = 0, size: int | None = None) -> l
                 members = [Member(m.name, offset + m.offset_data, m.size) for m in tar if m.isfile()]
                 window.seek(tar.offset)
         except tarfile.TarError as error:
-            raise UserError(f"{path}: not a whole uncompressed tar ({error}); fetch or unpack it again") from None
+            raise UserError(f"{path}: not a complete uncompressed tar ({error}); fetch or unpack it again") from None
         mark = window.read(tarfile.BLOCKSIZE)
-    if mark != bytes(
-        tarfile.BLOCKSIZE
-    ):  # `tarfile` takes a damaged header for the end, and the end of the file as well
-        last = f" behind {members[-1].name}" if members else ""
-        raise UserError(f"{path}: damaged or truncated{last}, for no end mark follows; fetch or copy it again")
+    if mark != bytes(tarfile.BLOCKSIZE):  # `tarfile` treats a damaged header, or the end of the file, like the end mark
+        last = f" after {members[-1].name}" if members else ""
+        raise UserError(f"{path}: damaged or truncated{last} (no end mark); fetch or copy it again")
     return members
 
 
 class _Window(RawIOBase):
-    """A piece of a file as a file of its own."""
+    """A byte range of a file as a file object."""
 
     def __init__(self, descriptor: int, offset: int, size: int):
         self._descriptor, self._offset, self._size, self._position = descriptor, offset, size, 0

@@ -1,4 +1,4 @@
-"""Images in tar files, read where they lie."""
+"""Images in tar files, read without unpacking."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ImageNetTar(EncodedImages):
         path = existing(data, "ILSVRC2012_img_train.tar, a tar of one tar per class")
         inner = sorted(member for member in tar_members(path) if member.name.endswith(".tar"))
         if not inner:
-            raise UserError(f"{path}: no tar of a class in it; is it ILSVRC2012_img_train.tar?")
+            raise UserError(f"{path}: contains no tar of a class; is it ILSVRC2012_img_train.tar?")
         with ThreadPoolExecutor(LISTERS) as pool:
             contents = list(pool.map(lambda member: tar_members(path, member.offset, member.size), inner))
         found = [(label, m) for label, members in enumerate(contents) for m in sorted(members) if is_image(m.name)]
@@ -41,17 +41,17 @@ class ImageNetTar(EncodedImages):
 
 
 class _Sample(NamedTuple):
-    """One sample of a WebDataset: its image, and its class."""
+    """One sample of a WebDataset: its image and class."""
 
     image: Member
     label: int
 
 
 class WebDatasetTars(EncodedImages):
-    """WebDataset tars from elsewhere: samples of an image and its class (`KEY.jpg`, `KEY.cls`), in the tars' order.
+    """WebDataset tars: samples of an image and its class (`KEY.jpg`, `KEY.cls`), in the order of the tars.
 
     The path is one tar or a pattern: `shards/train-{0000..1023}.tar`, `shards/*.tar`. The tars must be uncompressed,
-    for compressed ones have no random access. Classes have no names there but their numbers.
+    since compressed ones have no random access. Class names are the class numbers.
     """
 
     def __init__(self, data: Data):
@@ -72,7 +72,7 @@ class WebDatasetTars(EncodedImages):
 
 
 def _expand(data: Data) -> list[str]:
-    """The tars of a path or pattern, in its order; those of a `*` sorted."""
+    """The tars of a path or pattern, in its order; matches of `*` are sorted. Raises UserError if one is missing."""
     from webdataset.shardlists import expand_urls
 
     if data.path is None:
@@ -85,7 +85,7 @@ def _expand(data: Data) -> list[str]:
 
 
 def _samples(path: str, num_classes: int) -> list[_Sample]:
-    """The samples of one tar in its order. Raises UserError naming the sample that lacks an image or a valid class."""
+    """The samples of one tar, in its order. Raises UserError naming a sample without an image or a valid class."""
     members = tar_members(path)
     spans = Spans([path], [0] * len(members), [m.offset for m in members], [m.size for m in members])
     images: dict[str, Member] = {}
@@ -105,7 +105,7 @@ def _samples(path: str, num_classes: int) -> list[_Sample]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and field of a member, as WebDataset has it: what lies before and behind the first dot of the file's name."""
+    """Key and field of a member, as in WebDataset: the parts before and after the first dot of the file's name."""
     folder, slash, file = name.rpartition("/")
     stem, _, kind = file.partition(".")
     return f"{folder}{slash}{stem}", kind

@@ -1,4 +1,4 @@
-"""Images in a zip archive, read where they lie."""
+"""Images in a zip archive, read without unpacking."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from dmd2.datasets.sources.spans import Spans
 from dmd2.errors import UserError
 
 LABELS = "dataset.json"
-HEADER = struct.Struct("<4s22xHH")  # of a member: signature, ..., lengths of its name and of its extra field
+HEADER = struct.Struct("<4s22xHH")  # local file header: signature, ..., lengths of the name and of the extra field
 
 
 class ImageZip(EncodedImages):
-    """A zip of class folders, or one that EDM's dataset tool wrote, with the classes in `dataset.json`.
+    """A zip of class folders, or one written by EDM's dataset tool, with the classes in `dataset.json`.
 
-    Class folders are those in the innermost folder that holds all images, or in the folder `train` if there is one (as
-    in Kaggle's archive of ImageNet); they are numbered in the sorted order of their names. Images are in the order of
-    their paths.
+    Class folders are those in the innermost folder that contains all images, or in the folder `train` if there is one
+    (as in Kaggle's archive of ImageNet), numbered in the sorted order of their names. Images are in the order of their
+    paths.
     """
 
     def __init__(self, data: Data):
@@ -36,8 +36,8 @@ class ImageZip(EncodedImages):
                 stored = _stored_labels(archive, path)
         except UserError:
             raise
-        except Exception as error:  # what `zipfile` makes of damage is not one family
-            raise UserError(f"{path}: not a whole zip archive ({error}); fetch it again") from None
+        except Exception as error:  # `zipfile` raises many types on damaged files
+            raise UserError(f"{path}: not a complete zip archive ({error}); fetch it again") from None
         chosen = {m.filename: m for m in members if not m.is_dir() and is_image(m.filename)}
         labels, classes = _by_folder(list(chosen)) if stored is None else _by_list(list(chosen), stored, path)
         images = [chosen[name] for name in labels]
@@ -51,8 +51,8 @@ class ImageZip(EncodedImages):
         self.fingerprint = fingerprint_of(listing, [m.file_size for m in images])
 
     def read(self, number: int) -> bytes:
-        """The member's content, after its checksum was compared. Parsed here: `zipfile` would list 1.28 million members
-        anew in every process."""
+        """The member's content, with its CRC-32 checked; Unreadable if damaged. Not by `zipfile`, which would list 1.28
+        million members again in every process."""
         content = self._content(number)
         if self._methods[number] == zipfile.ZIP_DEFLATED:
             try:
@@ -68,8 +68,8 @@ class ImageZip(EncodedImages):
         try:
             signature, name, extra = HEADER.unpack(self._spans.read(0, start, HEADER.size))
             content = self._spans.read(0, start + HEADER.size + name + extra, int(self._spans.sizes[number]))
-        except UserError:  # the archive is whole: its end was read
-            raise Unreadable("damaged in the archive (it would lie beyond the end)") from None
+        except UserError:  # the archive is complete: its end was read
+            raise Unreadable("damaged in the archive (it would extend beyond the end)") from None
         if signature != b"PK\x03\x04":
             raise Unreadable("damaged in the archive (no header)")
         return content
@@ -85,18 +85,18 @@ class ImageZip(EncodedImages):
 
 
 def _stored_labels(archive: zipfile.ZipFile, path: Path) -> dict[str, int] | None:
-    """The classes that EDM's tool stored, by the images' paths; None if there is no list."""
+    """The classes that EDM's tool stored, by image path; None if there is no list. Raises UserError if invalid."""
     if LABELS not in archive.namelist():
         return None
     try:
         content: Any = json.loads(archive.read(LABELS))["labels"]
         return {str(name): int(label) for name, label in content}
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: its {LABELS} holds no classes; make the archive from class folders") from None
+        raise UserError(f"{path}: its {LABELS} contains no classes; make the archive from class folders") from None
 
 
 def _by_list(names: list[str], stored: dict[str, int], path: Path) -> tuple[dict[str, int], list[str]]:
-    """Image to class, and the classes' names, from a stored list."""
+    """The class of each image, and the class names, from a stored list. Raises UserError if it is incomplete."""
     if missing := [name for name in names if name not in stored]:
         raise UserError(f"{path}: {LABELS} has no class for {missing[0]}, nor for {len(missing) - 1} more; complete it")
     labels = {name: stored[name] for name in names}
@@ -106,7 +106,7 @@ def _by_list(names: list[str], stored: dict[str, int], path: Path) -> tuple[dict
 
 
 def _by_folder(names: list[str]) -> tuple[dict[str, int], list[str]]:
-    """Image to class, and the classes' names, from the folders the images lie in."""
+    """The class of each image, and the class names, from the images' folders."""
     parts = {name: name.split("/") for name in names}
     if below := {name: p for name, p in parts.items() if "train" in p[:-1]}:
         parts = {name: p[p.index("train") + 1 :] for name, p in below.items()}
