@@ -45,10 +45,10 @@ report: tables
 	@echo "open results/report.html"
 
 test: $(SETUP)
-	@$(RUN) python -m pytest -n 2
+	@$(RUN) python -m pytest -n 2 --dist loadfile
 
 fast-test: $(SETUP)
-	@$(RUN) python -m pytest -n 2 -m 'not slow'
+	@$(RUN) python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 lint: $(SETUP)
 	@$(RUN) ruff check . && ruff format --check . && mypy && lint-imports && snakefmt --check Snakefile workflow \

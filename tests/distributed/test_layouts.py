@@ -49,7 +49,6 @@ def test_sharded_networks_train_to_the_same_weights_as_whole_ones(name: str, sta
     assert_close(without_noise(wanted), without_noise(states[name]), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_sharded_networks_with_compiled_blocks_train_to_the_same_weights(states: dict[str, Any], tmp_path: Path):
     on_ranks(2, trained, tmp_path, NUM, {"": {"layout": "shard", "prepare": {"compile": True, "backend": "eager"}}})
     (found, _) = (result[""] for result in results(tmp_path, 2))

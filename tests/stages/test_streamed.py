@@ -128,7 +128,6 @@ def test_two_processes_measure_what_one_does(world: World, whole: dict, tmp_path
     assert list((tmp_path / "state").iterdir()) == []
 
 
-@pytest.mark.slow
 def test_evaluation_killed_without_warning_loses_no_finished_part(world: World, tmp_path: Path):
     size = measure.CHUNK + 200
     plan = streamed(world, num_samples=size, num_blocks=2)

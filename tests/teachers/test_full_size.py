@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import edm_by_hand
-import pytest
 import torch
 from edm_by_hand import distance, randomised
 from edm_pickles import write_edm_pickle
@@ -43,7 +42,6 @@ def write_published(path: Path) -> tuple[Tensor, Tensor]:
     return 0.25 / (sigma**2 + 0.25) * image() + c_out * out, outputs[-1]
 
 
-@pytest.mark.slow
 def test_full_size_network_is_imported_and_equals_its_formulas(tmp_path: Path):
     path, out = tmp_path / "edm-imagenet-64x64-cond-adm.pkl", tmp_path / "teacher.safetensors"
     with little_memory(8 * 2**30), torch.no_grad():

@@ -90,7 +90,6 @@ def test_compiled_blocks_equal_eager_ones_up_to_rounding(arch: str, activation_c
     assert {name for name in truth if distance(found[name], truth[name]) > 1e-5} == set()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's code for CPUs needs a C++ compiler")
 def test_inductor_compiles_a_block(monkeypatch: pytest.MonkeyPatch):
     plain, compiled = network("adm"), network("adm")
