@@ -1,4 +1,6 @@
-"""Starts a stage as one process for each GPU: `python -m dmd2.training.launcher NUM_GPUS ARGUMENTS...` (`workflow/launch.sh`).
+"""Starts a stage as one process for each GPU: `workflow/launch.sh` calls it.
+
+    python -m dmd2.training.launcher NUM_GPUS ARGUMENTS...
 
 What torchrun would do, and three things that it does not: the exit status is that of the process that failed first
 (torchrun's is always 1, so a saved interruption, 143, would look like a failure); what a signal asks for reaches every
