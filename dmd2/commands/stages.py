@@ -219,25 +219,6 @@ def table(
 
 
 COMMANDS = (
-    shards,
-    latents,
-    pairs,
-    teacher,
-    train,
-    import_student,
-    features,
-    reference,
-    sample,
-    metrics,
-    curve,
-    select,
-    curves,
-    grid,
-    compare,
-    configuration,
-    table,
-)
-COMMANDS = (
     *(shards, latents, pairs, teacher, train, import_student, features, reference, sample, metrics, curve, select),
     *(curves, grid, compare, configuration, table),
 )

@@ -1,4 +1,4 @@
-"""What moves weights: the update with clipping and a finite guard, learning-rate schedules, weight averages.
+"""Optimizer step with clipping and a guard against NaN, learning-rate schedules, EMA.
 
 All of it works on what a rank holds of a network: the whole, or its rows of each tensor (see `sharding`).
 """
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from dmd2.errors import UserError
 from dmd2.training import ranks, sharding
@@ -38,7 +39,7 @@ def warmup_decay(num_warmup: int, iterations: int, decay_from: float, final: flo
 
 
 class FiniteGuard:
-    """AsyncFlags on the device, without waiting for it, the first step at which a term is not finite on any rank.
+    """Records on the device, without waiting for it, the first step at which a term is not finite on any rank.
 
     From then on `tripped` is 1 and every update guarded by it is skipped on the device, so the weights stay as they
     were before the bad step. The host asks with `raise_if_tripped` when it synchronises anyway.
@@ -72,7 +73,7 @@ class FiniteGuard:
 
 
 class Moments(NamedTuple):
-    """What AdamW keeps beside a tensor of weights."""
+    """AdamW's state of one parameter."""
 
     step: Tensor  # (), float32, as the kernel wants it
     exp_avg: Tensor
@@ -89,8 +90,7 @@ class Optimizer:
     """AdamW on a network with a global-norm clip and a learning-rate schedule (paper, appendix F; released code).
 
     The network must be in its layout already (`sharding.place`). Its gradients become means over the ranks. The update
-    is the kernel behind `torch.optim.AdamW(fused=True)`, called without the class around it, which imports
-    torch._dynamo: two seconds of each training's start.
+    is torch's functional AdamW: the class around it imports torch._dynamo, a second and more of each training's start.
     """
 
     def __init__(
@@ -142,15 +142,14 @@ class Optimizer:
         held, moments, grads = self._collect()
         norm = self._norm(grads)
         guard.watch(index, {**terms, name: norm})
-        steps = [own.step for own in moments]
-        torch._foreach_add_(steps, [1 - guard.tripped] * len(steps))  # lists: a tensor alone would be waited for
-        torch._fused_adamw_(
+        adamw(
             held,
             grads,
             [own.exp_avg for own in moments],
             [own.exp_avg_sq for own in moments],
             [],
-            steps,
+            [own.step for own in moments],
+            fused=True,
             lr=self._base * self._rate(index),
             beta1=self._betas[0],
             beta2=self._betas[1],
