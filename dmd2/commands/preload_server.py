@@ -1,10 +1,10 @@
-"""The process that `preloaded` starts: it imports what is slow, and forks itself for each stage that it is asked for.
+"""The fork server of `preloaded`: imports slow packages once, and forks for each requested stage.
 
-It imports nothing of dmd2, so a stage runs the code that is there when it starts. It has one thread, since a lock that
-another thread holds would stay locked in a fork. It ends by itself after `IDLE_S` without work.
+It imports nothing of dmd2, so a stage runs the current code. It has one thread, since a lock held by another thread
+would stay locked in a fork. It exits after `IDLE_S` seconds without work.
 
-A caller sends one message with five files: its request, the pipe by which it lets the stage begin, and its standard
-files. The answers are the stage's pidfd and, at the end, its wait status. When the caller dies, its stage is killed.
+A caller sends one message with five files: the request, a pipe that permits the stage to start, and the standard files.
+The replies are the stage's pidfd and, at its end, its wait status. If the caller dies, its stage is killed.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ PACKAGES = (
 IDLE_S = 20.0
 NUM_FILES = 5
 STAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Signals that may reach all processes of a user, and that the server leaves to its stages."""
+"""Signals that may be sent to all processes of a user; the server ignores them, its stages do not."""
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 libc = ctypes.CDLL(None)
 
 
 class Server:
-    """Stages by their callers' connections."""
+    """Forks and tracks stages, keyed by their callers' connections."""
 
     def __init__(self, listener: socket.socket):
         self._listener = listener
-        self._selector = selectors.PollSelector()  # unlike epoll, nothing that a fork would share
+        self._selector = selectors.PollSelector()  # unlike epoll, not shared with forks
         self._selector.register(listener, selectors.EVENT_READ)
         self._stages: dict[socket.socket, tuple[int, int] | None] = {}  # process id and pidfd, once forked
         self._callers: dict[int, socket.socket] = {}  # by pidfd
 
     def serve(self, idle_s: float = IDLE_S) -> list[int] | None:
-        """Until nobody has called for `idle_s`: then None; in each fork, the files that its caller sent."""
+        """Serves until idle for `idle_s` seconds, then returns None; in a fork returns the caller's files."""
         while True:
             events = self._selector.select(None if self._stages else idle_s)
             if not events and not self._stages:
                 return None
             for key, _ in events:
-                if key.fd not in self._selector.get_map():  # closed by an event before this
+                if key.fd not in self._selector.get_map():  # closed by an earlier event
                     continue
                 with contextlib.suppress(OSError):
                     if files := self._handle(key.fileobj):
@@ -74,7 +74,7 @@ class Server:
         elif isinstance(source, int):
             self._tell_end(source)
         elif isinstance(source, socket.socket):
-            if stage := self._stages[source]:  # it says nothing more, so it is gone
+            if stage := self._stages[source]:  # it sends nothing more, so it has closed
                 self._selector.unregister(source)
                 signal.pidfd_send_signal(stage[1], signal.SIGKILL)
             else:
@@ -121,7 +121,7 @@ class Server:
         caller.close()
 
     def _leave(self) -> None:
-        """Closes, in a fork, what is the server's."""
+        """Closes the server's descriptors in a fork."""
         self._selector.close()
         for connection in (self._listener, *self._stages):
             connection.close()
@@ -130,32 +130,32 @@ class Server:
 
 
 def num_threads() -> int:
-    """Of this process, those outside Python included."""
+    """The number of threads of this process, including those not started by Python."""
     return len(os.listdir("/proc/self/task"))
 
 
 def preload() -> bool:
-    """Imports `PACKAGES`, but those that are not installed; whether this process can be forked."""
+    """Imports the installed ones of `PACKAGES`; returns whether the process has one thread, so that it can fork."""
     gc.disable()
     for name in PACKAGES:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
-    if num_threads() > 1:  # OpenBLAS starts its threads when imported, and ends them before a fork, for good
+    if num_threads() > 1:  # OpenBLAS starts threads when imported, and ends them permanently before a fork
         if (process := os.fork()) == 0:
             os._exit(0)
         os.waitpid(process, 0)
-    gc.freeze()  # a collection would write to, and so copy, every page
+    gc.freeze()  # a collection would write to every page, and so copy it
     return num_threads() == 1
 
 
 def become(files: list[int], server: int, handlers: Mapping[signal.Signals, Any]) -> None:
-    """Makes this fork what `python -m dmd2` would be, started by the caller; ends it if the caller has gone."""
+    """Gives this fork the state of a `python -m dmd2` started by the caller; exits if the caller is gone."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != server:
         os._exit(128 + signal.SIGKILL)
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
-    os.setsid()  # a Ctrl-C reaches it through its caller alone
+    os.setsid()  # Ctrl-C reaches it only through its caller
     request, permission, *standard = files
     if not os.read(permission, 1):
         os._exit(128 + signal.SIGKILL)
@@ -163,23 +163,23 @@ def become(files: list[int], server: int, handlers: Mapping[signal.Signals, Any]
         os.dup2(descriptor, number)
     os.lseek(request, 0, os.SEEK_SET)
     with open(request, closefd=False) as file:
-        asked = json.load(file)
+        wanted = json.load(file)
     for descriptor in files:
         os.close(descriptor)
-    libc.prctl(PR_SET_NAME, f"dmd2 {asked['command']}".encode(errors="replace")[:15], 0, 0, 0)
+    libc.prctl(PR_SET_NAME, f"dmd2 {wanted['command']}".encode(errors="replace")[:15], 0, 0, 0)
     os.environ.clear()
-    os.environ.update(asked["env"])
-    os.chdir(asked["cwd"])
-    multiprocessing.process.ORIGINAL_DIR = asked["cwd"]  # type: ignore[attr-defined]
+    os.environ.update(wanted["env"])
+    os.chdir(wanted["cwd"])
+    multiprocessing.process.ORIGINAL_DIR = wanted["cwd"]  # type: ignore[attr-defined]
     tempfile.tempdir = None
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
-    sys.argv = ["-m", *asked["arguments"]]
-    sys.orig_argv = [sys.executable, "-m", "dmd2", *asked["arguments"]]
+    sys.argv = ["-m", *wanted["arguments"]]
+    sys.orig_argv = [sys.executable, "-m", "dmd2", *wanted["arguments"]]
     if not sys.flags.safe_path:
-        sys.path.insert(0, asked["cwd"])
+        sys.path.insert(0, wanted["cwd"])
     importlib.invalidate_caches()
     if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # else every stage would draw the same
+        sys.modules["numpy"].random.seed()  # else all stages would draw the same numbers
     gc.enable()
 
 
@@ -199,7 +199,7 @@ def stage() -> int:
 
 
 def end(status: int) -> None:
-    """Ends this process as Python does, but does not take every object apart: that copies the server's pages, 0.4 s."""
+    """Exits as Python does, but without deallocating objects, which would copy the server's pages (0.4 s)."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     try:
@@ -211,7 +211,7 @@ def end(status: int) -> None:
 
 
 def main() -> None:
-    """Serves the socket that it was started with; in a fork, is the stage."""
+    """Serves the inherited socket; runs the stage in a fork."""
     if not sys.flags.safe_path:
         sys.path.pop(0)  # this file's folder
     listener, server = socket.socket(fileno=int(sys.argv[1])), os.getpid()

@@ -1,13 +1,13 @@
-"""Runs a stage in a process that has the slow imports behind it: `python -m dmd2.commands.preloaded ARGUMENTS...`.
+"""Runs a stage in a process with preloaded imports: `python -m dmd2.commands.preloaded ARGUMENTS...`.
 
-What `python -m dmd2 ARGUMENTS...` does, without the seconds that importing torch takes. The first call leaves a server
-behind (`preload_server`), which forks itself for each stage. The stage gets the caller's arguments, environment, folder
-and standard files; the caller passes signals on and ends as the stage ends. All else that a process inherits, or reads
-while it imports (variables, limits, installed packages), is part of the server's name: a caller for whom something
-differs starts another.
+Equivalent to `python -m dmd2 ARGUMENTS...`, without the seconds of importing torch. The first call starts a server
+(`preload_server`), which forks for each stage. The stage gets the caller's arguments, environment, folder and standard
+files; the caller forwards signals and exits with the stage's status. Everything else that a process inherits, or that
+imports depend on (variables, limits, installed packages), is hashed into the server's name: a caller in which something
+differs starts another server.
 
-Where there can be no server, or it dies, the caller becomes `python -m dmd2 ARGUMENTS...` itself. `DMD2_PRELOAD=0` asks
-for that. This file imports little, since each job pays for it.
+If a server cannot be started or dies, or with `DMD2_PRELOAD=0`, the caller executes `python -m dmd2 ARGUMENTS...`. This
+file imports little, since each job pays for it.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ import time
 from types import FrameType
 
 PATIENCE_S, RETRY_S = 60.0, 600.0
-"""Until a caller no longer waits for a server, but does its imports itself; until one that could not be is tried
-again."""
+"""Seconds that a caller waits for a server before importing itself; seconds until a failed server is tried again."""
 SERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "preload_server.py")
 READ_LATE = ("_", "SHLVL", "PWD", "OLDPWD")
-"""Variables, besides dmd2's own, that no import reads."""
+"""Variables, besides dmd2's own, that imports do not depend on."""
 INHERITED = ("Umask", "Uid", "Gid", "Groups", "SigBlk", "SigIgn", "Cap", "NoNew", "Seccomp", "Cpus_allowed", "Mems_all")
-"""Lines of /proc/self/status."""
+"""Lines of /proc/self/status that a process inherits."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STOPPING = {signal.SIGTSTP: signal.SIGSTOP}
-"""The stage stands in no terminal's session, where a SIGTSTP would have no effect."""
+"""The stage is not in a terminal's session, so SIGTSTP would have no effect."""
 
 
 def leading_options(arguments: list[str]) -> tuple[dict[str, str], str]:
-    """The options before the command, and the command."""
+    """The options before the command, by name, and the command."""
     options: dict[str, str] = {}
     rest = iter(arguments)
     for argument in rest:
@@ -51,7 +50,7 @@ def leading_options(arguments: list[str]) -> tuple[dict[str, str], str]:
 
 
 def run(arguments: list[str]) -> int | None:
-    """The wait status of a stage that a server ran, or None if there was none; OSError if none can be asked."""
+    """The wait status of a stage run by a server, or None if the server died. Raises OSError without a server."""
     for descriptor in range(3):
         os.fstat(descriptor)
     options, command = leading_options(arguments)
@@ -69,7 +68,7 @@ def run(arguments: list[str]) -> int | None:
 
 
 def _accompany(stage: int, server: socket.socket, permit: int) -> int | None:
-    """Lets the stage begin, passes signals on, and returns its wait status; None if the server died with it."""
+    """Starts the stage, forwards signals, and returns its wait status; None if the server died."""
     passed: list[int] = []
 
     def forward(signum: int, frame: FrameType | None) -> None:
@@ -85,19 +84,19 @@ def _accompany(stage: int, server: socket.socket, permit: int) -> int | None:
     server.settimeout(None)
     with contextlib.suppress(OSError):
         os.write(permit, b"!")
-        if told := server.recv(4):
-            return int.from_bytes(told, "little")
+        if reply := server.recv(4):
+            return int.from_bytes(reply, "little")
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(stage, signal.SIGKILL)
-    select.select([stage], [], [])  # until it has ended
+    select.select([stage], [], [])  # blocks until it has ended
     if passed:
-        return passed[0]  # the wait status of what is ended by this signal
+        return passed[0]  # the wait status of a process killed by this signal
     print("warning: the server of preloaded stages died; the stage starts again without it", file=sys.stderr)
     return None
 
 
 def _connection(env: dict[str, str]) -> socket.socket:
-    """To the server for this environment, which is started if there is none."""
+    """Connects to the server for this environment, which is started if there is none."""
     folder = f"{os.environ.get('TMPDIR') or '/tmp'}/dmd2-preload-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)
@@ -136,7 +135,7 @@ def _connected(path: str) -> socket.socket | None:
 
 
 def server_name(env: dict[str, str]) -> str:
-    """A digest of what a stage has by inheritance from its server, and of what decides what was imported there."""
+    """A digest of everything that a stage inherits from its server, and that the server's imports depend on."""
     variables = sorted(item for item in env.items() if item[0] not in READ_LATE and not item[0].startswith("DMD2_"))
     files = [SERVER, __file__, *(folder for folder in sys.path if folder.endswith("-packages"))]
     facts: list[object] = [
@@ -154,7 +153,7 @@ def server_name(env: dict[str, str]) -> str:
 
 
 def _start_server(listener: int, env: dict[str, str], log: str) -> None:
-    """In a session of its own, as nobody's child, with no open file besides the listener and a log."""
+    """Starts the server as a daemon (own session, reparented) whose only open files are the listener and a log."""
     if child := os.fork():
         os.waitpid(child, 0)
         return
@@ -162,9 +161,9 @@ def _start_server(listener: int, env: dict[str, str], log: str) -> None:
         os.setsid()
         if os.fork() == 0:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            told = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            os.dup2(told, 1)
-            os.dup2(told, 2)
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
             for descriptor in map(int, os.listdir("/proc/self/fd")):
                 if descriptor > 2 and descriptor != listener:
                     with contextlib.suppress(OSError):
@@ -176,7 +175,7 @@ def _start_server(listener: int, env: dict[str, str], log: str) -> None:
 
 
 def _end_as(status: int) -> None:
-    """Ends this process as one ended that had this wait status."""
+    """Ends this process like one with this wait status."""
     if not os.WIFSIGNALED(status):
         sys.exit(os.WEXITSTATUS(status))
     signum = os.WTERMSIG(status)
@@ -188,11 +187,11 @@ def _end_as(status: int) -> None:
 
 
 def main() -> None:
-    """Runs the stage that `sys.argv` says, and ends as it ends."""
+    """Runs the stage in `sys.argv` and exits with its status."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback from in here
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of this file
     status = None
-    is_alone = "LOCAL_WORLD_SIZE" not in os.environ  # processes of one stage find each other by other means
+    is_alone = "LOCAL_WORLD_SIZE" not in os.environ  # not a process of several ranks
     if sys.platform == "linux" and is_alone and os.environ.get("DMD2_PRELOAD") != "0":
         with contextlib.suppress(OSError):
             status = run(sys.argv[1:])
