@@ -1,4 +1,4 @@
-"""Commands of what comes before the stages: `dmd2 cost`, `dmd2 plan`, and files from outside."""
+"""Commands besides the stages: cost, planning, job times and external files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ WORKFLOW = Path(__file__).parent.parent.parent / "workflow"
 
 PresetOption = Annotated[str, typer.Option(help="a file of workflow/presets")]
 WorkflowOption = Annotated[Path, typer.Option(help="folder with presets, runs and tables")]
-OverOption = Annotated[Path | None, typer.Option("--configfile", help="YAML over the preset, as for Snakemake")]
-MirrorOption = Annotated[
-    str | None, typer.Option(envvar="DMD2_MIRROR", help="address asked for MIRROR/NAME before any other")
+OverOption = Annotated[
+    Path | None, typer.Option("--configfile", help="YAML that overrides the preset, as for Snakemake")
 ]
+MirrorOption = Annotated[str | None, typer.Option(envvar="DMD2_MIRROR", help="base URL; MIRROR/NAME is tried first")]
 Layout = Literal["replicate", "shard"]
-JsonOption = Annotated[bool, typer.Option("--json", help="for programs instead of readers")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON output")]
 
 
 def _plan(workflow: Path, preset: str, configfile: Path | None) -> Plan:
@@ -41,7 +41,7 @@ def cost(
     configfile: OverOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count what a training step costs an image, by part, on the step itself without its memory."""
+    """Report the FLOPs of a training step per image, by part, counted on a dry run with meta tensors."""
     from dmd2.cost import report as cost_report
     from dmd2.cost import text as cost_text
 
@@ -53,17 +53,19 @@ def plan(
     table: Annotated[list[str], typer.Argument(help="table1, table3, ...")],
     preset: PresetOption = "imagenet64",
     gpu: Annotated[str, typer.Option(help="kind of GPU, such as a100-80gb")] = "h100-80gb",
-    gpus: Annotated[int | None, typer.Option(min=1, help="of a training job; the preset's by default")] = None,
-    layout: Annotated[Layout | None, typer.Option(help="of networks on several GPUs; the preset's by default")] = None,
-    tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s that a GPU sustains in bf16")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of a training job; default: the preset's")] = None,
+    layout: Annotated[
+        Layout | None, typer.Option(help="layout of networks on several GPUs; default: the preset's")
+    ] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="sustained TFLOP/s of a GPU in bf16")] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="samples passed at a time, at most; the preset's by default")
+        int | None, typer.Option(min=1, help="maximum samples in a micro-batch; default: the preset's")
     ] = None,
     workflow: WorkflowOption = WORKFLOW,
     configfile: OverOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell what tables take: jobs, GPU-hours of each row, memory of a rank, disk, and what must be supplied."""
+    """Report the cost of tables: jobs, GPU-hours per row, memory per rank, disk, and files to supply."""
     from dmd2.cost import report as cost_report
     from dmd2.cost import text as cost_text
 
@@ -72,7 +74,9 @@ def plan(
     report = cost_report.tables(found, table, cost_report.Machines(gpu, gpus, layout, tflops, micro_batch))
     _tell(report, cost_text.tables(report), as_json)
     if cramped := [run for run, memory in report["memory"].items() if not memory["fits"]]:
-        raise UserError(f"{', '.join(cramped)}: more memory than a {gpu} has; {_remedy(report, cramped, layout, gpus)}")
+        raise UserError(
+            f"{', '.join(cramped)}: needs more memory than a {gpu} has; {_remedy(report, cramped, layout, gpus)}"
+        )
 
 
 def _remedy(report: dict[str, Any], cramped: list[str], layout: str, gpus: int) -> str:
@@ -90,20 +94,20 @@ def download(
     record: Annotated[Path, typer.Option()],
     mirror: MirrorOption = None,
 ) -> None:
-    """Check a file from outside, or fetch it."""
+    """Check or fetch an external file."""
     from dmd2.stages import download as stage
 
     stage.download(name, entry, record, mirror)
 
 
 def downloads(
-    preset: Annotated[str | None, typer.Argument(help="name of a preset; none: every known file")] = None,
+    preset: Annotated[str | None, typer.Argument(help="name of a preset; none: all known files")] = None,
     workflow: WorkflowOption = WORKFLOW,
     fetch: Annotated[bool, typer.Option("--fetch", help="fetch and check what the preset needs first")] = False,
     mirror: MirrorOption = None,
     configfile: OverOption = None,
 ) -> None:
-    """List what a preset needs from outside, and whether it is there."""
+    """List the external files of a preset and their state."""
     from dmd2.stages import download as stage
 
     if fetch and preset is None:
@@ -118,12 +122,12 @@ def downloads(
 def times(
     folder: Annotated[Path, typer.Option(help="where Snakemake ran")] = Path(),
     only: Annotated[str, typer.Option(help="jobs whose log's path contains this text, such as logs/digits")] = "",
-    cores: Annotated[int, typer.Option(min=1, help="cores that Snakemake was given; this machine's by default")] = (
+    cores: Annotated[int, typer.Option(min=1, help="Snakemake's --cores; default: all of this machine")] = (
         os.cpu_count() or 1
     ),
     as_json: JsonOption = False,
 ) -> None:
-    """Print where a workflow's time went: seconds of its jobs by rule, and idle core seconds."""
+    """Report the time of a workflow: seconds of its jobs by rule, and idle core-seconds."""
     from dmd2.cost import job_times
 
     report = job_times.report(job_times.read_jobs(folder, only), cores)

@@ -1,6 +1,6 @@
 """One command per workflow rule: `dmd2 STAGE --spec ... --input ... --output ...`; no logic here.
 
-Each imports its stage when it runs, so that no command pays for another's imports.
+Each imports its stage when it runs, so that a command does not import other stages' dependencies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dmd2.lineage.spec import Spec, read_spec
 
 SpecOption = Annotated[str, typer.Option("--spec", help="the stage's spec as JSON, or @FILE")]
 RuntimeOption = Annotated[
-    str, typer.Option(envvar="DMD2_RUNTIME", help="how to execute, as JSON or YAML (config.Runtime)")
+    str, typer.Option(envvar="DMD2_RUNTIME", help="settings of execution as JSON or YAML (config.Runtime)")
 ]
 PathOption = Annotated[Path, typer.Option()]
 OptionalPath = Annotated[Path | None, typer.Option()]
@@ -39,7 +39,7 @@ def shards(
     spec: SpecOption,
     manifest: PathOption,
     source: Annotated[str, typer.Option(help="folder, archive or pattern, for sources that read one")] = "",
-    max_unreadable: Annotated[int, typer.Option(min=0, help="images that may be left out")] = 0,
+    max_unreadable: Annotated[int, typer.Option(min=0, help="maximum number of unreadable images to skip")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
 ) -> None:
     """Write the source's images as shards."""
@@ -104,7 +104,7 @@ def import_student(spec: SpecOption, generator: OptionalPath = None, networks: O
 
 
 def features(spec: SpecOption, weights: PathOption, images: OptionalPath = None) -> None:
-    """Make the feature extractor of the Frechet distance."""
+    """Train or copy the feature extractor of the Frechet distance."""
     from dmd2.stages import measure
 
     measure.features(_spec(spec, "features"), images, weights)
@@ -136,7 +136,7 @@ def metrics(
     state: PathOption = Path("state"),
     runtime: RuntimeOption = "{}",
 ) -> None:
-    """Measure a set of samples, or those of a model's weights, or the floor where neither is given."""
+    """Measure a set of samples, or samples of a model's weights; without either the floor."""
     from dmd2.stages import measure
 
     measured = measure.SampleSource(samples, weights)
@@ -161,7 +161,7 @@ def curve(
 def select(
     spec: SpecOption, snapshots: PathOption, generator: PathOption, weights: PathOption, curve: OptionalPath = None
 ) -> None:
-    """Take a run's snapshot of one iteration, or its best by its curve."""
+    """Copy a run's snapshot of one iteration, or the best by FID on its curve."""
     from dmd2.stages import curves
 
     curves.select(_spec(spec, "select"), curve, snapshots, generator, weights)

@@ -1,4 +1,4 @@
-"""Which stage builds on which: the specs of a preset's jobs. No torch: the workflow asks this while planning.
+"""The specs of a preset's jobs and their dependencies. Does not import torch (used by the workflow).
 
 A *model* is `teacher` or the name of a run; an *entry* is `MODEL/SAMPLER`, one set of samples and its metrics.
 """
@@ -15,28 +15,28 @@ from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
 
 APART = 2**31
-"""Between the seed of a run's curve and that of its best snapshot's samples."""
+"""Offset between the seed of a run's curve and that of its best snapshot's samples."""
 
 
 class Plan:
-    """The specs of every job on one preset, built on demand and chained by digest."""
+    """The specs of all jobs on one preset, built on demand and chained by digest."""
 
     def __init__(self, folder: Path | str, preset: str, overrides: dict[str, Any] | None = None):
         self.folder = Path(folder)
         self.preset: Preset = load_preset(folder, preset, overrides)
         self._runs: dict[str, Run] = {}
-        for name in self.preset.runs:  # so that an adjustment of a run that does not exist is noticed
+        for name in self.preset.runs:  # raises for an override of an unknown run
             self._asked(name, f"preset {preset}: `runs.{name}`")
 
     def run(self, name: str) -> Run:
-        """The run `name` on this preset. Raises UserError for an unknown name or keys that contradict."""
+        """The run `name` on this preset. Raises UserError for an unknown name or contradictory keys."""
         if name not in self._runs:
             self._runs[name] = load_run(self.folder, name, self.preset)
             self._check_ancestors(name)
         return self._runs[name]
 
     def _asked(self, name: str, where: str) -> Run:
-        """The run `name`; an error begins with `where` it was asked for."""
+        """The run `name`; a UserError starts with `where` it was requested."""
         try:
             return self.run(name)
         except UserError as error:
@@ -46,16 +46,16 @@ class Plan:
         chain = [name]
         while (parent := self.run(chain[-1]).train.init_run) is not None:
             if parent in chain:
-                raise UserError(f"run {name}: init_run goes in a circle: {' -> '.join([*chain, parent])}")
+                raise UserError(f"run {name}: init_run is a cycle: {' -> '.join([*chain, parent])}")
             chain.append(parent)
 
     @cached_property
     def _data(self) -> Data:
-        """The data section of every stage: where the source lies, and the limit, are told to the one that opens it."""
+        """The data section of all stages, without path and limit, which only the shards stage gets, as options."""
         return self.preset.data.model_copy(update={"path": None, "max_unreadable": 0})
 
     def _evaluation(self, *keys: str) -> Evaluation:
-        """The evaluation keys that a stage reads, the others at their defaults: they are not to decide its digest."""
+        """The evaluation keys that a stage reads; the others at their defaults, so that its digest ignores them."""
         return Evaluation(**self.preset.evaluation.model_dump(include={"seed", *keys}))
 
     @cached_property
@@ -71,12 +71,12 @@ class Plan:
 
     @cached_property
     def _teacher(self) -> TeacherConfig:
-        """The teacher section for what builds on its weights: their origin is in the digest of the teacher's stage."""
+        """The teacher section of stages that read its weights, whose origin is in the teacher stage's digest."""
         return self.preset.teacher.model_copy(update={"training": None, "weights": None})
 
     @cached_property
     def _features(self) -> Features:
-        """The features section for what reads the extractor that the features stage has stored."""
+        """The features section of stages that read the extractor written by the features stage."""
         weights = self.preset.features.weights
         stored = weights and weights.model_copy(update={"path": "extractor.weights"})
         return self.preset.features.model_copy(update={"weights": stored, "reference": None})
@@ -110,7 +110,7 @@ class Plan:
         return Spec.of("pairs", "pairs", {"teacher": self.teacher}, **sections)
 
     def train(self, run: str) -> Spec:
-        """The training of a run, or the import of one that was released."""
+        """The training of a run, or the import of a released one."""
         train = self.run(run).train
         if (weights := self.run(run).weights) is not None:
             return Spec.of("import", run, data=self._data, teacher=self._teacher, weights=weights)
@@ -122,7 +122,7 @@ class Plan:
         return Spec.of("train", run, upstream, data=self._data, teacher=self._teacher, train=train)
 
     def select(self, entry: str) -> Spec:
-        """The choice of the snapshot behind an entry: that of an iteration, or the best by FID on the run's curve."""
+        """The selection of an entry's snapshot: of an iteration, or the best by FID on the run's curve."""
         run, name = self.split(entry)
         sampler, upstream = self.preset.samplers[name], {"model": self.train(run)}
         if sampler.checkpoint == "best":
@@ -130,9 +130,9 @@ class Plan:
         return Spec.of("select", entry, upstream, sampler=sampler)
 
     def _model(self, entry: str) -> dict[str, Any]:
-        """What the samples of an entry are made from, as keywords of `Spec.of`.
+        """Everything that determines an entry's samples, as keywords of `Spec.of`.
 
-        The best snapshot is sampled with other noise than it was chosen by, or its distance would be too low.
+        The best snapshot is sampled with other noise than it was selected with, else its distance would be too low.
         """
         model, name = self.split(entry)
         sampler, seed = self.preset.samplers[name], self.preset.evaluation.seed
@@ -146,16 +146,16 @@ class Plan:
         return content | {"upstream": {"model": made}, "seed": (seed + apart) % 2**32}
 
     def sample(self, entry: str) -> Spec:
-        """The samples of an entry: all of them, or those that a streamed evaluation shows."""
+        """The stored samples of an entry: all, or the `num_shown` of a streamed evaluation."""
         content = self._model(entry)
         keys = ("streamed", "num_shown") if self.preset.evaluation.streamed else ("num_samples", "num_blocks")
         evaluation = self._evaluation("protocols", *keys).model_copy(update={"seed": content.pop("seed")})
         return Spec.of("sample", entry, content.pop("upstream"), evaluation=evaluation, **content)
 
     def metrics(self, entry: str) -> Spec:
-        """The metrics of an entry, or of `floor`: resamples of the data themselves.
+        """The metrics of an entry, or of `floor` (resamples of the data).
 
-        They build on the entry's samples, or on its model where they are streamed.
+        They depend on the entry's samples, or on its model if samples are streamed.
         """
         upstream = {"reference": self.reference, "features": self.features}
         evaluation = self._evaluation("num_samples", "num_blocks")
@@ -170,7 +170,7 @@ class Plan:
         return Spec.of("metrics", entry, upstream | content.pop("upstream"), **sections | content)
 
     def curve(self, run: str) -> Spec:
-        """The metrics of a run's snapshots, under the first protocol alone."""
+        """The metrics of a run's snapshots, under the first protocol only."""
         upstream = {"model": self.train(run), "reference": self.reference, "features": self.features}
         evaluation = self._evaluation("protocols", "curve_samples")
         return Spec.of(
@@ -185,11 +185,11 @@ class Plan:
         )
 
     def table(self, entries: list[str]) -> Spec:
-        """A table that reads the metrics of `entries`; its name is the preset's, which the table states."""
+        """A table that reads the metrics of `entries`; its name is the preset's, which the table shows."""
         return Spec.of("table", self.preset.name, {entry: self.metrics(entry) for entry in entries}, data=self._data)
 
     def split(self, entry: str) -> tuple[str, str]:
-        """(model, sampler) of an entry. Raises UserError where they do not exist or do not fit together."""
+        """(model, sampler) of an entry. Raises UserError if one does not exist or they do not match."""
         model, _, name = entry.partition("/")
         if name not in self.preset.samplers:
             raise UserError(

@@ -1,7 +1,7 @@
-"""What is written beside every artifact: its checksum, and where a number came from.
+"""Records: checksum and provenance of every artifact.
 
-A record is the JSON file with an artifact's name and the suffix `.json`. It names the stage and the digest of
-everything that decided the artifact's content, so that a reader can refuse a file that is not the one it expects.
+A record is the JSON file with an artifact's name and the suffix `.json`. It has the stage and the digest of everything
+that determines the artifact's content, so that a reader can reject an unexpected file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGES = ("torch", "triton", "diffusers", "numpy", "webdataset", "clean-fid", 
 
 @cache
 def commit() -> str:
-    """The git commit of the code that runs, with "+changes" if the tree differs from it; "unknown" outside git."""
+    """The git commit of the code, with "+changes" if tracked files differ from it; "unknown" outside git."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -42,7 +42,7 @@ def commit() -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results."""
+    """Versions of Python and of the packages that may affect results."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -53,12 +53,12 @@ def versions() -> dict[str, str]:
 
 
 def identity(spec: Spec) -> dict[str, Any]:
-    """What an artifact is, which is the same whenever and wherever it is made."""
+    """The part of an artifact's provenance that does not depend on time and place."""
     return {"stage": spec.stage, "name": spec.name, "digest": spec.digest}
 
 
 def provenance(spec: Spec) -> dict[str, Any]:
-    """Where an artifact comes from: stage, digest, the exact configuration, commit, versions and time."""
+    """The provenance of an artifact: stage, digest, exact configuration, commit, versions and time."""
     return {
         **identity(spec),
         "spec": json.loads(spec.to_json()),
@@ -69,12 +69,12 @@ def provenance(spec: Spec) -> dict[str, Any]:
 
 
 def record_path(artifact: Path | str) -> Path:
-    """The record's place: the artifact's name with the suffix `.json`."""
+    """The path of the record: the artifact's with the suffix `.json`."""
     return Path(artifact).with_suffix(".json")
 
 
 def write_record(artifact: Path | str, spec: Spec, **facts: Any) -> None:
-    """Writes the record of a finished artifact: its checksum, its provenance and `facts`."""
+    """Writes the record of a finished artifact: checksum, size in bytes, `facts` and provenance."""
     artifact = Path(artifact)
     content = {
         "artifact": artifact.name,
@@ -87,14 +87,14 @@ def write_record(artifact: Path | str, spec: Spec, **facts: Any) -> None:
 
 
 def read_record(artifact: Path | str, *, verify: bool = True) -> dict[str, Any]:
-    """The record of `artifact`, after checking that the file is the one that was recorded.
+    """Reads the record of `artifact` and verifies the artifact's checksum.
 
-    Raises UserError naming the file if either is missing, or if the artifact's checksum differs.
+    Raises UserError naming the file if either is missing, or if the checksum differs.
     """
     artifact = Path(artifact)
     record = read_json(record_path(artifact))
     if not artifact.exists():
-        raise UserError(f"{artifact}: no such file, though its record exists; run the workflow again")
+        raise UserError(f"{artifact}: no such file, although its record exists; run the workflow again")
     if "sha256" not in record or "provenance" not in record:
         raise UserError(f"{record_path(artifact)}: not a record (no sha256 or provenance); delete it and run again")
     if verify and sha256(artifact) != record["sha256"]:
@@ -106,9 +106,9 @@ def read_record(artifact: Path | str, *, verify: bool = True) -> dict[str, Any]:
 
 
 def expect_digest(path: Path | str, content: dict[str, Any], wanted: str) -> None:
-    """Refuses an artifact that was made under another configuration than the caller's.
+    """Raises UserError unless an artifact was made under the configuration with digest `wanted`.
 
-    `content` is a record or manifest with a `provenance` entry; `wanted` is the digest the caller was given.
+    `content` is a record or manifest with a `provenance` entry.
     """
     found = content.get("provenance", {}).get("digest")
     if found != wanted:

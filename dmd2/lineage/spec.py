@@ -1,4 +1,4 @@
-"""What a stage reads, and the digest that decides when it runs again. No torch."""
+"""The inputs of a stage, and the digest that decides when it runs again. Does not import torch."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ VERSIONS = {
     "select": 3,
     "table": 1,
 }
-"""The algorithm version of each stage: raise it when a change of code changes what the stage writes."""
+"""The version of each stage's algorithm: increase it when a code change changes what the stage writes."""
 
 
 class Spec(Model):
-    """Everything that decides what a stage writes: the keys it reads and the digests of what it builds on.
+    """Everything that determines what a stage writes: the keys it reads and the digests of its inputs' stages.
 
-    The workflow passes it to the command line as one canonical string, which is at the same time the trigger for
-    running the stage again: a stage cannot read a key that is not in its digest.
+    The workflow passes it to the command line as one canonical string, a change of which also triggers a rerun: a stage
+    cannot read a key that is not in its digest.
     """
 
     stage: str
@@ -49,32 +49,32 @@ class Spec(Model):
     evaluation: Evaluation | None = None
     train: Train | None = None
     weights: WeightsFile | None = None
-    upstream: dict[str, str] = Field({}, description="digests of the stages this one builds on")
+    upstream: dict[str, str] = Field({}, description="digests of the stages whose outputs this one reads")
 
     @classmethod
     def of(cls, stage: str, name: str, upstream: Mapping[str, Spec] | None = None, **sections: Any) -> Spec:
-        """The spec of `stage` for the thing called `name`, on top of `upstream` specs."""
+        """The spec of `stage` for the artifact `name`, with the digests of its `upstream` specs."""
         digests = {key: spec.digest for key, spec in (upstream or {}).items()}
         return cls(stage=stage, name=name, version=VERSIONS[stage], upstream=digests, **sections)
 
     def to_json(self) -> str:
-        """The canonical form: sorted keys, no white space, defaults written out.
+        """The canonical form: sorted keys, no white space, all defaults.
 
-        Of a file with a SHA-256 it says the name and not the folder, so that a moved file starts nothing again;
-        `located` finds it.
+        For a file with a SHA-256 it has the name without the folder, so that moving a file triggers nothing; `located`
+        restores the path.
         """
         content = _folderless(self.model_dump(mode="json", exclude_none=True))
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
     def located(self, files: Mapping[str, str]) -> Spec:
-        """The spec with the paths of its files replaced by those that `files` gives for their SHA-256."""
+        """The spec with the paths of its files replaced by `files`, a mapping from SHA-256 to path."""
         return Spec.model_validate(_located(self.model_dump(), files)) if files else self
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of the canonical form, the name and the places of files left out.
+        """16 hexadecimal digits of the SHA-256 of the canonical form without the name and the paths of files.
 
-        A data set is known by what its source finds there, a file by its SHA-256 where one is set.
+        A data set is identified by its source's fingerprint, a file by its SHA-256 if one is set.
         """
         content = _placeless(self.model_dump(mode="json", exclude_none=True, exclude={"name"}))
         content.get("data", {}).pop("path", None)
@@ -82,7 +82,7 @@ class Spec(Model):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def need(self, section: str) -> Any:
-        """The section `section`; a stage that asks for one it was not given is a bug in its rule."""
+        """The section `section`. Raises ValueError if the spec lacks it (a bug in the rule)."""
         value = getattr(self, section)
         if value is None:
             raise ValueError(f"stage {self.stage} reads `{section}`, which its spec lacks")
@@ -97,7 +97,7 @@ def _placeless(value: Any) -> Any:
 
 
 def files_in(content: Any) -> dict[str, str]:
-    """The path of every file with a SHA-256 in a configuration (mappings in mappings), by that."""
+    """SHA-256 -> path of every file with a SHA-256 in a configuration (nested mappings)."""
     if not isinstance(content, Mapping):
         return {}
     found = {str(content["sha256"]): str(content["path"])} if content.get("sha256") and "path" in content else {}
@@ -107,7 +107,7 @@ def files_in(content: Any) -> dict[str, str]:
 
 
 def _folderless(value: Any) -> Any:
-    """`value` with the `path` of any mapping that has a `sha256` cut to the file's name."""
+    """`value` with the `path` of any mapping that has a `sha256` reduced to the file's name."""
     if not isinstance(value, dict):
         return value
     cut = {key: _folderless(item) for key, item in value.items()}
@@ -122,7 +122,7 @@ def _located(value: Any, files: Mapping[str, str]) -> Any:
 
 
 def read_spec(text_or_path: str) -> Spec:
-    """A spec from its canonical string, or from a file with `@FILE` (JSON or YAML)."""
+    """Parses a spec from its canonical string, or from `@FILE` (JSON or YAML)."""
     if text_or_path.startswith("@"):
         return parse(Spec, read_yaml(text_or_path[1:]), text_or_path[1:])
     return parse(Spec, read_mapping(text_or_path, "--spec"), "--spec")

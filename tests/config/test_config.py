@@ -219,10 +219,10 @@ def test_extends_takes_one_existing_name(folder: Path):
 def test_init_run_in_a_circle_is_refused(folder: Path):
     for name, parent in (("a", "b"), ("b", "c"), ("c", "a")):
         write(folder / "runs" / f"{name}.yaml", {"description": "", "train": {"init_run": parent}})
-    with pytest.raises(UserError, match=r"init_run goes in a circle: (\w) -> \w -> \w -> \1$"):
+    with pytest.raises(UserError, match=r"init_run is a cycle: (\w) -> \w -> \w -> \1$"):
         Plan(folder, "digits").run("a")
     write(folder / "runs" / "self.yaml", {"description": "", "train": {"init_run": "self"}})
-    with pytest.raises(UserError, match="init_run goes in a circle: self -> self"):
+    with pytest.raises(UserError, match="init_run is a cycle: self -> self"):
         Plan(folder, "digits").run("self")
     write(folder / "runs" / "lost.yaml", {"description": "", "train": {"init_run": "noreg_tur"}})
     with pytest.raises(UserError, match="did you mean 'noreg_ttur'"):

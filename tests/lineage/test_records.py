@@ -120,7 +120,7 @@ def test_record_says_what_the_artifact_is_and_where_it_comes_from(artifact: Path
     [
         (lambda path: path.write_bytes(b"some weightz"), r"SHA-256 differs from the record's"),
         (lambda path: path.write_bytes(b"some"), r"SHA-256 differs"),
-        (lambda path: path.unlink(), r"weights\.safetensors: no such file, though its record exists"),
+        (lambda path: path.unlink(), r"weights\.safetensors: no such file, although its record exists"),
         (lambda path: record_path(path).unlink(), r"weights\.json: no such file"),
         (lambda path: record_path(path).write_text("{}"), r"weights\.json: not a record"),
         (lambda path: record_path(path).write_text('{"sha'), r"weights\.json: damaged JSON"),

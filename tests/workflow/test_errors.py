@@ -35,7 +35,7 @@ KEYS = {
         "matching_levels: 1000 is beyond the teacher's last level 999",
     ),
     "contradiction in a run": ({"runs": {"noreg": {"matching_weight": 0}}}, "nothing trains the generator"),
-    "starts from itself": ({"runs": {"dmd2": {"init_run": "dmd2"}}}, "init_run goes in a circle: dmd2 -> dmd2"),
+    "starts from itself": ({"runs": {"dmd2": {"init_run": "dmd2"}}}, "init_run is a cycle: dmd2 -> dmd2"),
     "starts from no run": ({"runs": {"dmd2": {"init_run": "noreg_tur"}}}, "did you mean 'noreg_ttur'?"),
 }
 FILES = {
