@@ -1,7 +1,7 @@
-"""Figures of the report: training curves, distances against training, and grids of samples.
+"""Figures of the report: training curves, distances over training, and grids of samples.
 
-They read JSON lines, CSV files and arrays; no torch, no network, no global state of matplotlib. The suffix of the
-output (`.svg`, `.png`, `.pdf`) decides its format.
+They read JSON lines, CSV files and arrays, without torch and without matplotlib's global state. The format is that of
+the output's suffix (`.svg`, `.png`, `.pdf`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 Points = tuple[list[float], list[float]]
 
-# Okabe and Ito's palette, which colour-blind readers tell apart; the dashes tell lines apart without colour.
+# Okabe and Ito's palette for colour-blind readers; dashes distinguish lines without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -53,13 +53,13 @@ STYLE: Any = {
     "lines.markersize": 3.5,
     "legend.frameon": False,
     "svg.fonttype": "none",  # text stays text: smaller, searchable
-    "svg.hashsalt": "dmd2",  # or element ids, and with them the file, would differ from run to run
+    "svg.hashsalt": "dmd2",  # else element ids, and so the file, would differ between runs
     "savefig.dpi": 160,
 }
 PANEL = (2.6, 1.9)  # inches
-NARROW = 50.0  # a logarithmic axis spanning less is labelled at 1, 2 and 5, not at the decades alone
+NARROW = 50.0  # a logarithmic axis with a smaller range is labelled at 1, 2 and 5, not only at decades
 
-# Name in the log -> title, and whether the axis is logarithmic.
+# Name in the log -> (title, whether the axis is logarithmic).
 CURVES: dict[str, tuple[str, bool]] = {
     "matching_loss": ("Distribution matching loss", False),
     "denoising_loss": ("Fake-score denoising loss", False),
@@ -84,7 +84,7 @@ DISTANCES = {
 
 
 def read_log(path: Path | str) -> list[dict[str, float]]:
-    """The rows of a training log. Raises UserError naming the file and line if one is not a JSON object."""
+    """Reads the rows of a training log. Raises UserError naming file and line if one is not an object with `step`."""
     rows = []
     for number, line in enumerate(_lines(path), 1):
         try:
@@ -98,7 +98,7 @@ def read_log(path: Path | str) -> list[dict[str, float]]:
 
 
 def read_curve(path: Path | str) -> list[dict[str, float]]:
-    """The rows of a curve CSV as numbers, empty cells left out. Raises UserError naming the file and line."""
+    """Reads the rows of a curve CSV as floats, without empty cells. Raises UserError naming the file and line."""
     rows = []
     for number, line in enumerate(csv.DictReader(_lines(path)), 2):
         try:
@@ -119,9 +119,9 @@ def _lines(path: Path | str) -> list[str]:
 
 
 def curves_figure(runs: Mapping[str, Path | str], out: Path | str) -> None:
-    """Losses, gradient norms and health of training against iterations, one line per run.
+    """Plots losses, gradient norms and diagnostics over iterations, one line per run.
 
-    `runs` maps a run's name to its log; what no log has gets no panel.
+    `runs` maps a run's name to its log; a curve that no log has gets no panel. Raises UserError if there is none.
     """
     logs = {name: read_log(path) for name, path in runs.items()}
     shown = [name for name in CURVES if _has(logs, name) and (name != "num_nonfinite" or _any_nonzero(logs, name))]
@@ -141,10 +141,11 @@ def curves_figure(runs: Mapping[str, Path | str], out: Path | str) -> None:
 
 
 def fid_curve_figure(curves: Mapping[str, Path | str], out: Path | str) -> None:
-    """Distances to the data against iterations and against generator updates (the paper's figure 9).
+    """Plots distances to the data over iterations and over generator updates (the paper's figure 9).
 
     `curves` maps a run's name to a CSV with the columns step, generator_updates, fid, pixel_fd, diversity. The two
-    horizontal axes differ where runs move the generator on every iteration or on every fifth.
+    horizontal axes differ between runs that update the generator every iteration and every fifth. Raises UserError if
+    no curve has a distance.
     """
     content = {name: read_curve(path) for name, path in curves.items()}
     shown = [name for name in DISTANCES if _has(content, name)]
@@ -166,7 +167,7 @@ def fid_curve_figure(curves: Mapping[str, Path | str], out: Path | str) -> None:
 
 
 def brightness_figure(logs: Mapping[str, Path | str], out: Path | str, data_brightness: float | None = None) -> None:
-    """Mean brightness of generated samples against iterations (the paper's figure 8), and the data's if given."""
+    """Plots the mean brightness of samples over iterations (the paper's figure 8), and the data's if given."""
     content = {name: read_log(path) for name, path in logs.items()}
     if not _has(content, "brightness"):
         raise UserError(f"none of {', '.join(map(str, logs.values()))} has `brightness`; let training log once")
@@ -181,7 +182,7 @@ def brightness_figure(logs: Mapping[str, Path | str], out: Path | str, data_brig
 
 
 def _panels(count: int, columns: int, size: tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` axes in rows of `columns`."""
+    """A figure with `count` axes in rows of `columns`; `size` of a panel in inches."""
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.4), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
@@ -197,11 +198,11 @@ def _draw(
     markers: bool = False,
     smooth: bool = True,
 ) -> None:
-    """One line per run; long lines are drawn pale, with their moving average over them."""
+    """Draws one line per run; long lines pale, with their moving average on top."""
     for i, (name, rows) in enumerate(content.items()):
         xs, ys = _points(rows, x, y, positive=log_scale)
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "label": name, "zorder": 3}
-        shape = i + i // len(COLOURS)  # so that the eighth line has another pair of colour and shape than the first
+        shape = i + i // len(COLOURS)  # the eighth line differs from the first in shape
         style |= {"marker": MARKERS[shape % len(MARKERS)]} if markers else {"linestyle": DASHES[shape % len(DASHES)]}
         width = len(xs) // 15
         if smooth and width > 2:
@@ -223,7 +224,7 @@ def _points(rows: Iterable[Mapping[str, float]], x: str, y: str, *, positive: bo
 
 
 def _moving_average(values: Sequence[float], width: int) -> list[float]:
-    """The mean of the `width` values around each one, fewer at the ends."""
+    """Centred moving average over `width` values, fewer at the ends."""
     half = width // 2
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
@@ -238,7 +239,7 @@ def _any_nonzero(content: Mapping[str, Sequence[Mapping[str, float]]], name: str
 
 
 def _finish(figure: Figure, axes: Sequence[Axes], out: Path | str) -> None:
-    """One legend above all panels, and the file."""
+    """Adds one legend above all panels and writes the file."""
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if len(entries) > 1:
         columns = min(len(entries), 4 if len(axes) > 1 else 3)

@@ -1,4 +1,4 @@
-"""Sheets of samples as PNG, enlarged by whole factors so that every pixel stays a square.
+"""Sheets of samples as PNG, enlarged by integer factors.
 
 Images are uint8 (N, H, W, C) with C 1 or 3.
 """
@@ -18,17 +18,18 @@ from dmd2.files import atomic
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
-SIDE = 40  # pixels that an image is enlarged to, at least
+SIDE = 40  # minimum width of an enlarged image in pixels
 GAP = 3  # pixels between images
 MARGIN = 10  # pixels around a sheet
 TITLE = 15  # pixels
-HEAD = TITLE + 6  # pixels above the images for what is written over them
+HEAD = TITLE + 6  # pixels above the images for titles
 
 
 def by_class(images: Images, labels: Labels, columns: int = 10, rows: int = 8) -> tuple[Images, Labels]:
     """At most rows x columns images in row-major order with one class per column, and the columns' classes.
 
-    With more classes than `columns`, evenly spaced ones are taken; the class with the fewest images bounds the rows.
+    With more classes than `columns`, evenly spaced ones are used; the class with the fewest images limits the rows.
+    Raises ValueError for arrays of another dtype or shape.
     """
     _check(images)
     if labels.shape != (len(images),):
@@ -43,9 +44,9 @@ def by_class(images: Images, labels: Labels, columns: int = 10, rows: int = 8) -
 def grid_png(
     images: Images, labels: Labels, out: Path | str, columns: int = 10, scale: int | None = None, rows: int = 8
 ) -> None:
-    """Samples with one class per column, the class written above it; which ones, `by_class` says.
+    """Writes a sheet of the samples of `by_class`: one class per column, labelled.
 
-    `scale` is the factor of enlargement; None makes small images legible.
+    `scale` is the enlargement; None enlarges images to at least SIDE pixels.
     """
     shown, classes = by_class(images, labels, columns, rows)
     factor = scale or _factor(images)
@@ -59,12 +60,12 @@ def grid_png(
 
 
 def compare_png(panels: Mapping[str, Images], out: Path | str, columns: int = 10, scale: int | None = None) -> None:
-    """Sets of samples side by side under their titles, each in rows of `columns` in the order given.
+    """Writes sets of samples side by side with their titles, each in rows of `columns` in the given order.
 
-    The longer sets are cut to the shortest one's count, so that the panels show as many images each.
+    All sets are truncated to the shortest one. Raises ValueError without panels.
     """
     if not panels:
-        raise ValueError("there are no panels to compare; give at least one title with images")
+        raise ValueError("there are no panels to compare; pass at least one title with images")
     for images in panels.values():
         _check(images)
     count = min(len(images) for images in panels.values())

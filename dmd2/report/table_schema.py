@@ -1,4 +1,4 @@
-"""The shape of a table file and of the metric records that fill it. No torch."""
+"""The schema of table files and of the metric records that fill them. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from dmd2.config.protocols import PROTOCOLS
 
 Metric = Literal["resolution", "latency_s", "fid", "patch_fid", "clip", "diversity"]  # in the order of columns
 
-FLOOR = "floor"  # `measure: floor` asks for what the real images themselves would score
-FURTHER_FIDS = tuple(f"fid_{name}" for name in PROTOCOLS)  # those of protocols that stand beside the first
+FLOOR = "floor"  # `measure: floor` is the score of the real images themselves
+FURTHER_FIDS = tuple(f"fid_{name}" for name in PROTOCOLS)  # of further protocols
 WITH_SD = ("fid", *FURTHER_FIDS, "inception_score", "pixel_fd")
 PLAIN = ("precision", "recall", "accuracy", "nearest_distance", "diversity")
-TRAINING = ("train_cpu_s", "train_wall_s", "gpu_s")  # what records say of the seconds that a model took
+TRAINING = ("train_cpu_s", "train_wall_s", "gpu_s")  # training cost in a model's record, in seconds
 Entry = Annotated[str, Field(pattern=r"^(floor|[A-Za-z0-9_-]+/[A-Za-z0-9_-]+)$")]
 
 
 class PaperData(Model):
-    """What the paper's figures were measured on."""
+    """The data of the paper's numbers."""
 
     presets: tuple[str, ...] = Field((), description="presets on the paper's own data")
     description: str
 
 
 class Row(Model):
-    """One row: a method with the paper's figures, and which model of this project stands for it."""
+    """One row: a method with the paper's numbers, and the model of this project that is measured for it."""
 
     id: str
     group: str
@@ -37,10 +37,10 @@ class Row(Model):
     ticks: tuple[str, ...] = ()
     measure: Entry | None = Field(None, description="MODEL/SAMPLER, or floor")
     seeds: tuple[int, ...] = Field((), description="training seeds to average over; none: the run's own")
-    instead: dict[str, Entry] = Field({}, description="presets on which another entry stands for the row")
-    only: tuple[str, ...] = Field((), description="presets that have this row; none means all")
+    instead: dict[str, Entry] = Field({}, description="presets on which another entry is measured")
+    only: tuple[str, ...] = Field((), description="presets that have this row; none: all")
     pending: str | None = Field(None, description="why this project cannot measure the row yet")
-    panel: str | None = Field(None, description="title of the row's samples in the side-by-side sheet; none: not there")
+    panel: str | None = Field(None, description="title of the row's samples in the side-by-side sheet; none: not shown")
 
     @model_validator(mode="after")
     def _measured_or_pending(self) -> Self:
@@ -55,11 +55,11 @@ class Row(Model):
         return self
 
     def entry(self, preset: str | None) -> str | None:
-        """What stands for the row on `preset`: MODEL/SAMPLER, `floor`, or nothing; its seeds are in `entries`."""
+        """The entry measured for the row on `preset`: MODEL/SAMPLER, `floor` or None; without seeds, see `entries`."""
         return self.instead.get(preset or "", self.measure)
 
     def entries(self, preset: str | None) -> list[str]:
-        """The entries whose metrics the row averages: one for each of its seeds."""
+        """The entries whose metrics the row averages: one per training seed."""
         entry = self.entry(preset)
         if entry is None or not self.seeds:
             return [entry] if entry else []
@@ -70,12 +70,12 @@ class Row(Model):
 class Table(Model):
     """The content of `workflow/tables/tableN.yaml`."""
 
-    number: int | None = Field(None, gt=0, description="in the paper; none: ours, made when it is requested by name")
+    number: int | None = Field(None, gt=0, description="in the paper; none: our own, built only on request")
     title: str
-    preset: str | None = Field(None, description="fills the table unless another is chosen; none: all is quoted")
+    preset: str | None = Field(None, description="default preset of the table; none: all rows are quoted")
     paper_data: PaperData | None = None
-    ticks: tuple[str, ...] = Field((), description="columns of yes and no")
-    compute: bool = Field(False, description="whether the Markdown states the training of each row")
+    ticks: tuple[str, ...] = Field((), description="yes/no columns")
+    compute: bool = Field(False, description="whether the Markdown shows the training cost of each row")
     rows: tuple[Row, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -89,7 +89,7 @@ class Table(Model):
             if self.number is not None and not row.id.startswith(f"t{self.number}."):
                 raise ValueError(f"row id {row.id!r} does not start with t{self.number}.")
             if row.id in seen:
-                raise ValueError(f"row id {row.id!r} stands twice")
+                raise ValueError(f"row id {row.id!r} is listed twice")
             if unknown := set(row.ticks) - set(self.ticks):
                 raise ValueError(f"row {row.id}: ticks {sorted(unknown)} are not among the table's {list(self.ticks)}")
             seen.add(row.id)
@@ -112,12 +112,12 @@ class Table(Model):
         ]
 
     def rows_of(self, preset: str | None) -> tuple[Row, ...]:
-        """The rows that the table has on `preset`."""
+        """The rows of the table on `preset`."""
         return tuple(row for row in self.rows if not row.only or preset in row.only)
 
 
 class _Read(BaseModel):
-    """Part of a record: other keys may stand beside the ones read here."""
+    """Part of a record; other keys are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -130,7 +130,7 @@ class Measure(_Read):
 
 
 class Measured(_Read):
-    """The measures of a set of samples; only the Frechet distance is always there."""
+    """The metrics of a set of samples; only the Frechet distance is required."""
 
     fid: Measure
     fid_edm: Measure | None = None
@@ -145,7 +145,7 @@ class Measured(_Read):
 
 
 class FeaturesUsed(_Read):
-    """The extractor, the SHA-256 of its weights, and where the real images' moments are from."""
+    """The extractor, the SHA-256 of its weights, and the origin of the real images' moments."""
 
     name: str
     sha256: str
@@ -153,7 +153,7 @@ class FeaturesUsed(_Read):
 
 
 class ModelUsed(_Read):
-    """The model that was sampled and what its training took."""
+    """The sampled model and the cost of its training."""
 
     run: str
     iterations: int | None = None
@@ -167,14 +167,14 @@ class ModelUsed(_Read):
 
 
 class MadeBy(_Read):
-    """Configuration and code that made the record."""
+    """The configuration and code that wrote the record."""
 
     digest: str
     commit: str
 
 
 class MetricsRecord(_Read):
-    """The keys of a metrics record that a table reads; `nfe` and `model` are absent from the floor's."""
+    """The keys of a metrics record that a table reads; the floor's has no `nfe` or `model`."""
 
     metrics: Measured
     nfe: int | None = None

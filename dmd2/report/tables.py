@@ -1,8 +1,8 @@
-"""The paper's tables with what was measured here beside them. No torch: the workflow plans its jobs with this.
+"""The paper's tables with our measurements in separate columns. Does not import torch (used by the workflow).
 
-A table file (`workflow/tables/tableN.yaml`) has every row of the paper's table in its order. The paper's figures and
-the measured ones stand in separate columns (`paper_fid`, `fid`) and are never mixed: they are of different data unless
-the preset is the paper's.
+A table file (`workflow/tables/tableN.yaml`) has all rows of the paper's table in its order. The paper's numbers and
+the measured ones are in separate columns (`paper_fid`, `fid`): they are of different data unless the preset is the
+paper's.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ PAPER_DECIMALS = {"fid": 2, "patch_fid": 2, "clip": 3, "diversity": 2, "latency_
 
 
 def load_table(path: Path | str) -> Table:
-    """The table in a YAML file. Raises UserError naming the file and key."""
+    """Loads a table from a YAML file. Raises UserError naming the file and key."""
     return parse(Table, read_yaml(path), str(path))
 
 
 def measured_entries(table: Table, preset: str) -> list[str]:
-    """The entries `MODEL/SAMPLER`, and perhaps `floor`, whose metric records the table reads; each once, in order."""
+    """The entries (`MODEL/SAMPLER` or `floor`) whose metric records the table reads; unique, in order."""
     return list(dict.fromkeys(entry for row in table.rows_of(preset) for entry in row.entries(preset)))
 
 
 def check_presets(table: Table, presets: Sequence[str], where: str) -> None:
-    """Raises UserError, beginning with `where`, for a table or row that names a preset that does not exist."""
+    """Raises UserError, starting with `where`, for an unknown preset in a table or row."""
     named = [("`preset`", [table.preset] if table.preset else [])]
     for row in table.rows:
         named += [(f"row {row.id}: `only`", list(row.only)), (f"row {row.id}: `instead`", list(row.instead))]
@@ -65,7 +65,7 @@ def check_presets(table: Table, presets: Sequence[str], where: str) -> None:
 
 
 def read_records(files: Mapping[str, Path]) -> dict[str, dict[str, Any] | None]:
-    """The metric records by entry; None where the file does not exist yet."""
+    """Reads the metric records by entry; None if the file does not exist yet."""
     return {entry: read_json(path) if Path(path).exists() else None for entry, path in files.items()}
 
 
@@ -76,11 +76,11 @@ def rows(
     data: Data | None,
     files: Mapping[str, Path] | None = None,
 ) -> list[Cells]:
-    """The cells of every row, keyed by `table.columns()`, in the table's order; None where there is no value.
+    """The cells of all rows in the table's order, keyed by `table.columns()`; None for an empty cell.
 
-    Without a preset nothing is measured. `source` is never empty: `measured`, `quoted` from the paper, or `pending`.
-    `records` maps what `measured_entries` lists to metric records; a missing one leaves its row pending. Raises
-    UserError for a malformed record, naming its entry in `files` and the key.
+    Without a preset nothing is measured. `source` is `measured`, `quoted` (from the paper) or `pending`. `records` maps
+    the entries of `measured_entries` to metric records; a row with a missing one is pending. Raises UserError for a
+    malformed record, naming its file in `files` and the key.
     """
     parsed = {
         entry: parse(MetricsRecord, record, str((files or {}).get(entry, f"metrics of {entry}")))
@@ -111,7 +111,7 @@ def _cells(table: Table, records: Mapping[str, MetricsRecord], where: Cells) -> 
 
 
 def _measured(records: Sequence[MetricsRecord]) -> Cells:
-    """The measured columns of a row, from the records of its training seeds; all but the measures are the first's."""
+    """The measured columns of a row from the records of its training seeds; all but the metrics are the first's."""
     record = records[0]
     cells: Cells = {}
     for name in (*WITH_SD, *PLAIN):
@@ -138,7 +138,7 @@ def _measured(records: Sequence[MetricsRecord]) -> Cells:
 
 
 def _over_seeds(measures: Sequence[Measure | None]) -> tuple[float | None, float | None]:
-    """Mean and deviation: over the blocks of samples of one seed, or over the seeds."""
+    """Mean and standard deviation over the blocks of samples of one training seed, or over several seeds."""
     found = [measure for measure in measures if measure is not None]
     if not found:
         return None, None
@@ -153,7 +153,7 @@ def _choices(choices: Mapping[str, str]) -> str:
 
 
 def write_csv(table_rows: Sequence[Cells], path: Path | str) -> None:
-    """Writes the rows as CSV with full precision, atomically; a None is an empty cell."""
+    """Writes the rows as CSV with full precision, atomically; None is an empty cell."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(table_rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -162,7 +162,7 @@ def write_csv(table_rows: Sequence[Cells], path: Path | str) -> None:
 
 
 def write_markdown(table: Table, table_rows: Sequence[Cells], path: Path | str) -> None:
-    """Writes the table for reading, atomically: rounded, with a caption that says what was measured on which data."""
+    """Writes the table as Markdown, atomically: rounded, with a caption about data, samples and features."""
     has_measured = any(row["preset"] for row in table_rows)
     columns = _markdown_columns(table, table_rows, has_measured)
     lines = [
@@ -181,7 +181,7 @@ def write_markdown(table: Table, table_rows: Sequence[Cells], path: Path | str) 
 
 
 def _markdown_columns(table: Table, table_rows: Sequence[Cells], has_measured: bool) -> list[tuple[str, str]]:
-    """Title and CSV column of what the Markdown shows: of the measures those that some row has, and always the FID."""
+    """(title, CSV column) of the Markdown's columns: FID, and the metrics that any row has."""
     columns = [
         ("", "group"),
         ("Method", "method"),
@@ -227,7 +227,7 @@ def _caption(table: Table, table_rows: Sequence[Cells], has_measured: bool) -> s
 
 
 def _sources(table_rows: Sequence[Cells]) -> str:
-    """The legend of the column `source`, with the reasons why rows are pending."""
+    """The legend of the column `source`, with the reasons for pending rows."""
     found = {_source(row) for row in table_rows}
     several = max((row["training_seeds"] or 0 for row in table_rows), default=0)
     notes = dict.fromkeys(row["note"] for row in table_rows if row["source"] == "pending")
@@ -242,13 +242,13 @@ def _sources(table_rows: Sequence[Cells]) -> str:
 
 
 def _source(row: Cells) -> str:
-    """The column `source` for reading: a measured row says how many training seeds are behind it."""
+    """The text of the column `source`, with the number of training seeds of a measured row."""
     seeds = row["training_seeds"]
     return f"{row['source']}, {seeds} seed{'s' if seeds > 1 else ''}" if seeds else str(row["source"])
 
 
 def _text(row: Cells, column: str) -> str:
-    """One cell for reading."""
+    """The text of one cell in the Markdown."""
     if column == "source":
         return _source(row)
     value = row[column]
@@ -266,7 +266,7 @@ def _text(row: Cells, column: str) -> str:
 
 
 def rounded(mean: float, sd: float | None = None) -> str:
-    """`mean +- sd` with two digits of the deviation, or three significant digits of the mean alone."""
+    """`mean ± sd` with two significant digits of `sd`, or three of the mean without one."""
     if not sd:
         return f"{mean:#.3g}".rstrip(".")
     decimals = min(max(1 - math.floor(math.log10(sd)), 0), 6)

@@ -1,7 +1,7 @@
-"""What one call of the workflow makes: each table on its preset, the entries it reads, and the sheets. No torch.
+"""The targets of the workflow: tables with their presets, the entries they read, and sheets. Does not import torch.
 
-A table names its default preset; `--config preset=NAME` chooses another for all of them. The keys that a user lays over
-a preset belong to the chosen one, or to the default of the first table; `presets: {NAME: {...}}` reaches any other.
+A table has a default preset; `--config preset=NAME` selects another for all tables. A user's overrides apply to the
+selected preset, or to the default of the first table; `presets: {NAME: {...}}` overrides any other.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from dmd2.report.table_schema import FLOOR, Table
 from dmd2.report.tables import check_presets, load_table, measured_entries
 
 RESERVED_PRESETS = frozenset({"bench", "reference", "downloads", "tables"})
-"""Folders of `results/`, `data/` and `logs/` that are no preset's."""
+"""Folders of `results/`, `data/` and `logs/` that do not belong to a preset."""
 RESERVED_RUNS = frozenset({"teacher", "features", "figures", FLOOR})
-"""Folders of `results/PRESET/` that are no run's."""
+"""Folders of `results/PRESET/` that do not belong to a run."""
 
 
 def names_in(folder: Path, reserved: frozenset[str] = frozenset()) -> list[str]:
-    """The names of a folder's YAML files, which become folders of results; hidden files are passed over.
+    """The names of a folder's YAML files, which become folders of results; hidden files are ignored.
 
-    Raises UserError for a name that cannot be a folder of its own.
+    Raises UserError for a name that is invalid, reserved, or equal to another up to case.
     """
     names = sorted(path.stem for path in folder.glob("*.yaml") if not path.name.startswith("."))
     folded: dict[str, str] = {}
     for name in names:
         where = f"{folder / name}.yaml"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise UserError(f"{where}: a name has letters, digits, - and _ alone; rename the file")
+            raise UserError(f"{where}: a name may only have letters, digits, - and _; rename the file")
         if name in reserved:
             raise UserError(f"{where}: {name} is the name of another folder of results; rename the file")
         if (other := folded.setdefault(name.lower(), name)) != name:
@@ -46,7 +46,7 @@ def names_in(folder: Path, reserved: frozenset[str] = frozenset()) -> list[str]:
 class Targets:
     """The tables, presets and runs of a workflow folder under one configuration of Snakemake.
 
-    Raises UserError, in one line, for a mistake in any table, and in the presets and runs that the tables use.
+    Raises UserError for an error in any table, and in the presets and runs that the tables use.
     """
 
     def __init__(self, folder: Path | str, config: Mapping[str, Any]):
@@ -59,7 +59,7 @@ class Targets:
         self._main = self._chosen or next(iter(defaults), None)
         self._over = overrides(config)
         self._over_by_name: Mapping[str, Any] = config.get("presets") or {}
-        self.plan = cache(self._plan)  # not as a decorator, which would keep every instance
+        self.plan = cache(self._plan)  # a decorator would keep all instances alive
         for preset in dict.fromkeys([*self.in_use, *self._over_by_name]):
             self._check(preset, self.sampled(preset))
         for table in self.tables:
@@ -79,12 +79,12 @@ class Targets:
         return table
 
     def _plan(self, preset: str) -> Plan:
-        """The plan of a preset, built once."""
+        """The plan of a preset with the user's overrides."""
         over = self._over if preset == self._main else {}
         return Plan(self.folder, preset, merge(over, self._over_by_name.get(preset) or {}))
 
     def preset_of(self, table: str) -> str | None:
-        """The preset that fills a table: the chosen one, or the table's own; None where no preset can."""
+        """The preset of a table: the selected one, or the table's default; None for a table that is only quoted."""
         default = self.tables[table].preset
         return default and (self._chosen or default)
 
@@ -94,22 +94,22 @@ class Targets:
         return measured_entries(self.tables[table], preset) if preset else []
 
     def table_spec(self, table: str) -> Spec:
-        """The spec of a table's stage; without a preset all of its figures are quoted."""
+        """The spec of a table's stage; without a preset all rows are quoted."""
         preset = self.preset_of(table)
         return self.plan(preset).table(self.entries(table)) if preset else Spec.of("table", table)
 
     @cached_property
     def paper_tables(self) -> list[str]:
-        """The tables of the paper, which are made unless others are requested."""
+        """The tables of the paper, which are the default targets."""
         return [name for name, table in self.tables.items() if table.number is not None]
 
     @cached_property
     def in_use(self) -> list[str]:
-        """The presets that fill the paper's tables, each once."""
+        """The presets of the paper's tables, unique."""
         return list(dict.fromkeys(preset for table in self.paper_tables if (preset := self.preset_of(table))))
 
     def _tables_on(self, preset: str) -> list[str]:
-        """The paper's tables that a preset fills; one that fills none stands for every table that presets fill."""
+        """The paper's tables on a preset; for a preset of no table, all tables that have one."""
         own = [name for name in self.paper_tables if self.preset_of(name) == preset]
         return own or [name for name in self.paper_tables if self.tables[name].preset]
 
@@ -119,14 +119,14 @@ class Targets:
         return sorted(entries - {FLOOR})
 
     def panels(self, preset: str) -> dict[str, str]:
-        """The panels of a preset's side-by-side sheet, entries by title, as the rows of its tables name them."""
+        """The panels of a preset's side-by-side sheet, from its tables' rows: title -> entry, the teacher first."""
         rows = [row for name in self._tables_on(preset) for row in self.tables[name].rows_of(preset)]
         found = {row.panel: entry for row in rows if row.panel and (entry := row.entry(preset))}
-        return dict(sorted(found.items(), key=lambda panel: not panel[1].startswith("teacher/")))  # the teacher first
+        return dict(sorted(found.items(), key=lambda panel: not panel[1].startswith("teacher/")))
 
     @cached_property
     def imported(self) -> list[str]:
-        """The runs whose weights were released instead of trained here."""
+        """The runs with released weights, which are not trained here."""
         return [run for run in self.runs if self._run_file(run).get("weights")]
 
     def _run_file(self, run: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Targets:
         return [run for run in self.runs if run in models and run not in self.imported]
 
     def files(self, preset: str) -> dict[str, str]:
-        """The files from outside that a preset and the runs name, path by SHA-256."""
+        """The external files of a preset and the runs: SHA-256 -> path."""
         found = files_in(self.plan(preset).preset.model_dump())
         for run in self.runs:
             found |= files_in(self._run_file(run))

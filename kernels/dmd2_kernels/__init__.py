@@ -1,8 +1,8 @@
-"""Fused losses and layers of DMD2: one public function for each op, the same on every device.
+"""Fused losses and layers of DMD2: one public function per op, on any device.
 
-Every op is defined in `reference.py` in plain torch, which is also what a CPU runs, and repeated in Triton for CUDA
-tensors. Inputs may be bfloat16, float16, float32 or float64, in any mix; arithmetic and logged values are float32
-(float64 if an input is float64). Triton is imported at the first call that needs it.
+Every op is defined in `reference.py` in plain torch, which runs on CPU, and implemented in Triton for CUDA tensors.
+Inputs may be bfloat16, float16, float32 or float64, also mixed; arithmetic and logged values are float32 (float64 if an
+input is float64). Triton is imported on first use.
 
 `real` and `fake` are scores (teacher and critic); `data` and `gen` are sources of samples. Shapes: B batch, C channels.
 """
@@ -44,11 +44,11 @@ def matching_loss(
     real_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
 ) -> MatchingLoss:
-    """The distribution-matching loss, with its gradient g / (B * N) in x0 and in nothing else.
+    """The distribution-matching loss, differentiable in x0 (B, ...) only, with gradient g / (B * N).
 
     Without a head, `real` and `fake` are x0 predictions; with one they are raw network outputs at the noisy `x`. With
-    `real_uncond` the teacher is guided: uncond + guidance_scale * (real - uncond). Elements of g that are not finite
-    are replaced (NaN by 0, inf by the largest number) and counted in `num_nonfinite`.
+    `real_uncond` the teacher is guided: uncond + guidance_scale * (real - uncond). Non-finite elements of g are
+    replaced (NaN by 0, inf by the largest finite number) and counted in `num_nonfinite`.
     """
     real_uncond = _matching_arguments(x0, real, fake, x, head, real_uncond, guidance_scale)
     if implementation(x0) != "reference":
@@ -70,9 +70,9 @@ def matching_loss_and_grad(
     real_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
 ) -> tuple[MatchingLoss, Tensor]:
-    """The distribution-matching loss without a graph, and its gradient in x0 (shape and dtype of x0).
+    """The distribution-matching loss without a graph, and its gradient with respect to x0, in x0's shape and dtype.
 
-    Saves the backward's second read: `x0.backward(grad)` continues from here. Arguments as in `matching_loss`.
+    Saves the second read of the inputs in backward: continue with `x0.backward(grad)`. Arguments as in `matching_loss`.
     """
     real_uncond = _matching_arguments(x0, real, fake, x, head, real_uncond, guidance_scale)
     with torch.no_grad():
@@ -92,9 +92,9 @@ def denoising_loss(
     x: Tensor | None = None,
     head: LinearHead | None = None,
 ) -> DenoisingLoss:
-    """The mean over all elements of weight_b * (x0_hat - target)^2, with its gradient in `out` and in nothing else.
+    """The mean over all elements of weight_b * (x0_hat - target)^2, differentiable in `out` (B, ...) only.
 
-    Without a head, `out` is x0_hat itself; with one it is the raw network output at the noisy `x`. weight is (B,).
+    Without a head, `out` is x0_hat; with one it is the raw network output at the noisy `x`. weight is (B,).
     """
     _checks.batched("out", out)
     _checks.like("target", target, "out", out)
@@ -117,10 +117,10 @@ def gan_critic_loss(
     perturbed_data_logits: Tensor | None = None,
     r1_weight: float = 0.0,
 ) -> GanCriticLoss:
-    """The critic's GAN loss on logits (B,) or (B, 1), with gradients in all of them; the two batches may differ.
+    """The critic's GAN loss on logits (B,) or (B, 1), differentiable in all of them; batch sizes may differ.
 
     kind is softplus (the paper's) or hinge. `perturbed_data_logits` adds the approximate R1 penalty r1_weight * mean
-    (perturbed - data)^2; the caller perturbs the noised data sample, so that a perturbation of 0 gives exactly 0.
+    (perturbed - data)^2; the caller perturbs the noised data sample, so that a perturbation of 0 has a penalty of 0.
     """
     _checks.gan_kind(kind)
     _checks.logits("gen_logits", gen_logits)
@@ -167,7 +167,7 @@ def _matching_arguments(
     real_uncond: Tensor | None,
     guidance_scale: float,
 ) -> Tensor | None:
-    """Check the arguments; give `real_uncond`, or None where the scale of 1 makes it drop out."""
+    """Check the arguments; return `real_uncond`, or None if the guidance scale is 1."""
     _checks.batched("x0", x0)
     _checks.like("real", real, "x0", x0)
     _checks.like("fake", fake, "x0", x0)

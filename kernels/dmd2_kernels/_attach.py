@@ -1,4 +1,4 @@
-"""Gives a loss its gradients: computed beside the value, kept, and scaled by the upstream gradient in backward."""
+"""Attaches precomputed gradients to a loss; backward scales them by the upstream gradient."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class _Once(torch.autograd.Function):
-    """A gradient as a function of its input whose own derivative is refused."""
+    """The scaled gradient; differentiating it again raises."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, go: Tensor, tensor: Tensor) -> Tensor:
@@ -38,14 +38,14 @@ class _Attach(torch.autograd.Function):
 
 
 def wanted(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a gradient of one of the tensors."""
+    """Whether autograd needs a gradient of one of the tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def attach(loss: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss, whose gradient in each (tensor, gradient) pair's tensor is that pair's gradient times the upstream one.
+    """The loss with a backward that gives each pair's tensor its gradient times the upstream one.
 
-    A second derivative raises. A loss that nobody asks a gradient of comes back as it is.
+    A second derivative raises RuntimeError. Returns the loss unchanged if no gradient is needed.
     """
     if not wanted(*(tensor for tensor, _ in pairs)):
         return loss

@@ -1,4 +1,4 @@
-"""What is measured: each op at the shapes of DMD2, as torch is written eagerly, and fused.
+"""Benchmark cases: each op at the shapes of DMD2, in eager torch and fused.
 
 Shapes: B batch, C channels.
 """
@@ -18,13 +18,13 @@ Forward = Callable[..., Tensor]
 
 
 class Case(NamedTuple):
-    """One op at one shape: its inputs, and the functions that give a tensor to differentiate."""
+    """One op at one shape: its inputs, and functions that return a tensor to differentiate."""
 
     op: str
     name: str
     dtype: torch.dtype
     memory_format: str
-    inputs: Callable[[str], tuple[Tensor, ...]]  # by device; the leading `num_leaves` want gradients
+    inputs: Callable[[str], tuple[Tensor, ...]]  # by device; the first `num_leaves` require gradients
     num_leaves: int
     eager: Forward
     fused: Forward
@@ -83,7 +83,7 @@ def eager_generator(gen: Tensor) -> Tensor:
 
 
 def eager_norm(x: Tensor, weight: Tensor, bias: Tensor, *rows: Tensor) -> Tensor:
-    """GroupNorm, scale and shift, SiLU as EDM's U-Net writes them."""
+    """GroupNorm, scale and shift, SiLU as in EDM's U-Net."""
     z = F.group_norm(x, 32, weight.to(x.dtype), bias.to(x.dtype))
     if rows:
         scale, shift = (row[:, :, None, None] for row in rows)

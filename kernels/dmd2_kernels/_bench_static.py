@@ -1,4 +1,4 @@
-"""What is known without a GPU: bytes and launches of the eager and of the fused op, and the fused code's size."""
+"""Benchmarks without a GPU: bytes and launches of eager and fused ops, and statistics of the fused code."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from ._bench_cases import Case
 
 
 def num_bytes(*values: Any) -> int:
-    """The bytes of all tensors in a structure."""
+    """The total size of all tensors in a structure, in bytes."""
     return sum(t.numel() * t.itemsize for t in tree_leaves(values) if isinstance(t, Tensor))
 
 
@@ -35,7 +35,7 @@ class _Counter(TorchDispatchMode):
 
 
 def floor_bytes(case: Case) -> int:
-    """Forward and backward with each input read once, each output and gradient written once, the upstream one read."""
+    """Minimum bytes of forward and backward: inputs and upstream gradient read, outputs and gradients written once."""
     inputs = case.inputs("meta")
     leaves = num_bytes(inputs[: case.num_leaves])
     out = num_bytes(inputs[0]) if "norm" in case.op else 4
@@ -43,7 +43,7 @@ def floor_bytes(case: Case) -> int:
 
 
 def eager_counts(case: Case) -> tuple[int, int]:
-    """(launches, bytes) of forward and backward as eager torch runs them, on meta tensors."""
+    """(launches, bytes) of forward and backward in eager torch, counted on meta tensors."""
     inputs = list(case.inputs("meta"))
     for i in range(case.num_leaves):
         inputs[i].requires_grad_()
@@ -54,7 +54,7 @@ def eager_counts(case: Case) -> tuple[int, int]:
 
 
 def fused_counts(case: Case, arch: int) -> dict[str, int]:
-    """Launches, bytes and code of the fused op's forward and backward, compiled for `arch` on unset CPU tensors."""
+    """Launches, bytes and code statistics of the fused forward and backward, compiled for `arch`."""
     from . import aot
 
     inputs = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype) for t in case.inputs("meta")]

@@ -1,6 +1,7 @@
-"""The boundary: every argument is looked at once, here, before either implementation sees it.
+"""Argument checks, shared by both implementations.
 
-A wrong argument raises with its name, its value, the rule and the remedy. Shapes: B batch, C channels.
+A wrong argument raises TypeError or ValueError with its name, value, the rule and the remedy. Shapes: B batch, C
+channels.
 """
 
 import torch
@@ -13,7 +14,7 @@ KINDS = ("softplus", "hinge")
 
 
 def floating(name: str, tensor: Tensor) -> None:
-    """Ask for a non-empty tensor of a dtype that the ops compute with."""
+    """Require a non-empty tensor of a supported floating dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
     if tensor.dtype not in DTYPES:
@@ -23,14 +24,14 @@ def floating(name: str, tensor: Tensor) -> None:
 
 
 def batched(name: str, tensor: Tensor) -> None:
-    """Ask for a floating tensor with a leading batch dimension."""
+    """Require a floating tensor with a leading batch dimension."""
     floating(name, tensor)
     if tensor.ndim < 1:
         raise ValueError(f"{name} has shape (); it needs a leading batch dimension")
 
 
 def like(name: str, tensor: Tensor | None, reference_name: str, reference: Tensor) -> None:
-    """Ask for the reference's shape and device; dtypes may differ. None passes."""
+    """Require the reference's shape and device; dtypes may differ. None passes."""
     if tensor is None:
         return
     floating(name, tensor)
@@ -43,7 +44,7 @@ def like(name: str, tensor: Tensor | None, reference_name: str, reference: Tenso
 
 
 def per_sample(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
-    """Ask for one value per sample of the reference, shape (B,)."""
+    """Require one value per sample of the reference: shape (B,)."""
     floating(name, tensor)
     if tensor.shape != reference.shape[:1]:
         raise ValueError(
@@ -54,7 +55,7 @@ def per_sample(name: str, tensor: Tensor, reference_name: str, reference: Tensor
 
 
 def head_at(head: LinearHead | None, x: Tensor | None, reference_name: str, reference: Tensor) -> None:
-    """Ask for head and x together (raw network outputs) or for neither (x0 predictions)."""
+    """Require head and x together (raw network outputs) or neither (x0 predictions)."""
     if (head is None) != (x is None):
         have, lack = ("x", "head") if head is None else ("head", "x")
         raise ValueError(f"{have} is given without {lack}; give both for raw outputs or neither for x0 predictions")
@@ -65,14 +66,14 @@ def head_at(head: LinearHead | None, x: Tensor | None, reference_name: str, refe
 
 
 def logits(name: str, tensor: Tensor) -> None:
-    """Ask for one logit per sample: (B,) or (B, 1)."""
+    """Require one logit per sample: (B,) or (B, 1)."""
     batched(name, tensor)
     if tensor.ndim > 2 or tensor.shape[1:].numel() != 1:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (B,) or (B, 1), one logit per sample")
 
 
 def gan_kind(kind: str) -> None:
-    """Ask for a known GAN loss."""
+    """Require a known GAN loss."""
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, KINDS))}")
 
@@ -80,7 +81,7 @@ def gan_kind(kind: str) -> None:
 def norm_arguments(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> None:
-    """Ask for what group_norm_silu needs: x (B, C, ...), weight and bias (C,), scale and shift (B, C)."""
+    """Require the arguments of group_norm_silu: x (B, C, ...), weight and bias (C,), scale and shift (B, C)."""
     batched("x", x)
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, C, ...)")
@@ -98,7 +99,7 @@ def norm_arguments(
 
 
 def group_size(x: Tensor, num_groups: int) -> None:
-    """Ask for groups whose offsets fit 32 bits and whose channels fit one tile: what the Triton kernels can hold."""
+    """Require groups that the Triton kernels support: offsets that fit 32 bits, channels that fit one tile."""
     channels, elements = x.shape[1] // num_groups, x[0].numel() // num_groups
     if elements >= 2**31:
         raise ValueError(f"x has {elements} elements in a group; the Triton kernels take fewer than 2^31")
@@ -114,7 +115,7 @@ def _channelwise(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -
 
 
 def on_device_of(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
-    """Ask for two tensors on one device."""
+    """Require two tensors on the same device."""
     if tensor.device != reference.device:
         raise ValueError(
             f"{name} is on {tensor.device} but {reference_name} is on {reference.device}; move one of them"

@@ -1,8 +1,8 @@
-"""Which implementation an op takes: Triton for CUDA tensors, the plain-torch reference for the rest.
+"""Dispatch of an op: Triton for CUDA tensors, the plain-torch reference otherwise.
 
-The choice is a Python branch in the public function, made before torch.compile sees a graph. `DMD2_KERNELS` sets it for
-a process (auto, triton or reference) and `use` for a block. `triton` on a CPU tensor needs Triton's interpreter, that
-is TRITON_INTERPRET=1 before the first import of triton; a run never takes it by itself.
+The choice is a Python branch in the public function, resolved before torch.compile traces a graph. `DMD2_KERNELS` sets
+it for a process (auto, triton or reference) and `use` for a block. `triton` on a CPU tensor needs Triton's interpreter:
+TRITON_INTERPRET=1 before the first import of triton; it is never selected automatically.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from torch import Tensor
 MODES = ("auto", "triton", "reference")
 _CHOICES = (
     "needs a CUDA tensor, or TRITON_INTERPRET=1 set before the first import of triton, "
-    "or the plain-torch reference that a CPU takes by default (DMD2_KERNELS=auto or reference)"
+    "or the plain-torch reference that a CPU uses by default (DMD2_KERNELS=auto or reference)"
 )
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -27,17 +27,17 @@ def _checked(mode: str, origin: str) -> str:
     return mode
 
 
-compiling = False  # set by `aot.py` while its CPU tensors stand for CUDA ones and nothing is launched
+compiling = False  # set by `aot.py`, whose CPU tensors represent CUDA ones and which launches nothing
 _mode = _checked(os.environ.get("DMD2_KERNELS", "auto"), "DMD2_KERNELS")
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter stands in for a GPU in this process."""
+    """Whether Triton's interpreter is enabled in this process."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def implementation(tensor: Tensor) -> str:
-    """The implementation that an op takes for this tensor: triton, triton-interpreter or reference."""
+    """The implementation of ops on this tensor: triton, triton-interpreter or reference."""
     if _mode == "reference" or (_mode == "auto" and not (tensor.is_cuda and _HAS_TRITON)):
         return "reference"
     return "triton-interpreter" if interpreting() or not tensor.is_cuda else "triton"
@@ -45,7 +45,7 @@ def implementation(tensor: Tensor) -> str:
 
 @contextmanager
 def use(mode: str) -> Iterator[None]:
-    """Take one implementation (auto, triton or reference) inside the block, whatever DMD2_KERNELS says."""
+    """Select an implementation (auto, triton or reference) inside the block; overrides DMD2_KERNELS."""
     global _mode
     before, _mode = _mode, _checked(mode, "mode")
     try:
@@ -55,7 +55,7 @@ def use(mode: str) -> Iterator[None]:
 
 
 def kernels_for(tensor: Tensor, name: str) -> ModuleType:
-    """The module of Triton kernels, or one sentence that says what a launch on this tensor would need."""
+    """The module of Triton kernels. Raises RuntimeError if they cannot run on this tensor."""
     if not tensor.is_cuda and not interpreting() and not compiling:
         raise RuntimeError(f"dmd2::{name} got a {tensor.device.type} tensor: a Triton kernel {_CHOICES}")
     from . import ops

@@ -1,4 +1,4 @@
-"""GroupNorm + adaptive scale and shift + SiLU: the function, and the module that owns its weight and bias."""
+"""GroupNorm + adaptive scale and shift + SiLU, as a function and as a module."""
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class GroupNormSiLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """The op on x (B, C, ...), with scale and shift (B, C) or neither."""
+        """x (B, C, ...), with scale and shift (B, C) or without both -> (B, C, ...)."""
         return group_norm_silu(
             x, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, silu=self.silu
         )

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 """The losses as `torch.ops.dmd2.*`: schema, fake outputs and autograd, so that torch.compile sees one node.
 
-Importing this registers the ops and imports no triton; an op's first call does. Backward ops are ops of their own and
-have no gradient. Inputs are made contiguous here.
+Importing this registers the ops without importing triton; an op's first call imports it. Backward passes are separate
+ops without a gradient. Inputs are made contiguous here.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def matching_loss(
     uncond: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, weight, sq_norm, num_nonfinite); the gradient of the loss goes to x0."""
+    """(loss, weight, sq_norm, num_nonfinite); the loss is differentiable in x0."""
     ops = kernels_for(x0, "matching_loss").score_difference
     return ops.forward(*_flat(x0, real, fake, x, a, k, uncond), scale)
 
@@ -52,7 +52,7 @@ def matching_loss_backward(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient of the matching loss in x0."""
+    """The gradient of the matching loss wrt. x0."""
     ops = kernels_for(real, "matching_loss_backward").score_difference
     return ops.backward(go, weight, *_flat(real, fake, k, uncond), scale, dtype)
 
@@ -73,7 +73,7 @@ def matching_loss_and_grad(
     uncond: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """matching_loss's four values and the gradient in x0; no autograd."""
+    """matching_loss's four values and the gradient wrt. x0; no autograd."""
     ops = kernels_for(x0, "matching_loss_and_grad").score_difference
     return ops.loss_and_grad(*_flat(x0, real, fake, x, a, k, uncond), scale)
 
@@ -102,7 +102,7 @@ matching_loss.register_autograd(_matching_gradient, setup_context=_matching_cont
 def denoising_loss(
     out: Tensor, target: Tensor, weight: Tensor, x: Tensor | None, a: Tensor | None, k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(loss, per_sample); the gradient of the loss goes to out."""
+    """(loss, per_sample); the loss is differentiable in out."""
     ops = kernels_for(out, "denoising_loss").denoising_loss
     return ops.forward(*_flat(out, target, weight, x, a, k))
 
@@ -123,7 +123,7 @@ def denoising_loss_backward(
     a: Tensor | None,
     k: Tensor | None,
 ) -> Tensor:
-    """The gradient of the denoising loss in out."""
+    """The gradient of the denoising loss wrt. out."""
     ops = kernels_for(out, "denoising_loss_backward").denoising_loss
     return ops.backward(go, *_flat(out, target, weight, x, a, k))
 
@@ -148,7 +148,7 @@ denoising_loss.register_autograd(_denoising_gradient, setup_context=_denoising_c
 def gan_critic_loss(
     gen: Tensor, data: Tensor, perturbed: Tensor | None, kind: str, r1_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, p_data, p_gen, r1) of (B,) logits; the gradient of the loss goes to all of them."""
+    """(loss, p_data, p_gen, r1) of (B,) logits; the loss is differentiable in all of them."""
     ops = kernels_for(gen, "gan_critic_loss").gan_loss
     return ops.critic_forward(*_flat(gen, data, perturbed), kind, r1_weight)
 
@@ -164,7 +164,7 @@ def _(gen, data, perturbed, kind, r1_weight):
 def gan_critic_loss_backward(
     go: Tensor, gen: Tensor, data: Tensor, perturbed: Tensor | None, kind: str, r1_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the critic loss in the logits; the last is empty without perturbed logits."""
+    """The gradients of the critic loss wrt. the logits; the last is empty without perturbed logits."""
     ops = kernels_for(gen, "gan_critic_loss_backward").gan_loss
     d_gen, d_data, d_perturbed = ops.critic_backward(go, *_flat(gen, data, perturbed), kind, r1_weight)
     return d_gen, d_data, gen.new_empty(0) if d_perturbed is None else d_perturbed
@@ -192,7 +192,7 @@ gan_critic_loss.register_autograd(_critic_gradient, setup_context=_critic_contex
 
 @torch.library.custom_op("dmd2::gan_generator_loss", mutates_args=())
 def gan_generator_loss(gen: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(loss, p_gen) of (B,) logits; the gradient of the loss goes to them."""
+    """(loss, p_gen) of (B,) logits; the loss is differentiable in them."""
     ops = kernels_for(gen, "gan_generator_loss").gan_loss
     return ops.generator_forward(*_flat(gen), kind)
 
@@ -205,7 +205,7 @@ def _(gen, kind):
 
 @torch.library.custom_op("dmd2::gan_generator_loss_backward", mutates_args=())
 def gan_generator_loss_backward(go: Tensor, gen: Tensor, kind: str) -> Tensor:
-    """The gradient of the generator loss in the logits."""
+    """The gradient of the generator loss wrt. the logits."""
     ops = kernels_for(gen, "gan_generator_loss_backward").gan_loss
     return ops.generator_backward(go, *_flat(gen), kind)
 

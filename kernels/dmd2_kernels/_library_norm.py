@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 """GroupNorm+SiLU as `torch.ops.dmd2.group_norm_silu`, for NCHW and channels_last memory; see `_library.py`.
 
-A U-Net calls it some hundred times a pass, and on a GPU's host the op costs more than its kernels. So plain tensors
-outside torch.compile go past the dispatcher, by an autograd function of the same two host functions: `apply`.
+A U-Net calls it about a hundred times per pass, and the op's overhead on the host exceeds its kernels' time. So plain
+tensors outside torch.compile bypass the dispatcher with an autograd function of the same host functions: `apply`.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def _forward(
     shift: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd), the statistics (B, G); the gradient of y goes to every tensor."""
+    """(y, mean, rstd), the statistics (B, G); y is differentiable in every tensor."""
     kernels = kernels_for(x, "group_norm_silu")
     ops = kernels.group_norm_nhwc if channels_last(x) else kernels.group_norm_silu
     vectors = (weight.contiguous(), bias.contiguous(), eps, *_rows(scale, shift), silu)
@@ -47,7 +47,7 @@ def _forward(
 
 
 def _rows(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The two halves of an embedding, each contiguous."""
+    """Scale and shift (B, C), contiguous, or None for both."""
     if scale is None or shift is None:
         return None, None
     return scale.contiguous(), shift.contiguous()
@@ -74,7 +74,7 @@ def _backward(
     shift: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients in x, weight, bias, scale and shift; the last two are empty in the plain form."""
+    """The gradients wrt. x, weight, bias, scale and shift; the last two are empty in the plain form."""
     kernels = kernels_for(x, "group_norm_silu_backward")
     ops = kernels.group_norm_nhwc if channels_last(x) else kernels.group_norm_silu
     vectors = (weight.contiguous(), bias.contiguous(), *_rows(scale, shift), silu)
@@ -126,13 +126,13 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # Gradients are on here for a second derivative alone, which the op refuses.
+        # Grad mode is on here only for a second derivative, which the op rejects.
         return _gradients(ctx, dy, group_norm_silu_backward if torch.is_grad_enabled() else _backward)
 
 
 def apply(*inputs: Any) -> Tensor:
-    """y of `group_norm_silu`, by the shortest way that the tensors allow."""
+    """y of `group_norm_silu`, with the least overhead that the tensors allow."""
     x = inputs[0]
     if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
-        return group_norm_silu(*inputs)[0]  # what is traced, fake or distributed needs the op
+        return group_norm_silu(*inputs)[0]  # traced, fake and distributed tensors need the op
     return _Direct.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)[0]

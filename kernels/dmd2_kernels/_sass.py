@@ -1,4 +1,4 @@
-"""What a compiled kernel is made of: registers, spills, and its memory instructions by width, read from the cubin."""
+"""Statistics of a compiled kernel from its cubin: registers, spills, and memory instructions by width."""
 
 import re
 import subprocess
@@ -33,7 +33,7 @@ def _run(tool: str, *args: str) -> str:
 
 
 def _widths(opcodes: Counter[str], name: str) -> dict[int, int]:
-    """Instructions of one name by the bits that a thread moves; no suffix means 32."""
+    """The number of instructions `name` by bits per thread; without a suffix 32."""
     widths: Counter[int] = Counter()
     for opcode, count in opcodes.items():
         if opcode.split(".")[0] == name:
@@ -43,7 +43,7 @@ def _widths(opcodes: Counter[str], name: str) -> dict[int, int]:
 
 
 def statistics(cubin: bytes) -> Statistics:
-    """Read a cubin with the tools that triton ships."""
+    """Read a cubin with the tools bundled with triton."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

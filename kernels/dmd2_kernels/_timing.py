@@ -1,6 +1,6 @@
-"""Times on a GPU: with Triton's do_bench, which flushes L2, as a CUDA graph, and by the host's clock.
+"""Timing on a GPU: with Triton's do_bench, which flushes L2, in a CUDA graph, and by the host's clock.
 
-A graph is captured on the current stream, which can't be the default one; what is captured must have been made there.
+A graph is captured on the current stream, which must not be the default one; its inputs must be created there.
 """
 
 import time
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import triton
 
-L2_BYTES = 256 * 2**20  # more than any L2; writing it evicts what a previous run left
+L2_BYTES = 256 * 2**20  # larger than any L2; writing it evicts a previous run's data
 
 
 def kernel_us(run: Callable[[], object]) -> tuple[float, float, float]:
@@ -19,7 +19,7 @@ def kernel_us(run: Callable[[], object]) -> tuple[float, float, float]:
 
 
 def graph_us(run: Callable[[], object], repeats: int = 20) -> float:
-    """Microseconds inside a CUDA graph that flushes L2 before each run, less a graph that only flushes."""
+    """Microseconds per run in a CUDA graph that flushes L2 before each run, minus a graph that only flushes."""
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
     return (_graph_ms(run, flush, repeats) - _graph_ms(lambda: None, flush, repeats)) * 1000 / repeats
 
@@ -45,7 +45,7 @@ def _graph_ms(run: Callable[[], object], flush: torch.Tensor, repeats: int) -> f
 
 
 def host_us(run: Callable[[], object], repeats: int = 100) -> float:
-    """Microseconds of wall time a call, back to back: what Python and launches cost where the GPU isn't the limit."""
+    """Wall-clock microseconds per call, back to back: the cost of Python and launches if the GPU is not the limit."""
     run()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -56,7 +56,7 @@ def host_us(run: Callable[[], object], repeats: int = 100) -> float:
 
 
 def peak_mb(run: Callable[[], object]) -> float:
-    """Megabytes that a call allocates beyond what was there."""
+    """Peak memory of a call beyond what was allocated before, in MB."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -66,7 +66,7 @@ def peak_mb(run: Callable[[], object]) -> float:
 
 
 def copy_gb_per_s() -> float:
-    """What this GPU's memory really gives: the rate of a 1 GB copy, read and write counted."""
+    """The achieved memory bandwidth of a 1 GB copy in GB/s, counting read and write."""
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     median, *_ = kernel_us(lambda: target.copy_(source))

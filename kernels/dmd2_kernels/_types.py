@@ -1,4 +1,4 @@
-"""What the ops take and give: the per-sample head of a network, and one named tuple for each loss.
+"""Types of the ops: the per-sample head of a network, and a named tuple per loss.
 
 Shapes: B batch.
 """
@@ -17,7 +17,7 @@ def _scalars(*values: Tensor | float) -> list[Tensor]:
 
 
 class LinearHead(NamedTuple):
-    """How a raw network output at noisy x becomes an image: x0 = a_b * x + k_b * out, per sample b."""
+    """The conversion of a raw network output at noisy x to an image: x0 = a_b * x + k_b * out, per sample b."""
 
     a: Tensor  # (B,) fp32
     k: Tensor  # (B,) fp32
@@ -49,7 +49,7 @@ class LinearHead(NamedTuple):
 
 
 class MatchingLoss(NamedTuple):
-    """The distribution-matching loss and what a run logs of it."""
+    """The distribution-matching loss and values for the log."""
 
     loss: Tensor  # () with gradient to x0 only
     weight: Tensor  # (B,) mean |x0 - x0_real|
@@ -58,14 +58,14 @@ class MatchingLoss(NamedTuple):
 
 
 class DenoisingLoss(NamedTuple):
-    """The weighted denoising loss, and its value for each sample."""
+    """The weighted denoising loss, and its value per sample."""
 
     loss: Tensor  # () with gradient to out only
     per_sample: Tensor  # (B,) detached; its mean is the loss
 
 
 class GanCriticLoss(NamedTuple):
-    """The critic's side of the GAN loss and the probabilities of being real that it gave."""
+    """The critic's GAN loss, and its probabilities of being real."""
 
     loss: Tensor  # () with gradients to all logits
     p_data: Tensor  # (B,) sigmoid of the data logits, detached
@@ -74,7 +74,7 @@ class GanCriticLoss(NamedTuple):
 
 
 class GanGeneratorLoss(NamedTuple):
-    """The generator's side of the GAN loss and the probability of being real that the critic gave it."""
+    """The generator's GAN loss, and the critic's probabilities of being real."""
 
     loss: Tensor  # () with gradient to the logits
     p_gen: Tensor  # (B,) detached

@@ -1,10 +1,10 @@
-"""Compiles every kernel without a GPU, through Triton's own binder, and checks the machine code.
+"""Compiles every kernel without a GPU, with Triton's own binder, and checks the machine code.
 
     python -m dmd2_kernels.aot --arch 80,90,100 --check
 
-The host functions run on unallocated CPU tensors with a launcher that compiles instead of launching, so that what is
-checked is specialised exactly as a real call would be. `--check` fails on a spilled register, a float64 instruction,
-an atomic, more registers than the ceiling, or bulk data that moves in less than 128 bits at a time.
+The host functions run on uninitialised CPU tensors with a launcher that compiles instead of launching, so that kernels
+are specialised exactly as in a real call. `--check` fails on a spilled register, a float64 instruction, an atomic, more
+than MAX_REGISTERS registers, or bulk memory accesses of less than 128 bits.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from .ops import _launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_REGISTERS = 128
-_statistics = functools.cache(statistics)  # several cases end in the same summing kernels
+_statistics = functools.cache(statistics)  # several cases use the same reduction kernels
 _READ = ("x0", "real", "fake", "x", "uncond", "out", "target", "dy")
 _WRITTEN = ("grad", "y", "dx")
 
 
 class Compiled(NamedTuple):
-    """One kernel as compiled for one call; read_bytes and written_bytes are what one program must move of its tile."""
+    """One kernel compiled for one call; read_bytes and written_bytes are the minimum traffic of one program's tile."""
 
     case: str
     kernel: str
@@ -43,11 +43,11 @@ class Compiled(NamedTuple):
     num_warps: int
     read_bytes: int
     written_bytes: int
-    moved_bytes: int  # by the whole launch: every tensor once, what is walked twice twice
+    moved_bytes: int  # by the whole launch: each tensor once, or twice if it is read twice
     code: Statistics
 
     def faults(self) -> list[str]:
-        """What `--check` refuses, in words."""
+        """The reasons for which `--check` fails."""
         code, threads = self.code, 32 * self.num_warps
         found = [
             f"{count} {what}"
@@ -73,7 +73,7 @@ class Compiled(NamedTuple):
 
 
 class _Compiler:
-    """A CUDA driver that knows its target and nothing else: enough for the binder, never a launch."""
+    """A stub of a CUDA driver that only has a target: sufficient for the binder, cannot launch."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -103,7 +103,7 @@ def _bulk_bytes(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], nam
 
 @contextmanager
 def recording(arch: int, case: str, dtype: str, into: list[Compiled]) -> Iterator[None]:
-    """Inside the block a launch compiles its kernel for `arch` and appends it."""
+    """In the block, a launch compiles its kernel for `arch` and appends it to `into` instead of running it."""
 
     def compile_only(kernel: Any, num_programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__.lstrip('_')}"
@@ -144,7 +144,7 @@ def _matching(shape: tuple[int, ...], head: bool, guided: bool) -> Callable[[tor
 
 
 def _beyond_int32(dtype: torch.dtype) -> None:
-    """The kernels of a sample with more elements than int32 counts; the tensors stand for larger ones."""
+    """The kernels for a sample with more than 2^31 elements; the tensors represent larger ones."""
     tensors, go = torch.empty(4, 64, dtype=dtype), torch.ones(())
     sizes, options = (2, 2**31 + 16, 2**19 + 1), {"BLOCK": 4096, "ACC": tl.float32, "num_warps": 8}
     matching, denoising = ops.score_difference, ops.denoising_loss
@@ -192,7 +192,7 @@ def _norm(channels: int, side: int, groups: int, adaptive: bool, nhwc: bool) -> 
 
 
 def cases() -> dict[str, Callable[[torch.dtype], None]]:
-    """Every call that is compiled, by name; a name with `ragged` has sizes that no wide access fits."""
+    """All compiled calls by name; `ragged` in a name means sizes that do not allow wide accesses."""
     found = {
         "matching x0 3x64x64": _matching((2, 3, 64, 64), head=False, guided=False),
         "matching head+cfg 4x64x64": _matching((2, 4, 64, 64), head=True, guided=True),
@@ -222,7 +222,7 @@ def cases() -> dict[str, Callable[[torch.dtype], None]]:
 
 
 def compile_cases(arch: int, dtype: str, only: str = "") -> list[Compiled]:
-    """The kernels of the cases whose name has a part of `only` (a,b,c) in it, compiled for one target and one dtype."""
+    """Compile the cases whose name contains one of `only` (a,b,c) for one target and dtype."""
     found: list[Compiled] = []
     for case, run in cases().items():
         if any(part in case for part in only.split(",")):
@@ -248,11 +248,11 @@ def _report(each: Compiled) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compile what is asked for, print a line for each kernel, and with --check fail on any fault."""
+    """Compile the requested kernels, print a line for each, and with --check fail on any fault."""
     parser = argparse.ArgumentParser(prog="python -m dmd2_kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="90", help="compute capabilities, as in 80,90,100")
     parser.add_argument("--dtype", default="bf16,fp16,fp32", help="dtypes, as in bf16,fp32")
-    parser.add_argument("--only", default="", help="compile the cases whose name has one of these in it")
+    parser.add_argument("--only", default="", help="compile the cases whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile; a target is never split")
     parser.add_argument("--check", action="store_true", help="exit 1 if a kernel has a fault")
     parser.add_argument("--csv", help="write the statistics to this file")

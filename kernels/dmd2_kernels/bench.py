@@ -1,12 +1,12 @@
-"""Measures the ops on a GPU, and writes what is known without one.
+"""Benchmarks the ops on a GPU; without one counts launches and bytes.
 
     python -m dmd2_kernels.bench --csv results/bench/kernels.csv
     python -m dmd2_kernels.bench --static --arch 90 --csv results/bench/kernels.csv
 
-A row is one op at one shape by one provider in one mode; rerunning replaces the row of the same key and keeps the rest,
-and what is measured before an interruption is written. Without a GPU (or with --static) the columns of time stay empty
-and `timing` says that they are pending. The providers: eager torch, torch.compile, the fused op and, where importable,
-Liger's and apex's GroupNorm. --jobs compiles everything first in that many processes, into the compilers' caches.
+A row is one op at one shape by one provider in one mode; a rerun replaces rows with the same key and keeps the rest.
+Rows are written as they are measured. Without a GPU (or with --static) the columns of time are empty and `timing` is
+pending. The providers: eager torch, torch.compile, the fused op and, if importable, Liger's and apex's GroupNorm.
+--jobs compiles everything first in that many processes, into the compilers' caches.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def _liger(case: Case) -> Forward | None:
 
 
 def _apex(case: Case) -> Forward | None:
-    """Apex's GroupNorm with SiLU inside; channels_last only, and no adaptive form."""
+    """Apex's GroupNorm with fused SiLU; channels_last only, and no adaptive form."""
     if case.op != "norm" or case.memory_format != "channels_last" or importlib.util.find_spec("apex") is None:
         return None
     apex = importlib.import_module("apex.contrib.group_norm")
@@ -70,8 +70,8 @@ def _apex(case: Case) -> Forward | None:
 
 
 def providers(case: Case) -> Iterator[tuple[str, Forward]]:
-    """Name and function of everything that computes the case on a GPU."""
-    torch.compiler.reset()  # or one function at many shapes would run into the limit of recompilations
+    """Name and function of each provider of the case on a GPU."""
+    torch.compiler.reset()  # else one function at many shapes would exceed the recompile limit
     yield "eager", case.eager
     yield "compile", torch.compile(case.eager, fullgraph=True, dynamic=False)
     yield "fused", case.fused
@@ -81,12 +81,12 @@ def providers(case: Case) -> Iterator[tuple[str, Forward]]:
 
 
 def _leaves(case: Case, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The inputs that want gradients."""
+    """The inputs that require gradients."""
     return [leaf.requires_grad_() for leaf in inputs[: case.num_leaves]]
 
 
 def modes(case: Case, run: Forward) -> dict[str, Callable[[], object]]:
-    """What is timed: forward, backward, and both."""
+    """The timed functions by mode: forward, backward and both."""
     inputs = case.inputs("cuda")
     leaves, out = _leaves(case, inputs), run(*inputs)
     go = torch.ones_like(out)
@@ -104,7 +104,7 @@ def modes(case: Case, run: Forward) -> dict[str, Callable[[], object]]:
 
 
 def compile_case(index: int) -> None:
-    """Runs every provider of a case once, so that what it compiles is in the caches on disk."""
+    """Runs every provider of a case once to fill the compilers' caches on disk."""
     case = cases()[index]
     with dk.use("auto"):
         for _, run in providers(case):
@@ -134,7 +134,7 @@ def measure(case: Case, step_ms: float | None) -> Iterator[Row]:
             row |= {"median_us": f"{median:.2f}", "p20_us": f"{low:.2f}", "p80_us": f"{high:.2f}"}
             row |= {"host_us": f"{_timing.host_us(call):.2f}", "peak_MB": f"{_timing.peak_mb(call):.1f}"}
             if mode != "backward":  # a retained graph can't be captured
-                device = _timing.graph_us(call)  # what the GPU takes; an event also sees it wait for the host
+                device = _timing.graph_us(call)  # GPU time; an event would include waiting for the host
                 row["graph_us"] = f"{device:.2f}"
             if mode == "full":
                 rate = floor / device / 1000
@@ -182,7 +182,7 @@ def _key(case: Case) -> Row:
 
 
 def merge(path: Path, rows: list[Row]) -> None:
-    """Write the rows into the CSV: same key replaced, others kept, sorted by key."""
+    """Merge the rows into the CSV: rows with the same key are replaced, others kept; sorted by key."""
     kept: dict[tuple[str, ...], Row] = {}
     if path.exists():
         with path.open(newline="") as file:
@@ -199,9 +199,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the cases and merge their rows into the CSV."""
     parser = argparse.ArgumentParser(prog="python -m dmd2_kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, default=Path("results/bench/kernels.csv"))
-    parser.add_argument("--op", default="", help="only ops whose name has this in it")
+    parser.add_argument("--op", default="", help="only ops whose name contains this")
     parser.add_argument("--static", action="store_true", help="no times, even with a GPU")
-    parser.add_argument("--arch", type=int, default=90, help="what the static rows compile for")
+    parser.add_argument("--arch", type=int, default=90, help="compute capability of the static rows")
     parser.add_argument("--step-ms", type=float, help="measured time of a training step, for pct_of_step")
     parser.add_argument("--jobs", type=int, default=0, help="compile first, in this many processes")
     args = parser.parse_args(argv)

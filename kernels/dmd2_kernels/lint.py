@@ -1,9 +1,9 @@
-"""Reads the kernels' source for what neither compiler nor interpreter refuses.
+"""A linter for defects in kernels that neither compiler nor interpreter reports.
 
     python -m dmd2_kernels.lint [FOLDER ...]
 
-Each rule stands for a defect that stays silent: bfloat16 arithmetic that the interpreter does on bit patterns, masked
-lanes that a GPU leaves undefined, offsets that overflow int32, sums whose order differs from run to run.
+Each rule is for a silent defect: bfloat16 arithmetic that the interpreter does on bit patterns, masked lanes that are
+undefined on a GPU, offsets that overflow int32, sums whose order differs between runs.
 """
 
 import ast
@@ -63,7 +63,7 @@ def _call_findings(node: ast.Call, parent: ast.AST | None, grandparent: ast.AST 
 
 
 def findings(source: str, path: str) -> list[Finding]:
-    """What one file of kernels does wrong."""
+    """The findings in one file of kernels."""
     tree = ast.parse(source)
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     found: list[tuple[int, str]] = []
@@ -81,7 +81,7 @@ def findings(source: str, path: str) -> list[Finding]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the findings of every file in the folders; 1 if there is one."""
+    """Print the findings in all files of the folders; return 1 if there are any, 2 without a file."""
     folders = [Path(arg) for arg in (sys.argv[1:] if argv is None else argv)] or [Path(__file__).parent / "ops"]
     files = [file for folder in folders for file in (sorted(folder.rglob("*.py")) if folder.is_dir() else [folder])]
     if not files:

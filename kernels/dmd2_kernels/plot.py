@@ -1,4 +1,4 @@
-"""Draws results/bench/kernels.csv: achieved bandwidth against bytes where there are times, else bytes by provider.
+"""Plots results/bench/kernels.csv: achieved bandwidth over bytes if there are times, else bytes by provider.
 
 python -m dmd2_kernels.plot results/bench/kernels.csv kernels/bench.svg
 """
@@ -16,13 +16,13 @@ Rows = list[dict[str, str]]
 
 
 def label(row: dict[str, str]) -> str:
-    """A case in words."""
+    """The label of a case."""
     nhwc = " nhwc" if row["memory_format"] == "channels_last" else ""
     return f"{row['op']} {row['case'].removeprefix('adm-')}{nhwc}"
 
 
 def roofline(axes: Axes, rows: Rows) -> None:
-    """Achieved bandwidth of each measured row against the bytes it cannot avoid."""
+    """Achieved bandwidth of each measured row over its minimum bytes (the floor)."""
     for number, provider in enumerate(sorted({row["provider"] for row in rows})):
         for layout, marker, words in (("contiguous", "o", ""), ("channels_last", "x", ", channels_last")):
             mine = [row for row in rows if (row["provider"], row["memory_format"]) == (provider, layout)]
@@ -50,7 +50,7 @@ def traffic(axes: Axes, rows: Rows) -> None:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Write the figure of the rows, the same bytes for the same rows."""
+    """Write the figure of the rows; the file is deterministic."""
     mpl.rcParams |= {"svg.hashsalt": "dmd2_kernels", "svg.fonttype": "none"}
     rows = [row for row in rows if not row["op"].startswith("gan")]  # bound by their launches
     timed = [row for row in rows if row["mode"] == "full" and row["achieved_GBps"]]
@@ -64,7 +64,7 @@ def draw(rows: Rows, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw the figure of a CSV."""
+    """Plot a CSV."""
     parser = argparse.ArgumentParser(prog="python -m dmd2_kernels.plot", description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path)
     parser.add_argument("figure", type=Path)

@@ -1,7 +1,8 @@
-"""The definition of every op in plain torch: what one reads beside the paper, and what a CPU runs.
+"""The definition of every op in plain torch, with the paper's formulas; runs on CPU.
 
-Arithmetic is float32 whatever the inputs' dtype (float64 if one of them is float64), rounded once at the end. Each
-loss comes with its gradients in closed form; `_attach.py` hands them to autograd. Triton repeats these lines.
+Arithmetic is float32 for any input dtype (float64 if one of them is float64), rounded once at the end. Each loss is
+returned with its gradients in closed form; `_attach.py` passes them to autograd. The Triton kernels implement the same
+formulas.
 
 Shapes: B batch, C channels, N elements of one sample, G groups. Arguments are checked by the caller.
 """
@@ -14,13 +15,13 @@ from ._types import LinearHead, MatchingLoss
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of the arithmetic: float64 if a tensor is, else float32."""
+    """The dtype of the arithmetic: float64 if any tensor is, else float32."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if wide else torch.float32
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, 1, ...) beside `like`."""
+    """Reshapes (B,) to (B, 1, 1, ...), which broadcasts with `like`, in its dtype."""
     return values.to(like.dtype).view(-1, *(1,) * (like.ndim - 1))
 
 
@@ -33,7 +34,7 @@ def matching(
     real_uncond: Tensor | None,
     guidance_scale: float,
 ) -> tuple[MatchingLoss, Tensor]:
-    """The distribution-matching loss (arXiv 2405.14867 section 3) and its gradient in x0.
+    """The distribution-matching loss (arXiv 2405.14867 section 3) and its gradient with respect to x0.
 
     real (guided)   r = u + s * (c - u)               classifier-free guidance of the teacher
     x0_real         = a * x + k * r,                  x0_fake = a * x + k * fake
@@ -65,7 +66,7 @@ def matching(
 def denoising(
     out: Tensor, target: Tensor, weight: Tensor, x: Tensor | None, head: LinearHead | None, need_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The weighted denoising loss, its value per sample, and its gradient in out (arXiv 2405.14867 section 3).
+    """The weighted denoising loss, per-sample values, and the gradient wrt. out (arXiv 2405.14867 section 3).
 
     x0_hat     = a * x + k * out, or out itself
     per_sample = lambda_b * mean_n (x0_hat - target)^2,     loss = mean_b per_sample
@@ -91,7 +92,7 @@ def denoising(
 def gan_critic(
     gen: Tensor, data: Tensor, perturbed: Tensor | None, kind: str, r1_weight: float
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """(loss, p_data, p_gen, r1) and the gradients in the (B,) logits (arXiv 2405.14867 section 4.3).
+    """(loss, p_data, p_gen, r1) and the gradients wrt. the (B,) logits (arXiv 2405.14867 section 4.3).
 
     softplus   mean softplus(gen) + mean softplus(-data)        slopes  p(gen),  p(data) - 1
     hinge      mean relu(1 + gen) + mean relu(1 - data)         slopes  [gen > -1],  -[data < 1]
@@ -115,7 +116,7 @@ def gan_critic(
 
 
 def gan_generator(gen: Tensor, kind: str) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """(loss, p_gen) and the gradient in the (B,) logits.
+    """(loss, p_gen) and the gradient wrt. the (B,) logits.
 
     softplus   mean softplus(-gen)        slope  p(gen) - 1
     hinge      -mean gen                  slope  -1

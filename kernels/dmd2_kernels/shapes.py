@@ -1,9 +1,9 @@
-"""The shapes at which DMD2 calls the ops: what is compiled ahead of time and what is measured."""
+"""The shapes at which DMD2 calls the ops, for ahead-of-time compilation and benchmarks."""
 
 # Sample shapes (C, H, W) of the losses with the paper's batch per GPU: ImageNet-64, SD v1.5 latents, SDXL latents.
 LOSSES = {"imagenet": (40, 3, 64, 64), "sd15": (16, 4, 64, 64), "sdxl": (8, 4, 128, 128)}
 
-# Every (channels, side) at which the ADM U-Net of ImageNet-64 normalises, always in 32 groups, and in how many layers.
+# Every (channels, side) of the ADM U-Net's norms for ImageNet-64, all with 32 groups, and the number of such layers.
 ADM_GROUPS = 32
 ADM_LAYERS = {
     (192, 64): 12,
@@ -27,9 +27,9 @@ ADM_LAYERS = {
 }
 ADM_NORMS = tuple(ADM_LAYERS)
 
-# Passes through the whole U-Net in an average step with five critic updates to one of the generator: 0.8 generator
-# forwards without a graph, 0.2 of teacher and critic for the direction; 0.2 of the generator and 1 of the critic with a
-# backward. The GAN's passes through the encoder alone come on top.
+# Passes through the whole U-Net in an average step with five critic updates per generator update: 0.8 generator
+# forwards without a graph, 0.2 each of teacher and critic for the direction; with backward 0.2 of the generator and 1
+# of the critic. The GAN's encoder-only passes are not included.
 FORWARD_PASSES, FULL_PASSES = 1.2, 1.2
 UPDATES = {"matching": 0.2, "denoising": 1.0, "gan-critic": 1.0, "gan-generator": 0.2}
 

@@ -152,7 +152,7 @@ def test_row_is_filled_by_the_entry_that_stands_for_it_on_the_preset():
         (lambda t: t["rows"][0].update(instead={"smoke": "a/b"}), "`instead` needs `measure`"),
         (lambda t: t["rows"][0].update(paper={"fit": 1}), r"rows\.0\.paper\.fit"),
         (lambda t: t["rows"][0].update(id="t2.adm"), r"'t2\.adm' does not start with t1\."),
-        (lambda t: t["rows"].append(t["rows"][0]), r"'t1\.biggan_deep' stands twice"),
+        (lambda t: t["rows"].append(t["rows"][0]), r"'t1\.biggan_deep' is listed twice"),
         (lambda t: t["rows"][0].update(ticks=["gan"]), r"ticks \['gan'\] are not among"),
         (lambda t: t.pop("title"), "missing key `title`"),
     ],

@@ -85,8 +85,8 @@ def test_hidden_files_are_passed_over(folder: Path):
         ("presets", "reference", "presets/reference.yaml: reference is the name of another folder of results; rename"),
         ("runs", "teacher", "runs/teacher.yaml: teacher is the name of another folder of results; rename"),
         ("presets", "Digits", "Digits and digits would share a folder of results on some disks; rename one"),
-        ("runs", "my run", "a name has letters, digits, - and _ alone; rename the file"),
-        ("runs", "a+b", "a name has letters, digits, - and _ alone; rename the file"),
+        ("runs", "my run", "a name may only have letters, digits, - and _; rename the file"),
+        ("runs", "a+b", "a name may only have letters, digits, - and _; rename the file"),
     ],
 )
 def test_name_without_a_folder_of_its_own_is_refused(folder: Path, kind: str, name: str, words: str):

@@ -1,6 +1,6 @@
-"""The Triton side of every op: kernel, launch table and host function. Importing this is the moment triton is imported.
+"""The Triton implementation of every op: kernel, launch table and host function. Importing this imports triton.
 
-Host functions take contiguous tensors whose shapes and dtypes were checked; `_library.py` calls them.
+Host functions expect contiguous tensors with checked shapes and dtypes; `_library.py` calls them.
 """
 
 from . import denoising_loss, gan_loss, group_norm_nhwc, group_norm_silu, score_difference

@@ -1,4 +1,4 @@
-"""The one place from which kernels start: one grid axis, explicit warps, no autotuning, on the tensors' own device."""
+"""Launches all kernels: one grid axis, explicit warps, no autotuning, on the tensors' device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,19 +19,19 @@ def _run(kernel: Any, num_programs: int, args: tuple[Any, ...], options: dict[st
         kernel[(num_programs,)](*args, **options)
 
 
-launcher: Launcher = _run  # `aot.py` puts a compiler here, the tests a meter
+launcher: Launcher = _run  # replaced by a compiler in `aot.py`, and by a meter in tests
 
 
 def launch(kernel: Any, num_programs: int, *args: Any, num_warps: int, **constants: Any) -> None:
-    """Start a kernel; None stands for an absent tensor. Contraction to FMA is on, stated because defaults move."""
+    """Launch a kernel; None is an absent tensor. FMA contraction is set explicitly, since defaults change."""
     launcher(kernel, num_programs, args, {**constants, "num_warps": num_warps, "enable_fp_fusion": True})
 
 
 def tl_accumulation(*tensors: Tensor | None) -> Any:
-    """The dtype of the arithmetic as Triton names it: float64 if a tensor is, else float32."""
+    """Triton's dtype of the arithmetic: float64 if any tensor is, else float32."""
     return tl.float64 if accumulation_dtype(*tensors) == torch.float64 else tl.float32
 
 
 def interpreted() -> bool:
-    """Whether triton was imported with its interpreter on, its own library included."""
+    """Whether triton, including its own library, was imported with its interpreter enabled."""
     return not isinstance(tl.sum, triton.runtime.JITFunction)

@@ -4,8 +4,8 @@
     x0_hat = a x + k out,    per_sample = lambda mean (x0_hat - target)^2,    loss = mean per_sample
     d loss / d out = 2 lambda k (x0_hat - target) / (B N)
 
-Forward reduces chunks of a sample to sum (x0_hat - target)^2 and a second, single program sums those in a fixed order.
-Backward reads the inputs again and writes the gradient; it keeps nothing of the sample's size between the two.
+Forward reduces chunks of a sample to sum (x0_hat - target)^2, which a second launch of one program sums in a fixed
+order. Backward reads the inputs again and writes the gradient; nothing of the sample's size is saved for it.
 
 Shapes: B samples, N elements in each, K chunks of BLOCK elements.
 """
@@ -109,7 +109,7 @@ def backward(
     a: Tensor | None,
     k: Tensor | None,
 ) -> Tensor:
-    """The gradient in out times the upstream gradient go (), in one launch."""
+    """The gradient wrt. out times the upstream gradient go (), in one launch."""
     num_samples, num = len(out), out[0].numel()
     block, num_warps = chunk(num)
     num_chunks = triton.cdiv(num, block)

@@ -1,14 +1,14 @@
 # mypy: allow-untyped-defs
-"""The GAN losses in Triton: one launch for a side's loss and probabilities, one for its gradients.
+"""The GAN losses in Triton: one launch for the loss and probabilities of critic or generator, one for the gradients.
 
     softplus   critic  mean softplus(gen) + mean softplus(-data)        generator  mean softplus(-gen)
     hinge      critic  mean relu(1 + gen) + mean relu(1 - data)         generator  -mean gen
     r1         = mean (perturbed - data)^2
 
-A batch has tens of logits, so a launch costs more than its work: one program walks over all of them in a fixed order,
-and the gradients are formed from the logits again instead of being stored.
+A batch has tens of logits, so a launch costs more than its work: one program processes all of them in a fixed order,
+and the gradients are recomputed from the logits instead of being stored.
 
-Shapes: B logits, of each source its own number.
+Shapes: B logits, which may differ between sources.
 """
 
 import torch
@@ -129,7 +129,7 @@ def critic_forward(
 def critic_backward(
     go: Tensor, gen: Tensor, data: Tensor, perturbed: Tensor | None, kind: str, r1_weight: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients in the logits times the upstream gradient go (), in one launch."""
+    """The gradients wrt. the logits times the upstream gradient go (), in one launch."""
     d_gen, d_data = torch.empty_like(gen), torch.empty_like(data)
     d_perturbed = None if perturbed is None else torch.empty_like(perturbed)
     launch(
@@ -152,7 +152,7 @@ def generator_forward(gen: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def generator_backward(go: Tensor, gen: Tensor, kind: str) -> Tensor:
-    """The gradient in the logits times the upstream gradient go (), in one launch."""
+    """The gradient wrt. the logits times the upstream gradient go (), in one launch."""
     d_gen = torch.empty_like(gen)
     launch(
         _generator_slopes, triton.cdiv(len(gen), BLOCK), go, gen, d_gen, len(gen),

@@ -1,14 +1,14 @@
 # mypy: allow-untyped-defs
 """GroupNorm + adaptive scale and shift + SiLU in Triton, on channels_last memory, forward and backward.
 
-In NHWC a group's channels lie CG apart by C: a program of one group would fetch 32-byte sectors for 12 useful bytes.
-So tiles span whole runs of channels, and a group is put together from tiles in a second launch:
+In NHWC a group is runs of CG channels with stride C: a program per group would fetch 32-byte sectors for 12 useful
+bytes. So tiles span many channels, and a group's statistics are merged from tiles in a second launch:
 
     forward    moments of (block, channel) -> merged to mean, rstd of (sample, group) -> y        2 reads, 1 write
     backward   P1, P2 of (block, channel)  -> merged to group means, parameter sums   -> dx       4 reads, 1 write
 
-Moments are taken about each tile's own channel mean and merged two-pass, so that a large mean doesn't cancel. The
-formulas are in `_norm_math.py`.
+Moments are computed about each tile's own channel mean and merged in two passes, so that a large mean does not cancel.
+The formulas are in `_norm_math.py`.
 
 Shapes: B samples, S pixels, C channels, G groups of CG = C / G channels, K blocks of ROWS pixels.
 """
@@ -28,7 +28,7 @@ MERGE_ROWS = 16
 
 
 def tiling(num_pixels: int, num_channels: int) -> tuple[int, int, int, int]:
-    """(ROWS, COLS, blocks of pixels, blocks of channels), by the shape of a sample alone."""
+    """(ROWS, COLS, blocks of pixels, blocks of channels), from the shape of a sample only."""
     rows, cols = min(128, triton.next_power_of_2(num_pixels)), min(64, triton.next_power_of_2(num_channels))
     return rows, cols, triton.cdiv(num_pixels, rows), triton.cdiv(num_channels, cols)
 
@@ -223,7 +223,7 @@ def backward(
     shift: Tensor | None,
     silu: bool,
 ) -> Gradients:
-    """The gradients in x, weight, bias, scale and shift for channels_last dy and x, in four launches."""
+    """The gradients wrt. x, weight, bias, scale and shift for channels_last dy and x, in four launches."""
     num_samples, num_channels, num_pixels = len(x), x.shape[1], x[0, 0].numel()
     cg, acc = num_channels // num_groups, tl_accumulation(mean)
     rows, cols, blocks, channel_blocks = tiling(num_pixels, num_channels)

@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs
 """GroupNorm + adaptive scale and shift + SiLU in Triton, on NCHW memory, forward and backward.
 
-A group of one sample is contiguous in NCHW: one program owns it. Up to its `budget` it stays in registers,
-so that x is read once and y written once (backward: x and dy once, dx once). A larger group is walked twice in tiles,
-the second time mostly from the L2 cache. The formulas are in `_norm_math.py`; `group_norm_nhwc.py` has channels_last.
+A group of one sample is contiguous in NCHW and processed by one program. Up to its `budget` it stays in registers, so
+that x is read once and y written once (backward: x and dy once, dx once). A larger group is read twice in tiles, the
+second time mostly from the L2 cache. The formulas are in `_norm_math.py`; `group_norm_nhwc.py` has channels_last.
 
-Statistics never use E[x^2] - E[x]^2, which cancels to garbage where the mean is large: a tile's sum of squares is taken
-about the tile's own mean, and tiles are merged by Chan's formula (Chan, Golub, LeVeque 1979),
+Statistics do not use E[x^2] - E[x]^2, which cancels catastrophically for a large mean: a tile's sum of squares is
+computed about the tile's own mean, and tiles are merged by Chan's formula (Chan, Golub, LeVeque 1979),
 
     delta = mean_t - mean,   n' = n + n_t,   mean += delta n_t / n',   M2 += M2_t + delta^2 n n_t / n'
 
@@ -29,7 +29,7 @@ LOOPED = 4_096  # padded elements of a tile where the group is larger than one
 
 
 def budget(group_channels: int, itemsize: int, *, backward: bool) -> int:
-    """The elements of a group that stay in registers without spilling; many channels' gains take registers too."""
+    """The maximum elements of a group that fit in registers without spilling; channels' gains need registers too."""
     if group_channels <= 8:
         return 24_576
     if backward:  # which holds two tiles
@@ -38,7 +38,7 @@ def budget(group_channels: int, itemsize: int, *, backward: bool) -> int:
 
 
 def tiling(group_channels: int, num_pixels: int, resident: int) -> tuple[int, int, int, int]:
-    """(CG_P, TILE, number of tiles, warps) of a group, by its shape and budget alone."""
+    """(CG_P, TILE, number of tiles, warps) of a group, from its shape and budget only."""
     rows, cols = triton.next_power_of_2(group_channels), triton.next_power_of_2(num_pixels)
     if rows * cols > PADDED or group_channels * num_pixels > resident:
         cols = max(LOOPED // rows, 16)
@@ -218,7 +218,7 @@ def backward(
     shift: Tensor | None,
     silu: bool,
 ) -> Gradients:
-    """The gradients in x, weight, bias, scale and shift for contiguous dy and x, in two launches."""
+    """The gradients wrt. x, weight, bias, scale and shift for contiguous dy and x, in two launches."""
     group_channels, num_pixels = x.shape[1] // num_groups, x[0, 0].numel()
     rows, tile, tiles, num_warps = tiling(group_channels, num_pixels, budget(group_channels, x.itemsize, backward=True))
     dx = torch.empty_like(x)

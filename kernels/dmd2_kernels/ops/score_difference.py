@@ -1,23 +1,23 @@
 # mypy: allow-untyped-defs
 """The distribution-matching loss in Triton: guidance, head, normaliser, loss and gradient.
 
-With r the guided teacher and f the critic, both under one head (a, k) at one noisy x,
+With r the guided teacher and f the critic, both with the same head (a, k) at the same noisy x,
 
     d = x0_fake - x0_real = (a x + k f) - (a x + k r) = k (f - r),
 
-so the direction needs neither x0 nor x, and nothing large cancels where k is large (k = 14.6 at SD's last timestep);
-only the normaliser w = mean |x0 - x0_real| looks at x0 and x. Division by w is put off: a forward program reduces its
-chunk of a sample to sum |x0 - x0_real|, sum d^2 and the count of non-finite d, and `_finish` then has
+so the direction needs neither x0 nor x, and nothing large cancels for a large k (k = 14.6 at SD's last timestep);
+only the normaliser w = mean |x0 - x0_real| needs x0 and x. Division by w is deferred: a forward program reduces its
+chunk of a sample to sum |x0 - x0_real|, sum d^2 and the count of non-finite d, and `_finish` then computes
 
     w = S1 / N,    sum g^2 = (sqrt(S2) / w)^2,    loss = sum_b sum g^2 / (2 B N).
 
-Backward forms d again and writes g / (B N) times the upstream gradient. So a sample may have any number of programs,
-with no atomics, no grid barrier and no second read of x0, and sums run in one fixed order. `_whole_sample` holds a
-sample of up to 16,384 elements in registers and gives loss and gradient at the floor: x0, r and f read once, g written.
+Backward recomputes d and writes g / (B N) times the upstream gradient. So a sample may have any number of programs,
+without atomics, a grid barrier or a second read of x0, and sums have a fixed order. `_whole_sample` keeps a sample of
+up to 16,384 elements in registers, with minimum traffic for loss and gradient: x0, r and f read once, g written once.
 
-Special values are those of the reference: w = 0 makes 0/0 a 0 and d/0 the largest number, and all of g counts as
-non-finite; NaN in w makes the sample's g 0; NaN in d makes that element 0. Of the put-off division alone: |d| above
-1.8e19 overflows S2 (loss inf), below 1e-23 underflows it, and a finite d whose d / w overflows isn't counted.
+Special values are as in the reference: w = 0 makes 0/0 a 0 and d/0 the largest number, and all of g counts as
+non-finite; NaN in w makes the sample's g 0; NaN in d makes that element 0. Due to the deferred division only: |d| above
+1.8e19 overflows S2 (loss inf), below 1e-23 underflows it, and a finite d whose d / w overflows is not counted.
 
 Shapes: B samples, N elements in each, K chunks of BLOCK elements.
 """
@@ -35,7 +35,7 @@ WHOLE_SAMPLE = 16_384  # the largest sample that one program keeps in registers 
 
 
 def chunk(num: int) -> tuple[int, int]:
-    """(BLOCK, warps) by the elements of a sample alone, so that bits agree between GPUs and batch sizes."""
+    """(BLOCK, warps) from the elements of a sample only, so that results are equal across GPUs and batch sizes."""
     if num <= 4096:
         return 1024, 4
     return (2048, 4) if num <= 16_384 else (4096, 8)
@@ -217,7 +217,7 @@ def backward(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient in x0, of the given dtype, times the upstream gradient go (), in one launch."""
+    """The gradient wrt. x0, of the given dtype, times the upstream gradient go (), in one launch."""
     num_samples, num = len(real), real[0].numel()
     block, num_warps = chunk(num)
     num_chunks = triton.cdiv(num, block)
@@ -239,7 +239,7 @@ def loss_and_grad(
     uncond: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """forward's four values and the gradient: two launches at the floor, or three where a sample is too large."""
+    """forward's four values and the gradient: two launches with minimum traffic, or three for a large sample."""
     num_samples, num = len(x0), x0[0].numel()
     tensors = (x0, real, fake, x, uncond)
     if num > WHOLE_SAMPLE or accumulation_dtype(*tensors) == torch.float64:
