@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from toy import SIZES, shaken
 
 from dmd2.__main__ import main
 from dmd2.datasets import ShardReader
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 OVERRIDES: dict[str, Any] = {
     "teacher": {
         "training": {"iterations": 5},
-        "network": {"model_channels": 8, "channel_mult": [1], "attn_resolutions": [], "channels_per_head": 8},
+        "network": {**SIZES, "channel_mult": [1], "attn_resolutions": []},
     },
     "train": {"iterations": 4, "batch_size": 16, "num_snapshots": 2},
     "runs": {"dmd2_long": {"iterations": 60}},
@@ -75,14 +75,9 @@ def sample_options(weights: Path, entry: str, manifest: Path, batch: int = 64, d
 
 def random_model(folder: Path, name: str) -> Path:
     """A model nobody trained, whose images all differ: every weight random, recorded as the run's or the teacher's."""
-    model = load_teacher(PLAN.preset.teacher, PLAN.preset.data, seed=3).denoiser
-    rng = torch.Generator().manual_seed(3)
-    weights = {
-        key: value if "resample" in key else value + 0.2 * torch.randn(value.shape, generator=rng)
-        for key, value in model.state_dict().items()
-    }
+    model = shaken(load_teacher(PLAN.preset.teacher, PLAN.preset.data, seed=3).denoiser, 0.2, seed=3)
     path = folder / "generator.safetensors"
-    save_weights(path, weights)
+    save_weights(path, model.state_dict())
     write_record(path, PLAN.teacher if name == "teacher" else PLAN.train(name))
     return path
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from events import wait_until
+from toy import SIZES, shaken
 
 from dmd2.__main__ import main
 from dmd2.lineage.plan import Plan
@@ -21,9 +22,7 @@ from dmd2.training.checkpoint_store import save_weights
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 60
 OVERRIDES: dict[str, Any] = {
-    "teacher": {
-        "network": {"model_channels": 8, "channel_mult": [1, 2], "attn_resolutions": [4], "channels_per_head": 8}
-    },
+    "teacher": {"network": SIZES},
     "train": {"batch_size": 8, "ema_decay": 0.9},
     "runs": {"dmd2": {"iterations": ITERATIONS, "num_snapshots": 2}},
 }
@@ -50,10 +49,10 @@ def make_inputs(folder: Path) -> None:
     shards, latents = folder / "shards/manifest.json", folder / "latents/manifest.json"
     assert dmd2("shards", *options(spec=PLAN.shards.to_json(), manifest=shards)) == 0
     assert dmd2("latents", *options(spec=PLAN.latents.to_json(), images=shards, manifest=latents)) == 0
-    weights = load_teacher(PLAN.preset.teacher, PLAN.preset.data, seed=3).denoiser.state_dict()
+    denoiser = shaken(load_teacher(PLAN.preset.teacher, PLAN.preset.data, seed=3).denoiser, 0.02, seed=3)
     teacher = folder / "teacher/teacher.safetensors"
     teacher.parent.mkdir()
-    save_weights(teacher, {name: value + 0.02 if "resample" not in name else value for name, value in weights.items()})
+    save_weights(teacher, denoiser.state_dict())
     write_record(teacher, PLAN.teacher)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from forked import join
-from tiny import DIGEST, distillation, whole
+from tiny import distillation, whole
+from toy import DIGEST
 
 from dmd2.training import ranks, sharding
 from dmd2.training.checkpoint_store import CheckpointStore

@@ -7,7 +7,8 @@ import pytest
 import torch
 from forked import on_ranks
 from members import trained
-from tiny import BATCH, assert_close, assert_equal, distillation, flat, results
+from tiny import BATCH, FLAT, assert_close, distillation, results
+from toy import assert_equal, flat
 
 NUM = 5
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -49,10 +50,12 @@ def test_sharded_networks_train_to_the_same_weights_as_whole_ones(name: str, sta
     assert_close(without_noise(wanted), without_noise(states[name]), rtol=1e-4, atol=1e-6)
 
 
-def test_sharded_networks_with_compiled_blocks_train_to_the_same_weights(states: dict[str, Any], tmp_path: Path):
-    on_ranks(2, trained, tmp_path, NUM, {"": {"layout": "shard", "prepare": {"compile": True, "backend": "eager"}}})
-    (found, _) = (result[""] for result in results(tmp_path, 2))
-    assert_close(without_noise(states["replicate"]), without_noise(found), rtol=1e-4, atol=1e-6)
+def test_sharded_networks_with_compiled_blocks_train_to_the_same_weights(tmp_path: Path):
+    compiled = {"layout": "shard", "prepare": {"compile": True, "backend": "eager"}}
+    settings = {"eager": {"network": FLAT}, "compiled": {"network": FLAT, **compiled}}
+    on_ranks(2, trained, tmp_path, NUM, settings)
+    found, _ = results(tmp_path, 2)
+    assert_close(without_noise(found["eager"]), without_noise(found["compiled"]), rtol=1e-4, atol=1e-6)
 
 
 def without_noise(state: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from forked import on_ranks
 from members import loaded, saved
-from tiny import DIGEST, assert_equal, distillation, flat, results
+from tiny import distillation, results
+from toy import DIGEST, assert_equal, flat
 
 from dmd2.files import read_json
 from dmd2.training.checkpoint_store import CheckpointStore

@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from toy import SIZES, flat, shaken
 
 from dmd2.config import Data, Network, TeacherConfig, Train
 from dmd2.method.denoiser import Cond
 from dmd2.method.distillation import Distillation
 from dmd2.teachers.edm import load_edm
 
-DIGEST = "0123456789abcdef"
 BATCH = 8
 DATA = Data(source="digits", resolution=8, channels=1, num_classes=10)
-NETWORK = Network(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8)
+NETWORK = Network(**SIZES)
+FLAT = Network(**{**SIZES, "channel_mult": [1], "attn_resolutions": [8]})
+"""Of one level, which halves the blocks to compile."""
 TRAIN: dict[str, Any] = {
     "batch_size": BATCH,
     "iterations": 40,
@@ -45,38 +47,20 @@ def batches(rank: int, world: int) -> Any:
 
 def distillation(rank: int = 0, world: int = 1, **keys: Any) -> Distillation:
     """A student in training; settings of the run in `train`, how its blocks run in `prepare`, others as they are."""
-    prepare = keys.pop("prepare", {})
+    prepare, network = keys.pop("prepare", {}), keys.pop("network", NETWORK)
     train = Train(**{**TRAIN, **keys.pop("train", {})})
-    teacher = load_edm(TeacherConfig(kind="edm", network=NETWORK), DATA, None, seed=1)
-    with torch.no_grad():  # EDM starts the last layers at zero: nothing would reach the others
-        rng = torch.Generator().manual_seed(2)
-        for p in teacher.denoiser.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=rng)
+    teacher = load_edm(TeacherConfig(kind="edm", network=network), DATA, None, seed=1)
+    shaken(teacher.denoiser, 0.05, seed=2)
     run = Distillation(teacher, train, data=batches(rank, world), **keys)
-    for network in (run.generator, run.critic.fake, run.teacher.denoiser):
-        network.prepare(**prepare)
+    for part in (run.generator, run.critic.fake, run.teacher.denoiser):
+        part.prepare(**prepare)
     return run
-
-
-def flat(state: Any, name: str = "") -> dict[str, Any]:
-    """A nested state as leaves by path."""
-    if not isinstance(state, dict):
-        return {name: state}
-    return {key: leaf for part, value in state.items() for key, leaf in flat(value, f"{name}/{part}").items()}
 
 
 def whole(state: Any) -> dict[str, Any]:
     """The leaves of a state with sharded tensors gathered; a collective call."""
     leaves = flat(state)
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in leaves.items()}
-
-
-def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Equality to the last bit of two states."""
-    first, second = flat(one), flat(other)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name], name
 
 
 def assert_close(one: dict[str, Any], other: dict[str, Any], *, rtol: float, atol: float) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from toy import shaken
 
 from dmd2.config import Runtime
 from dmd2.files import write_json
@@ -62,9 +62,7 @@ class World:
 
     def model(self, name: str, spec: Any, seed: int, **facts: Any) -> Path:
         preset, path = self.plan().preset, self.folder / f"{name}.safetensors"
-        network, rng = load_teacher(preset.teacher, preset.data).denoiser, torch.Generator().manual_seed(seed)
-        for weight in network.parameters():  # the initial ones of the last layer are zeros
-            weight += 0.05 * torch.randn(weight.shape, generator=rng)
+        network = shaken(load_teacher(preset.teacher, preset.data).denoiser, 0.05, seed)
         save_weights(path, network.state_dict())
         write_record(path, spec, seed=seed, **facts)
         return path

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import join
 from torch import Tensor, nn
-from trainees import BATCH, DIGEST, RUNTIME, Source, distillation
+from toy import DIGEST
+from trainees import BATCH, RUNTIME, Source, distillation
 
 from dmd2.errors import Interrupted
 from dmd2.method import distillation as distillation_module
@@ -23,12 +25,6 @@ from dmd2.training.loop import fit
 from dmd2.training.optimizer import FiniteGuard, Optimizer, warmup
 
 CPU = torch.device("cpu")
-
-
-def join(rank: int, world: int, port: int) -> None:
-    torch.set_num_threads(1)
-    names = {"RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in names.items()} | {"GLOO_SOCKET_IFNAME": "lo"})
 
 
 def collectives(rank: int, world: int, port: int, out: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from trainees import DIGEST
+from toy import DIGEST
 
 from dmd2.config import Runtime
 from dmd2.errors import UserError

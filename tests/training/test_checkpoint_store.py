@@ -6,15 +6,15 @@ import pickle
 import re
 import signal
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from events import wait_until
+from forked import start
 from safetensors.torch import load_file
-from trainees import DIGEST, assert_same_state
+from toy import DIGEST, assert_equal
 
 import dmd2.training.checkpoint_store
 from dmd2.errors import UserError
@@ -45,7 +45,7 @@ def saved(tmp_path: Path) -> CheckpointStore:
 def test_checkpoint_comes_back_with_its_facts(saved: CheckpointStore):
     found = saved.load()
     assert found is not None
-    assert_same_state(found[0], state(9))
+    assert_equal(found[0], state(9))
     assert {key: found[1][key] for key in ("step", "digest", "wall_s")} == {"step": 9, "digest": DIGEST, "wall_s": 9.0}
 
 
@@ -110,7 +110,7 @@ def test_damaged_newest_falls_back_to_the_one_before_with_a_warning(
     found = saved.load()
     assert found is not None
     assert found[1]["step"] == 6
-    assert_same_state(found[0], state(6))
+    assert_equal(found[0], state(6))
     (record,) = caplog.records
     assert "step-00000009" in record.message
     assert "falling back" in record.message
@@ -190,7 +190,7 @@ def test_write_that_is_cut_off_anywhere_leaves_a_good_checkpoint(
     assert loaded is not None
     step = 9 if cut == "newest.json" else 6
     assert loaded[1]["step"] == step
-    assert_same_state(loaded[0], state(step))
+    assert_equal(loaded[0], state(step))
 
 
 def hold(folder: str) -> None:
@@ -199,7 +199,7 @@ def hold(folder: str) -> None:
         signal.pause()
 
 
-def test_second_process_is_refused_naming_the_first_until_that_dies(start: Callable[..., BaseProcess], tmp_path: Path):
+def test_second_process_is_refused_naming_the_first_until_that_dies(tmp_path: Path):
     holder = start(hold, str(tmp_path / "state"))
     wait_until((tmp_path / "state" / "held").exists, holder)
     with pytest.raises(UserError, match=rf"state: in use by process {holder.pid} on \S+ since 20"), store(tmp_path):
@@ -250,7 +250,7 @@ def test_clearing_removes_all_and_a_cut_off_clearing_stops_no_later_run(
 def test_weights_come_back_as_they_were(tmp_path: Path):
     weights = {"a": torch.randn(3, 4).T, "b": torch.tensor(1.5), "c": torch.ones(2, dtype=torch.bfloat16)}
     save_weights(tmp_path / "w.safetensors", weights)
-    assert_same_state(load_file(tmp_path / "w.safetensors"), weights)
+    assert_equal(load_file(tmp_path / "w.safetensors"), weights)
 
 
 def test_checkpoint_below_damaged_ones_stays_and_they_go(tmp_path: Path):

@@ -2,23 +2,22 @@
 
 import socket
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import start
 from ranks import collectives, steps, stopped_fit, update
 from torch import Tensor
-from trainees import Source, assert_same_state, distillation, flatten
+from toy import assert_equal, flat
+from trainees import Source, distillation
 
 from dmd2.errors import UserError
 from dmd2.training import ranks
 
-Start = Callable[..., BaseProcess]
 
-
-def on_two_ranks(start: Start, function: Callable[..., Any], out: Path, *arguments: Any) -> list[dict[str, Any]]:
+def on_two_ranks(function: Callable[..., Any], out: Path, *arguments: Any) -> list[dict[str, Any]]:
     """Runs `function` on two gloo ranks; what each saved."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -30,34 +29,34 @@ def on_two_ranks(start: Start, function: Callable[..., Any], out: Path, *argumen
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_collectives_and_updates_of_two_ranks_equal_one_process(start: Start, tmp_path: Path):
-    for found in on_two_ranks(start, collectives, tmp_path):
-        assert_same_state(found["average"], [torch.full((2, 3), 0.5), torch.tensor(5.0)])
+def test_collectives_and_updates_of_two_ranks_equal_one_process(tmp_path: Path):
+    for found in on_two_ranks(collectives, tmp_path):
+        assert_equal(found["average"], [torch.full((2, 3), 0.5), torch.tensor(5.0)])
         assert found["told"] == [[0, 0], [0, 1], [5, 11], [12, 10]], "known one call later, or at once where asked"
         torch.testing.assert_close(found["update"], update(0, 1), rtol=1e-6, atol=1e-7)
 
 
-def test_distillation_on_two_ranks_equals_one_process_with_the_whole_batch(start: Start, latents: Path, tmp_path: Path):
-    one, other = on_two_ranks(start, steps, tmp_path, latents, 5)
-    assert_same_state(one, other)
+def test_distillation_on_two_ranks_equals_one_process_with_the_whole_batch(latents: Path, tmp_path: Path):
+    one, other = on_two_ranks(steps, tmp_path, latents, 5)
+    assert_equal(one, other)
     whole = distillation(Source(latents))
     for index in range(5):
         whole.step(index)
-    alone = flatten(whole.state_dict())
-    assert flatten(one).keys() == alone.keys()
-    for name, value in flatten(one).items():
+    alone = flat(whole.state_dict())
+    assert flat(one).keys() == alone.keys()
+    for name, value in flat(one).items():
         if isinstance(value, Tensor):
             torch.testing.assert_close(
                 value, alone[name], rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}"
             )
 
 
-def test_one_rank_asked_to_stop_stops_all_and_they_resume_exactly(start: Start, latents: Path, tmp_path: Path):
-    one, other = on_two_ranks(start, stopped_fit, tmp_path, latents)
+def test_one_rank_asked_to_stop_stops_all_and_they_resume_exactly(latents: Path, tmp_path: Path):
+    one, other = on_two_ranks(stopped_fit, tmp_path, latents)
     assert one["stopped"] == other["stopped"] == "SIGTERM: saved after iteration 7; run the same command to resume"
-    assert_same_state(one["weights"], other["weights"])
+    assert_equal(one["weights"], other["weights"])
     resumed, straight = (torch.load(tmp_path / f"{name}-0.pt", weights_only=True) for name in ("resumed", "straight"))
-    assert_same_state(resumed, straight)
+    assert_equal(resumed, straight)
 
 
 def test_one_process_averages_and_waits_for_nothing():

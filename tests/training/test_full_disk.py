@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from trainees import DIGEST, RUNTIME, Source, assert_same_state, distillation
+from toy import DIGEST, assert_equal
+from trainees import RUNTIME, Source, distillation
 
-import dmd2.training.checkpoint_format
 from dmd2.errors import UserError
 from dmd2.training.checkpoint_store import CheckpointStore, save_weights
 from dmd2.training.loop import fit
@@ -79,7 +79,7 @@ def test_run_on_a_full_disk_stops_and_goes_on_when_there_is_space(small_disk: Pa
     assert isinstance(error.value, UserError) or error.value.errno == errno.ENOSPC
     ballast.unlink()
     trainee = run(small_disk / "state")
-    assert_same_state(trainee.state_dict(), run(tmp_path / "elsewhere").state_dict())
+    assert_equal(trainee.state_dict(), run(tmp_path / "elsewhere").state_dict())
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_every_way_in_which_a_write_fails_is_one_line(
 
     with CheckpointStore(tmp_path, DIGEST) as store:
         store.save(1, {"x": torch.ones(3)})
-        monkeypatch.setattr(dmd2.checkpoint_format, "save_file", fail)
+        monkeypatch.setattr("dmd2.training.checkpoint_format.save_file", fail)
         with pytest.raises(UserError, match=r"could not be written.*free space and run the same command") as caught:
             store.save(2, {"x": torch.ones(3)})
         assert "\n" not in str(caught.value)

@@ -5,21 +5,20 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from events import wait_until
+from forked import start
 from safetensors.torch import load_file
-from trainees import SNAPSHOTS, Source, assert_same_state, final_state, train
-
-Start = Callable[..., BaseProcess]
+from toy import assert_equal
+from trainees import SNAPSHOTS, Source, final_state, train
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(start: Start, latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight") / "state"
     process = start(train, str(folder), str(latents))
     process.join(120)
@@ -42,10 +41,10 @@ def asked_for(folder: Path) -> list[list[Any]]:
 
 
 def assert_same_run(folder: Path, uninterrupted: Path, latents: Path) -> None:
-    assert_same_state(final_state(folder), final_state(uninterrupted))
+    assert_equal(final_state(folder), final_state(uninterrupted))
     for step in SNAPSHOTS:
         name = f"snapshot-{step:08d}.safetensors"
-        assert_same_state(load_file(folder / name), load_file(uninterrupted / name))
+        assert_equal(load_file(folder / name), load_file(uninterrupted / name))
     loader = Source(latents).loader
     for index, ids in asked_for(folder):
         assert ids == loader.ids(index).tolist()
@@ -54,7 +53,7 @@ def assert_same_run(folder: Path, uninterrupted: Path, latents: Path) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_run_killed_at_random_steps_equals_the_uninterrupted_one(
-    seed: int, start: Start, latents: Path, tmp_path: Path, uninterrupted: Path
+    seed: int, latents: Path, tmp_path: Path, uninterrupted: Path
 ):
     chance, folder = random.Random(seed), tmp_path / "state"
     resumed_from = []
@@ -78,7 +77,7 @@ def test_run_killed_at_random_steps_equals_the_uninterrupted_one(
 
 
 def test_run_killed_within_the_write_of_a_checkpoint_equals_the_uninterrupted_one(
-    start: Start, latents: Path, tmp_path: Path, uninterrupted: Path
+    latents: Path, tmp_path: Path, uninterrupted: Path
 ):
     folder = tmp_path / "state"
     process = start(train, str(folder), str(latents), 0.0, "SIGKILL")
@@ -95,7 +94,7 @@ def test_run_killed_within_the_write_of_a_checkpoint_equals_the_uninterrupted_on
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
 def test_signal_saves_ends_with_its_status_and_resumes(
-    name: str, status: int, start: Start, latents: Path, tmp_path: Path, uninterrupted: Path
+    name: str, status: int, latents: Path, tmp_path: Path, uninterrupted: Path
 ):
     folder, signum = tmp_path / "state", getattr(signal, name)
     process = start(train, str(folder), str(latents), 0.02)
@@ -113,9 +112,7 @@ def test_signal_saves_ends_with_its_status_and_resumes(
     assert [index for index, _ in asked_for(folder)] == list(range(30)), "no batch was asked for twice"
 
 
-def test_signal_within_the_write_of_a_checkpoint_waits_for_it(
-    start: Start, latents: Path, tmp_path: Path, uninterrupted: Path
-):
+def test_signal_within_the_write_of_a_checkpoint_waits_for_it(latents: Path, tmp_path: Path, uninterrupted: Path):
     folder = tmp_path / "state"
     process = start(train, str(folder), str(latents), 0.0, "SIGTERM")
     process.join(120)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trainees import DIGEST, SHAPE, Source, assert_same_state, distillation, mixture
+from toy import DIGEST, assert_equal
+from trainees import SHAPE, Source, distillation, mixture
 
 from dmd2.config import Runtime, TeacherTraining
 from dmd2.errors import UserError
@@ -57,12 +58,12 @@ def test_nan_in_the_data_stops_before_the_update_and_keeps_the_last_checkpoint(l
         fitted(tmp_path, run)
     assert "check the data for NaN" in str(error.value)
     good = after(5, latents)
-    assert_same_state(networks(run), networks(good))  # iteration 6 moves no generator, 7 would: neither happened
+    assert_equal(networks(run), networks(good))  # iteration 6 moves no generator, 7 would: neither happened
     with CheckpointStore(tmp_path, DIGEST) as store:
         found = store.load()
     assert found is not None
     assert found[1]["step"] == 4
-    assert_same_state(found[0], after(4, latents).state_dict())
+    assert_equal(found[0], after(4, latents).state_dict())
 
 
 def test_run_with_its_data_mended_goes_on_to_where_it_would_have_come(latents: Path, tmp_path: Path):
@@ -70,7 +71,7 @@ def test_run_with_its_data_mended_goes_on_to_where_it_would_have_come(latents: P
         fitted(tmp_path, distillation(Spoilt(latents, at=5)))
     mended = distillation(Source(latents))
     fitted(tmp_path, mended, 12)
-    assert_same_state(networks(mended), networks(after(12, latents)))
+    assert_equal(networks(mended), networks(after(12, latents)))
 
 
 def test_no_snapshot_is_exported_after_a_bad_step(latents: Path, tmp_path: Path):
@@ -96,7 +97,7 @@ def test_nan_in_the_critic_is_noticed_though_the_matching_gradient_is_sanitised(
     with pytest.raises(UserError, match="step 1: denoising_loss"):
         run.guard.raise_if_tripped()
     critic = {name: value for name, value in networks(run).items() if name.startswith("critic.fake.first")}
-    assert_same_state(critic, {name: before[name] for name in critic})
+    assert_equal(critic, {name: before[name] for name in critic})
 
 
 def test_nan_in_a_teachers_data_stops_its_training(tmp_path: Path):

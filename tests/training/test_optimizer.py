@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from trainees import assert_same_state
+from toy import assert_equal
 
 from dmd2.errors import UserError
 from dmd2.training.optimizer import EMA, FiniteGuard, Optimizer, warmup, warmup_decay
@@ -95,7 +95,7 @@ def test_update_with_a_bad_term_or_gradient_is_not_made(bad: float, where: str):
     update(moved, 2, gradients(2, 1.0), guard, loss=torch.tensor(0.5), other=torch.tensor(float("nan")))
     assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
     now = moved.state_dict()
-    assert_same_state(now, state)
+    assert_equal(now, state)
     name = "loss" if where == "term" else "grad_norm"
     with pytest.raises(UserError, match=rf"^step 2: {name} not finite; .*last checkpoint") as error:
         guard.raise_if_tripped()
@@ -136,7 +136,7 @@ def test_optimizer_and_average_go_on_from_their_state():
             update(each, index, gradients(index, 1.0), guard)
             mean.update()
     assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
-    assert_same_state(average.state_dict(), other_average.state_dict())
+    assert_equal(average.state_dict(), other_average.state_dict())
 
 
 def test_average_follows_its_formula_and_keeps_buffers():

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from toy import DIGEST
 
 from dmd2.config import Data, Runtime, Train
 from dmd2.datasets import write_shards
@@ -28,7 +29,6 @@ from dmd2.training.checkpoint_store import CheckpointStore
 from dmd2.training.loop import fit
 
 SHAPE = (1, 2, 2)
-DIGEST = "0123456789abcdef"
 BATCH = 8
 NUM_SAMPLES = 27  # no multiple of the batch: epochs and batches do not line up
 SNAPSHOTS = (10, 20, 30)
@@ -128,23 +128,3 @@ def final_state(folder: Path) -> dict[str, Any]:
     found = CheckpointStore(folder, DIGEST).load()
     assert found is not None
     return found[0]
-
-
-def flatten(state: Any, name: str = "") -> dict[str, Any]:
-    """A nested state as leaves by path."""
-    if isinstance(state, dict):
-        items = state.items()
-    elif isinstance(state, list | tuple):
-        items = enumerate(state)
-    else:
-        return {name: state}
-    return {key: leaf for part, value in items for key, leaf in flatten(value, f"{name}/{part}").items()}
-
-
-def assert_same_state(one: Any, other: Any) -> None:
-    """Equality to the last bit of two nested states."""
-    first, second = flatten(one), flatten(other)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        same = torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name]
-        assert same, name

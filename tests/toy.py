@@ -1,4 +1,8 @@
-"""Small networks with every weight random, in any dtype: what the tests of the method ask their questions of."""
+"""Small networks with every weight random, and states compared: what tests of several folders share.
+
+`ToyDenoiser` is two convolutions, in any dtype, for questions about the method; `SIZES` is EDM's network, as small as
+one with two levels and attention can be.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,14 @@ from dmd2.teachers.pixels import ClassConditioner, PixelCodec
 NUM_CLASSES = 3
 SHAPE = (1, 4, 4)
 SIGMA_DATA = 0.5
+DIGEST = "0123456789abcdef"
+SIZES: dict[str, Any] = {
+    "model_channels": 8,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+    "channels_per_head": 8,
+}
 
 
 class ToyDenoiser(Denoiser):
@@ -98,3 +110,31 @@ def recorded(network: nn.Module) -> Iterator[list[Call]]:
         yield calls
     finally:
         handle.remove()
+
+
+def shaken(module: nn.Module, scale: float, seed: int) -> nn.Module:
+    """The module with noise on every weight: EDM starts last layers at zero, so that nothing would reach the others."""
+    with torch.no_grad():
+        noise = rng(seed)
+        for parameter in module.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=noise)
+    return module
+
+
+def flat(state: Any, name: str = "") -> dict[str, Any]:
+    """A nested state as leaves by path."""
+    if isinstance(state, dict):
+        items = state.items()
+    elif isinstance(state, list | tuple):
+        items = enumerate(state)
+    else:
+        return {name: state}
+    return {key: leaf for part, value in items for key, leaf in flat(value, f"{name}/{part}").items()}
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    """Equality to the last bit of two nested states."""
+    first, second = flat(one), flat(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name], name
