@@ -180,7 +180,7 @@ def test_write_that_is_cut_off_anywhere_leaves_a_good_checkpoint(
             raise KeyboardInterrupt
         write_json(path, value)
 
-    monkeypatch.setattr(dmd2.checkpoint, "write_json", crash)
+    monkeypatch.setattr(dmd2.training.checkpoint_store, "write_json", crash)
     with store(tmp_path) as found:
         found.save(6, state(6))
         with pytest.raises(KeyboardInterrupt):

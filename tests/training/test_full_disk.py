@@ -98,7 +98,7 @@ def test_every_way_in_which_a_write_fails_is_one_line(
 
     with CheckpointStore(tmp_path, DIGEST) as store:
         store.save(1, {"x": torch.ones(3)})
-        monkeypatch.setattr(dmd2.checkpoint_format, "save_file", fail)
+        monkeypatch.setattr(dmd2.training.checkpoint_format, "save_file", fail)
         with pytest.raises(UserError, match=r"could not be written.*free space and run the same command") as caught:
             store.save(2, {"x": torch.ones(3)})
         assert "\n" not in str(caught.value)
