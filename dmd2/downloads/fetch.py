@@ -1,8 +1,9 @@
 """Fetches a large file over HTTP: resumed where it stopped, retried, checked, and in place only when whole.
 
-What has arrived lies in `NAME.part`, and what tells the server's file from another version of it in `NAME.part.json`.
-It is gone on with from the same address if that still has the same version (`If-Range`), or from any address if the
-caller knows the file's checksum.
+What has arrived is in `NAME.part`, and the version of the server's file in `NAME.part.json`. It is continued from the
+same address if that still has the same version (`If-Range`), or from any address if the caller knows the checksum.
+Neither pooch, which starts a file that broke off again, nor huggingface_hub, which has no mirror of single files, does
+this.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ class Buckets:
     The gradients of a bucket become views of one flat tensor, and that is exchanged: nowhere is a second copy of all
     gradients. Buckets go in the reverse order of the parameters, about the one in which a backward pass ends them, and
     in that order on every rank, as collectives must. Not DDP: its forward hook takes one forward for one backward
-    pass, and DMD2 asks its networks several times, without a graph or for gradients on images alone.
+    pass, and DMD2 calls its networks several times, without a graph or for gradients on images alone. Not FSDP2 on a
+    (world, 1) mesh either: it imports a second and a half of modules and costs more on the host in every step.
     """
 
     def __init__(self, params: Sequence[nn.Parameter], bucket_bytes: int = BUCKET_BYTES):
