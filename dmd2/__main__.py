@@ -39,7 +39,8 @@ def settings(
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     if threads is not None:
         share = max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # per process of this machine
-        os.environ["OMP_NUM_THREADS"] = str(share)  # read when torch is imported, by the stage
+        # Read when torch is imported, by the stage. Snakemake sets both to a job's threads, and torch takes MKL's last.
+        os.environ.update(OMP_NUM_THREADS=str(share), MKL_NUM_THREADS=str(share))
 
 
 for command in (*stages.COMMANDS, *planning.COMMANDS):

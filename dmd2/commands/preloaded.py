@@ -139,7 +139,7 @@ def server_environment(threads: str | None) -> dict[str, str]:
     folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     others = [folder for folder in folders if folder not in ("", ROOT, f"{ROOT}/kernels")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(others)}
-    return env if threads is None else {**env, "OMP_NUM_THREADS": threads}
+    return env if threads is None else {**env, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
 
 def server_name(env: dict[str, str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from launched import OVERRIDES, ROOT, options
 
+from dmd2.__main__ import settings
 from dmd2.errors import UserError
 from dmd2.lineage.plan import Plan
 
@@ -32,7 +33,8 @@ def trained(inputs: Path, out: Path, processes: str, threads: int) -> tuple[byte
     )  # fmt: skip
     subprocess.run(
         [str(ROOT / "workflow/launch.sh"), processes, "--threads", str(threads), "teacher", *arguments],
-        env={**os.environ, "PATH": path},
+        # As Snakemake sets them for a job: a process takes its share of the threads all the same.
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
         check=True,
     )
     return (out / "teacher.safetensors").read_bytes(), json.loads((out / "teacher.json").read_text())
@@ -44,6 +46,13 @@ def test_two_processes_train_what_one_trains(inputs: Path, tmp_path: Path):
     assert (of_one["num_processes"], of_two["num_processes"]) == (1, 2)
     assert of_one["provenance"]["digest"] == of_two["provenance"]["digest"]
     assert one == two
+
+
+def test_processes_share_the_threads_of_their_job(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}.items():
+        monkeypatch.setenv(name, value)
+    settings(threads=4)
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]) == ("2", "2")
 
 
 def test_batch_that_the_processes_do_not_divide_is_refused():
