@@ -133,7 +133,8 @@ def jobs_in(text: str) -> set[str]:
 
 def environment() -> dict[str, str]:
     """The environment without what this test session, or a workflow around it, put there."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "SNAKEMAKE", "DMD2_"))}
+    ours = ("PYTEST", "SNAKEMAKE", "DMD2_", "TRITON_")
+    return {key: value for key, value in os.environ.items() if not key.startswith(ours)}
 
 
 def _copy_folder(source: Path, target: Path) -> None:

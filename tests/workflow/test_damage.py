@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,48 +22,6 @@ class Damage:
     mended_by: str  # the one job that writes it again
 
 
-SHARD = Damage(
-    "data/smoke/shards/shard-00002.tar",
-    reader="results/smoke/figures/real.png",
-    log="grid/real",
-    complaint=" was altered: its SHA-256 is not the manifest's; delete data/smoke/shards/manifest.json",
-    delete="data/smoke/shards/manifest.json",
-    mended_by="shards",
-)
-LATENT = Damage(
-    "data/smoke/latents/shard-00001.tar",
-    reader="results/smoke/gan/generator.safetensors",
-    log="train/gan",
-    complaint=" was altered: its SHA-256 is not the manifest's; delete data/smoke/latents/manifest.json",
-    delete="data/smoke/latents/manifest.json",
-    mended_by="latents",
-)
-TEACHER = Damage(
-    "results/smoke/teacher/teacher.safetensors",
-    reader="results/smoke/teacher/sde/samples/manifest.json",
-    log="sample/teacher-sde",
-    complaint=": its SHA-256 differs from the record's: the file was damaged or replaced; delete it",
-    delete="results/smoke/teacher/teacher.safetensors",
-    mended_by="teacher",
-)
-RECORD = Damage(
-    "results/smoke/gan_ttur/generator.json",
-    reader="results/smoke/gan_ttur/student/samples/manifest.json",
-    log="sample/gan_ttur-student",
-    complaint=": damaged JSON (",
-    delete="results/smoke/gan_ttur/generator.json",
-    mended_by="train gan_ttur",
-)
-METRICS = Damage(
-    "results/smoke/noreg/student/metrics.json",
-    reader="results/table3.csv",
-    log="tables/table3",
-    complaint=": made with configuration ",
-    delete="results/smoke/noreg/student/metrics.json",
-    mended_by="metrics noreg/student",
-)
-
-
 def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -78,6 +37,54 @@ def replace_by_anothers(path: Path) -> None:
     shutil.copy(path.parents[2] / "noreg_ttur/student" / path.name, path)
 
 
+SHARD = Damage(
+    "data/smoke/shards/shard-00002.tar",
+    reader="results/smoke/figures/real.png",
+    log="logs/smoke/grid/real.log",
+    complaint=" was altered: its SHA-256 is not the manifest's; delete data/smoke/shards/manifest.json",
+    delete="data/smoke/shards/manifest.json",
+    mended_by="shards",
+)
+LATENT = Damage(
+    "data/smoke/latents/shard-00001.tar",
+    reader="results/smoke/gan/generator.safetensors",
+    log="logs/smoke/train/gan.log",
+    complaint=" was altered: its SHA-256 is not the manifest's; delete data/smoke/latents/manifest.json",
+    delete="data/smoke/latents/manifest.json",
+    mended_by="latents",
+)
+TEACHER = Damage(
+    "results/smoke/teacher/teacher.safetensors",
+    reader="results/smoke/teacher/sde/samples/manifest.json",
+    log="logs/smoke/sample/teacher-sde.log",
+    complaint=": its SHA-256 differs from the record's: the file was damaged or replaced; delete it",
+    delete="results/smoke/teacher/teacher.safetensors",
+    mended_by="teacher",
+)
+RECORD = Damage(
+    "results/smoke/gan_ttur/generator.json",
+    reader="results/smoke/gan_ttur/student/samples/manifest.json",
+    log="logs/smoke/sample/gan_ttur-student.log",
+    complaint=": damaged JSON (",
+    delete="results/smoke/gan_ttur/generator.json",
+    mended_by="train gan_ttur",
+)
+METRICS = Damage(
+    "results/smoke/dmd/student/metrics.json",
+    reader="results/table1.csv",
+    log="logs/tables/table1.log",
+    complaint=": made with configuration ",
+    delete="results/smoke/dmd/student/metrics.json",
+    mended_by="metrics dmd/student",
+)
+INFLICTED = {
+    "data": {SHARD: flip_a_byte, LATENT: flip_a_byte},
+    "a record and metrics": {RECORD: cut_in_half, METRICS: replace_by_anothers},
+    "weights": {TEACHER: flip_a_byte},
+}
+"""What is damaged at once: no reader of the one waits for a reader of another."""
+
+
 def same(found: Path, finished: Path) -> bool:
     """Whether two files have the same content; JSON but for who made it when, at which cost."""
     if found.suffix != ".json":
@@ -87,44 +94,34 @@ def same(found: Path, finished: Path) -> bool:
     return one == other
 
 
-@pytest.mark.parametrize(
-    ("damage", "inflict"),
-    [
-        pytest.param(SHARD, flip_a_byte, id="image shard"),
-        pytest.param(LATENT, flip_a_byte, id="latent shard"),
-        pytest.param(TEACHER, flip_a_byte, id="weights"),
-        pytest.param(RECORD, cut_in_half, id="record"),
-        pytest.param(METRICS, replace_by_anothers, id="metrics"),
-    ],
-)
-def test_damage_stops_its_reader_and_the_remedy_mends_it(finished: Checkout, tmp_path: Path, damage: Damage, inflict):
+@pytest.mark.parametrize("inflicted", INFLICTED.values(), ids=INFLICTED.keys())
+def test_damage_stops_its_reader_and_the_remedy_mends_it(
+    finished: Checkout, tmp_path: Path, inflicted: dict[Damage, Callable[[Path], None]]
+):
     checkout = finished.copy(tmp_path / "dmd2")
-    inflict(checkout / damage.path)
-    (checkout / damage.reader).unlink()
-    stopped = checkout.snakemake(damage.reader, "--cores", "2")
+    for damage in inflicted:
+        (checkout / damage.reader).unlink()
+    without_readers = checkout.planned()
+    for damage, inflict in inflicted.items():
+        inflict(checkout / damage.path)
+    stopped = checkout.snakemake(*(damage.reader for damage in inflicted), "--cores", "2")
     assert stopped.returncode == 1, stopped.stdout
-    assert not (checkout / damage.reader).exists()
-    log = (checkout / f"logs/smoke/{damage.log}.log").read_text()
-    errors = [line for line in log.splitlines() if "error: " in line]
-    assert len(errors) == 1, log
-    assert damage.path + damage.complaint in errors[0]
-    assert "delete" in errors[0]
-    assert "Traceback" not in log
+    for damage in inflicted:
+        assert not (checkout / damage.reader).exists()
+        log = (checkout / damage.log).read_text()
+        errors = [line for line in log.splitlines() if "error: " in line]
+        assert len(errors) == 1, log
+        assert damage.path + damage.complaint in errors[0]
+        assert "delete" in errors[0]
+        assert "Traceback" not in log
 
-    (checkout / damage.delete).unlink()
-    mended = checkout.snakemake(damage.delete, "--cores", "2")
+    for damage in inflicted:
+        (checkout / damage.delete).unlink()
+    mended = checkout.snakemake(*(damage.delete for damage in inflicted), "--cores", "2")
     assert mended.returncode == 0, mended.stdout
-    assert jobs_in(mended.stdout) == {damage.mended_by}
-    assert same(checkout / damage.path, finished / damage.path)
-
-
-@pytest.mark.parametrize("damage", [SHARD, LATENT], ids=["image", "latent"])
-def test_a_mended_shard_leaves_alone_what_was_made_from_it(finished: Checkout, tmp_path: Path, damage: Damage):
-    checkout = finished.copy(tmp_path / "dmd2")
-    flip_a_byte(checkout / damage.path)
-    (checkout / damage.delete).unlink()
-    mended = checkout.snakemake(damage.delete, "--cores", "2")
-    assert jobs_in(mended.stdout) == {damage.mended_by}
-    assert same(checkout / damage.path, finished / damage.path)
-    assert (checkout / damage.delete).read_bytes() == (finished / damage.delete).read_bytes()
-    assert checkout.planned() == set()
+    assert jobs_in(mended.stdout) == {damage.mended_by for damage in inflicted}
+    for damage in inflicted:
+        assert same(checkout / damage.path, finished / damage.path)
+        assert same(checkout / damage.delete, finished / damage.delete)
+    if inflicted.keys() <= {SHARD, LATENT}:
+        assert checkout.planned() == without_readers, "a mended shard leaves alone what was made from it"
