@@ -10,7 +10,7 @@ from world import WORKFLOW, World
 from dmd2.config.protocols import PROTOCOLS, describe
 from dmd2.errors import UserError
 from dmd2.lineage.plan import Plan
-from dmd2.report.table_schema import SampleSource
+from dmd2.report.table_schema import Measured
 from dmd2.stages.sample import fields_of
 from dmd2.teachers import load_space
 
@@ -30,7 +30,7 @@ def test_images_of_the_first_protocol_keep_their_name():
 
 
 def test_tables_have_a_place_for_every_protocol():
-    assert {f"fid_{name}" for name in PROTOCOLS} <= set(SampleSource.model_fields)
+    assert {f"fid_{name}" for name in PROTOCOLS} <= set(Measured.model_fields)
 
 
 @pytest.mark.parametrize(
