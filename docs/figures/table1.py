@@ -14,7 +14,7 @@ def excerpt(table: str) -> str:
     """The measured rows of a table in Markdown, in the columns above."""
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     header, _, *rows = lines
-    kept = [dict(zip(header, row, strict=True)) for row in rows if row[header.index("source")] == "measured"]
+    kept = [dict(zip(header, row, strict=True)) for row in rows if row[header.index("source")].startswith("measured")]
     cells = [COLUMNS, ("---",) * len(COLUMNS), *([row[column] for column in COLUMNS] for row in kept)]
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 

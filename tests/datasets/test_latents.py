@@ -99,7 +99,7 @@ def test_a_codec_that_does_not_come_back_is_refused_above_the_limit(
     images: tuple[Path, Spec], latents_spec: Spec, tmp_path: Path
 ) -> None:
     manifest = tmp_path / "latents" / "manifest.json"
-    with pytest.raises(UserError, match=r"samples 0 to 63 come back .* more than 0.0; check that the teacher's codec"):
+    with pytest.raises(UserError, match=r"reconstructs samples 0 to 63 .* more than 0.0; check that the"):
         write_latents(images[0], manifest, Levels(shift=3), Classes(), latents_spec)
     assert list(manifest.parent.iterdir()) == []
     write_latents(images[0], manifest, Levels(shift=3), Classes(), latents_spec, max_decode_error=3.0)

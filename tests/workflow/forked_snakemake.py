@@ -4,6 +4,7 @@ Folder, arguments, environment and the checkout's own `dmd2`, which is imported 
 process. Run as a script, this is that process: it answers each line of JSON with an exit status.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -37,7 +38,8 @@ def _server() -> subprocess.Popen[str]:
 
 def _serve() -> None:
     import pydantic  # noqa: F401
-    import yte  # noqa: F401
+
+    importlib.import_module("yte")  # a package of Snakemake's
     from snakemake.cli import get_argument_parser
 
     get_argument_parser()  # imports the plugins
