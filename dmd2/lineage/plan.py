@@ -194,7 +194,7 @@ class Plan:
         if name not in self.preset.samplers:
             raise UserError(
                 f"entry {entry}: no sampler {name!r} in preset {self.preset.name}; known: "
-                f"{', '.join(self.preset.samplers)}"
+                f"{', '.join(self.preset.samplers)}; add it there, or give the row `only` with the presets that have it"
             )
         kind = self.preset.samplers[name].kind
         if (model == "teacher") != (kind == "heun"):
