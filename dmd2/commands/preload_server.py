@@ -1,4 +1,4 @@
-"""The process that `preloaded` starts: it imports what is slow, and forks itself for each stage that it is asked for.
+"""The process that `preloaded` starts: it imports what is slow, and forks itself for each requested stage.
 
 It imports nothing of dmd2, so a stage runs the code that is there when it starts. It has one thread, since a lock that
 another thread holds would stay locked in a fork. It ends by itself after `IDLE_S` without work.
@@ -161,19 +161,19 @@ def become(files: list[int], server: int, handlers: Mapping[signal.Signals, Any]
         os.dup2(descriptor, number)
     os.lseek(request, 0, os.SEEK_SET)
     with open(request, closefd=False) as file:
-        asked = json.load(file)
+        call = json.load(file)
     for descriptor in files:
         os.close(descriptor)
-    libc.prctl(PR_SET_NAME, f"dmd2 {asked['command']}".encode(errors="replace")[:15], 0, 0, 0)
+    libc.prctl(PR_SET_NAME, f"dmd2 {call['command']}".encode(errors="replace")[:15], 0, 0, 0)
     os.environ.clear()
-    os.environ.update(asked["env"])
-    os.chdir(asked["cwd"])
-    multiprocessing.process.ORIGINAL_DIR = asked["cwd"]  # type: ignore[attr-defined]
+    os.environ.update(call["env"])
+    os.chdir(call["cwd"])
+    multiprocessing.process.ORIGINAL_DIR = call["cwd"]  # type: ignore[attr-defined]
     tempfile.tempdir = None
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
-    sys.argv = ["-m", *asked["arguments"]]
-    sys.orig_argv = [sys.executable, "-m", "dmd2", *asked["arguments"]]
-    sys.path[:] = asked["path"]
+    sys.argv = ["-m", *call["arguments"]]
+    sys.orig_argv = [sys.executable, "-m", "dmd2", *call["arguments"]]
+    sys.path[:] = call["path"]
     importlib.invalidate_caches()
     for name in ("numpy.random", "torch.random"):
         if name in sys.modules:
@@ -197,7 +197,7 @@ def stage() -> int:
 
 
 def end(status: int) -> None:
-    """Ends this process as Python does, but does not take every object apart: that copies the server's pages, 0.4 s."""
+    """Ends this process as Python does, but does not destroy every object: that copies the server's pages, 0.4 s."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     try:

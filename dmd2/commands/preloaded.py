@@ -51,14 +51,14 @@ def leading_options(arguments: list[str]) -> tuple[dict[str, str], str]:
 
 
 def run(arguments: list[str]) -> int | None:
-    """The wait status of a stage that a server ran, or None if there was none; OSError if none can be asked."""
+    """The wait status of a stage that a server ran, or None if there was none; OSError if none can be reached."""
     for descriptor in range(3):
         os.fstat(descriptor)
     options, command = leading_options(arguments)
     request = os.memfd_create("request")
-    asked = {"arguments": arguments, "command": command, "env": dict(os.environ), "cwd": os.getcwd(), "path": sys.path}
+    call = {"arguments": arguments, "command": command, "env": dict(os.environ), "cwd": os.getcwd(), "path": sys.path}
     with open(request, "w", closefd=False) as file:
-        json.dump(asked, file)
+        json.dump(call, file)
     permission, permit = os.pipe()
     with _connection(server_environment(options.get("--threads"))) as server:
         server.settimeout(PATIENCE_S)
@@ -85,8 +85,8 @@ def _accompany(stage: int, server: socket.socket, permit: int) -> int | None:
     server.settimeout(None)
     with contextlib.suppress(OSError):
         os.write(permit, b"!")
-        if told := server.recv(4):
-            return int.from_bytes(told, "little")
+        if status := server.recv(4):
+            return int.from_bytes(status, "little")
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(stage, signal.SIGKILL)
     select.select([stage], [], [])  # until it has ended
@@ -167,9 +167,9 @@ def _start_server(listener: int, env: dict[str, str], log: str) -> None:
         os.setsid()
         if os.fork() == 0:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            told = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            os.dup2(told, 1)
-            os.dup2(told, 2)
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
             for descriptor in map(int, os.listdir("/proc/self/fd")):
                 if descriptor > 2 and descriptor != listener:
                     with contextlib.suppress(OSError):
