@@ -24,7 +24,7 @@ def test_table_in_a_page_is_the_committed_one(page: str, rows: int):
 
 
 def test_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
 
 
 def anchors(document: Path) -> set[str]:
