@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dmd2.config.base import Model
 
+Subset = Literal["all", "training"]
+"""All captions, or those of source digit_pairs without the held-out compositions, which measure generalisation."""
+
+
+class Captions(Model):
+    """Captions as the labels of images."""
+
+    max_missing: int = Field(0, ge=0, description="images that may be left out because they have no caption")
+    subset: Subset = Field("all", description="captions whose images become latents, which networks are trained on")
+
+
+class Prompts(Model):
+    """A list of prompts: those that a generator is trained on, or those of an evaluation."""
+
+    source: Literal["digit_pairs", "file"] = "file"
+    path: str | None = Field(None, description="file: .txt with a prompt per line, .jsonl or .parquet with `caption`")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    subset: Subset = "all"
+
+    @model_validator(mode="after")
+    def _a_file_has_a_path(self) -> Self:
+        if (self.source == "file") != (self.path is not None):
+            raise ValueError("`path` belongs to source file, and only there")
+        return self
+
 
 class Data(Model):
-    """A labelled image data set."""
+    """A labelled image data set: with classes or with captions."""
 
     source: str = Field(description="key of datasets.SOURCES")
     path: str | None = Field(None, description="folder or archive, for sources that read one")
     resolution: int = Field(gt=0)
     channels: Literal[1, 3] = 3
-    num_classes: int = Field(gt=0)
+    num_classes: int | None = Field(None, gt=0, description="of a set with classes")
+    captions: Captions | None = Field(None, description="of a set with captions in place of classes")
     levels: int = Field(256, ge=2, le=256, description="grey levels of the source; samples are rounded to them")
     shard_size: int = Field(1000, gt=0, description="samples per shard")
     image_format: Literal["png", "webp"] = "webp"  # lossless either way
     max_unreadable: int = Field(0, ge=0, description="images that may be left out because they cannot be read")
+
+    @model_validator(mode="after")
+    def _classes_or_captions(self) -> Self:
+        if (self.num_classes is None) == (self.captions is None):
+            raise ValueError("set either `num_classes` or `captions`: the kind of the images' labels")
+        return self
+
+    @property
+    def classes(self) -> int:
+        """The number of classes. Raises ValueError for a set with captions (a bug in the caller)."""
+        if self.num_classes is None:
+            raise ValueError(f"data set {self.source} has captions, not classes")
+        return self.num_classes

@@ -90,14 +90,14 @@ class Feed:
     def __init__(self, folder: Path, plan: Plan, teacher: Teacher, batch_size: int):
         self._codec = teacher.codec
         manifest, rng = folder / "manifest.json", np.random.default_rng(0)
-        classes = plan.preset.data.num_classes
+        classes = plan.preset.data.classes
 
         def make(ids: range) -> dict[str, Any]:
             x0 = torch.from_numpy(rng.uniform(-1, 1, (len(ids), *teacher.sample_shape)).astype(np.float32))
             labels = [i % classes for i in ids]
-            cond = teacher.conditioner.encode(labels)
+            cond = teacher.conditioner.tokenize(labels)
             fields = {f"cond.{name}.npy": value.numpy() for name, value in cond.items()}
-            return {"latent.npy": teacher.codec.encode(teacher.codec.decode(x0)), **fields, "cls": labels}
+            return {"latent.npy": teacher.codec.encode(teacher.codec.decode(x0), ids), **fields, "cls": labels}
 
         total = 4 * batch_size * ranks.world_size()
         write_shards(manifest, total, plan.preset.data.shard_size, make, plan.latents, batch_size=256)

@@ -178,8 +178,8 @@ def _iteration(run: Distillation, index: int, k: int) -> Counted:
     """The counts of iteration `index` with `k` simulated steps."""
     counter, simulate = FlopCounter(), sampling.simulate
 
-    def exactly(generator: Any, cond: Any, sigmas: Any, init_scale: float, _: int, noise: Any) -> Any:
-        return simulate(generator, cond, sigmas, init_scale, k, noise)
+    def exactly(generator: Any, cond: Any, steps: Any, _: int, noise: Any) -> Any:
+        return simulate(generator, cond, steps, k, noise)
 
     with patch.object(sampling, "simulate", exactly), observed(run, counter), counter:
         run.step(index)
@@ -203,6 +203,6 @@ def features_cost(features: config.Features, data: config.Data) -> float:
     if features.kind == "inception":
         return inception_cost()
     with meta_tensors(), torch.no_grad():
-        network = Classifier(data.channels, data.resolution, data.num_classes)
+        network = Classifier(data.channels, data.resolution, data.classes)
         x = torch.zeros(1, data.channels, data.resolution, data.resolution)
         return float(_counted(lambda: network.hidden(x)))

@@ -43,8 +43,8 @@ def write_latents(
 
     def make(ids: range) -> Fields:
         raw = reader.read(ids)
-        cond = _cond_fields(conditioner.encode(raw["cls"].tolist()))
-        return {"latent.npy": codec.encode(raw["image"]), **cond, "cls": raw["cls"]}
+        cond = _cond_fields(conditioner.tokenize(raw["cls"].tolist()))
+        return {"latent.npy": codec.encode(raw["image"], ids), **cond, "cls": raw["cls"]}
 
     def check(ids: range, fields: Fields) -> dict[str, float]:
         images = reader.read(ids, ["image"])["image"]

@@ -83,8 +83,17 @@ class Denoiser(nn.Module, abc.ABC):
 class Codec(Protocol):
     """Converts between 8-bit images, a compact storage form and the network's space."""
 
-    def encode(self, images: np.ndarray) -> np.ndarray:
-        """uint8 images (B, H, W, C) -> stored latents (B, ...), in the codec's storage dtype."""
+    min_psnr: float | None
+    """Required PSNR in dB of decoded latents against their images; None: they must be equal."""
+
+    def to(self, device: torch.device | str) -> Codec:
+        """The same codec with its networks, if it has any, on `device`."""
+
+    def encode(self, images: np.ndarray, ids: Sequence[int] | range) -> np.ndarray:
+        """uint8 images (B, H, W, C) -> stored latents (B, ...), in the codec's storage dtype.
+
+        A codec with a random encoding seeds it with the samples' `ids` (B,), so that it does not depend on the batch.
+        """
 
     def load(self, stored: np.ndarray) -> Tensor:
         """Stored latents (B, ...) -> float32 x0 (B, ...)."""
@@ -94,16 +103,25 @@ class Codec(Protocol):
 
 
 class Conditioner(Protocol):
-    """Converts the labels of a data set (classes, prompts) to the network's conditions."""
+    """Converts the labels of a data set (classes, captions) to the network's conditions, in two steps.
 
-    def encode(self, labels: Sequence[Any]) -> Cond:
-        """The conditions of a batch of B labels or prompts."""
+    *Tokens* are small integer tensors, which data sets store; *conditions* are what the network takes.
+    """
 
-    def draw(self, num: int, rng: torch.Generator) -> Cond:
-        """`num` random conditions to generate samples for in training (uniform over classes)."""
+    def to(self, device: torch.device | str) -> Conditioner:
+        """The same conditioner with its networks, if it has any, on `device`."""
 
-    def null(self, num: int) -> Cond | None:
-        """`num` unconditional inputs for classifier-free guidance, or None if the teacher has none."""
+    def tokenize(self, labels: Sequence[Any]) -> Cond:
+        """The tokens of B class numbers or captions, on the CPU. Raises UserError for an unsuitable label."""
+
+    def embed(self, tokens: Cond) -> Cond:
+        """The network's conditions of a batch of tokens, on their device, without gradient."""
+
+    def draw(self, num: int, rng: torch.Generator) -> Cond | None:
+        """Tokens of `num` uniformly random classes to generate samples for in training; None: prompts are needed."""
+
+    def null(self, cond: Cond) -> Cond | None:
+        """The unconditional inputs for classifier-free guidance of a batch of conditions; None if there are none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +142,14 @@ class Teacher:
         return network.train().requires_grad_(True)
 
     def to(self, device: torch.device | str) -> Teacher:
-        """The same teacher with its network and grid on `device`."""
-        return dataclasses.replace(self, denoiser=self.denoiser.to(device), grid=self.grid.to(device))
+        """The same teacher with its networks and grid on `device`."""
+        return dataclasses.replace(
+            self,
+            denoiser=self.denoiser.to(device),
+            grid=self.grid.to(device),
+            codec=self.codec.to(device),
+            conditioner=self.conditioner.to(device),
+        )
 
 
 def move(cond: Cond, device: torch.device | str) -> dict[str, Tensor]:

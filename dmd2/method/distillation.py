@@ -24,9 +24,11 @@ from dmd2.training.optimizer import EMA, FiniteGuard, Optimizer, warmup
 from dmd2.training.rng import normal, shared_choice
 
 Batches = Callable[[int], tuple[Tensor, Cond]]
-"""Batch number -> (x0, conditions) of this rank's share of real samples, the batch dimension first."""
+"""Batch number -> (x0, tokens) of this rank's share of real samples, the batch dimension first."""
 PairBatches = Callable[[int], tuple[Tensor, Tensor, Cond]]
-"""Batch number -> (noise, the teacher's x0, conditions) of this rank's share of pairs."""
+"""Batch number -> (noise, the teacher's x0, tokens) of this rank's share of pairs."""
+Prompts = Callable[[int], tuple[Tensor, Cond]]
+"""Batch number -> (numbers of the prompts (B,), their tokens) of this rank's share: labels to generate samples for."""
 Distance = Callable[[Tensor, Tensor], Tensor]
 """The mean distance () of two batches of images (B, ...), differentiable in the first."""
 
@@ -42,7 +44,8 @@ class Generated(NamedTuple):
 class Distillation:
     """A student in training: generator, critic, their optimizers and the generator's EMA.
 
-    `data` and `pairs` are read only if a loss term needs them. `start` are the networks of another run to initialise
+    `data` and `pairs` are read only if a loss term needs them. `prompts` are the labels to generate samples for;
+    without them the teacher's conditioner draws classes. `start` are the networks of another run to initialise
     from (`generator.*`, `critic.fake.*`), with new optimizers and realism heads. `micro_batch_size` enables gradient
     accumulation. Raises UserError for a configuration that needs inputs that are missing.
     """
@@ -54,22 +57,24 @@ class Distillation:
         *,
         data: Batches | None = None,
         pairs: PairBatches | None = None,
+        prompts: Prompts | None = None,
         regression_distance: Distance = torch.nn.functional.mse_loss,
         start: Mapping[str, Tensor] | None = None,
         micro_batch_size: int | None = None,
         layout: sharding.Layout = "replicate",
         device: torch.device | str = "cpu",
     ):
-        _check(teacher, train, has_data=data is not None, has_pairs=pairs is not None)
+        _check(teacher, train, has_data=data is not None, has_pairs=pairs is not None, has_prompts=prompts is not None)
         self.train = train
         self.device = torch.device(device)
         self.teacher = teacher.to(self.device)
         self.micro_batches = MicroBatches.of(train.batch_size, micro_batch_size)
         self._data = BatchReader(data, self.micro_batches, self.device) if data is not None else None
         self._pairs = BatchReader(pairs, self.micro_batches, self.device) if pairs is not None else None
+        self._prompts = BatchReader(prompts, self.micro_batches, self.device) if prompts is not None else None
         self._regression_distance = regression_distance
-        self._sigmas = teacher.grid.student_steps(train.num_steps)
-        self._sigma_table = torch.tensor(self._sigmas, device=self.device)
+        self.steps = teacher.grid.student_steps(train.num_steps, train.student_levels)
+        self._sigma_table = torch.tensor(self.steps.sigmas, device=self.device)
         with torch.random.fork_rng(devices=[]):  # the realism heads' initial weights
             torch.manual_seed(train.seed)
             # eval(): DMD2 uses no dropout, even if the teacher was trained with it.
@@ -149,14 +154,23 @@ class Distillation:
     def _generator_input(self, index: int, micro_batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
         """(x, sigma, conditions): pure noise for a one-step student; else the student's own input at a step index
         that is the same on all ranks and micro-batches."""
-        train, grid = self.train, self.teacher.grid
+        train = self.train
         shape = (self.micro_batches.size, *self.teacher.sample_shape)
         if train.num_steps > 1 and not train.backward_simulation:
             return self._noised_real_input(index, micro_batch, rng)
-        cond = move(self.teacher.conditioner.draw(self.micro_batches.size, rng), self.device)
+        cond = self._drawn(index, micro_batch, rng)
         k = shared_choice(train.seed, index, train.num_steps)
-        x, sigma = sampling.simulate(self.generator, cond, self._sigmas, grid.init_scale, k, lambda: normal(shape, rng))
+        x, sigma = sampling.simulate(self.generator, cond, self.steps, k, lambda: normal(shape, rng))
         return x, sigma, cond
+
+    def _drawn(self, index: int, micro_batch: int, rng: torch.Generator) -> Cond:
+        """Conditions to generate samples for: of the next prompts, or of random classes."""
+        if self._prompts is not None:
+            _, tokens = self._prompts(index, micro_batch)
+            return self.teacher.conditioner.embed(tokens)
+        drawn = self.teacher.conditioner.draw(self.micro_batches.size, rng)
+        assert drawn is not None  # checked at the start
+        return self.teacher.conditioner.embed(move(drawn, self.device))
 
     def _noised_real_input(self, index: int, micro_batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
         """Without backward simulation: noised real samples with their own conditions, at a random step per sample;
@@ -165,7 +179,7 @@ class Distillation:
         eps = normal(x0.shape, rng)
         k = torch.randint(self.train.num_steps, (x0.shape[0],), generator=rng, device=self.device)
         sigma = self._sigma_table[k]
-        pure = self.teacher.grid.init_scale * eps
+        pure = self.steps.init_scale * eps
         return torch.where(expand(k == 0, x0), pure, add_noise(x0, sigma, eps)), sigma, cond
 
     def _generator_gradient(self, made: Generated) -> tuple[Tensor, dict[str, Tensor]]:
@@ -189,9 +203,9 @@ class Distillation:
     def _add_regression(self, index: int, micro_batch: int) -> Tensor:
         """The regression loss of DMD on pairs: accumulates its gradient; returns the unweighted loss ()."""
         assert self._pairs is not None
-        noise, target, cond = self._pairs(index, micro_batch)
-        sigma = torch.full((noise.shape[0],), self._sigmas[0], device=self.device)
-        x0 = self.generator(self.teacher.grid.init_scale * noise, sigma, cond)
+        noise, target, tokens = self._pairs(index, micro_batch)
+        sigma = torch.full((noise.shape[0],), self.steps.sigmas[0], device=self.device)
+        x0 = self.generator(self.steps.init_scale * noise, sigma, self.teacher.conditioner.embed(tokens))
         loss = self._regression_distance(x0, target)
         with self._generator_optimizer.accumulating(last=self.micro_batches.is_last(micro_batch)):
             (self.train.regression_weight / self.micro_batches.num * loss).backward()
@@ -212,8 +226,8 @@ class Distillation:
 
     def _real(self, index: int, micro_batch: int) -> tuple[Tensor, Cond]:
         assert self._data is not None
-        x0, cond = self._data(index, micro_batch)
-        return x0, cond
+        x0, tokens = self._data(index, micro_batch)
+        return x0, self.teacher.conditioner.embed(tokens)
 
     def _lag(self, index: int, denoising: Tensor) -> dict[str, Tensor]:
         """The critic's loss at its first and last update between two generator updates."""
@@ -261,13 +275,17 @@ class Distillation:
         self._critic_optimizer.load_state_dict(state["critic_optimizer"])
 
 
-def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool) -> None:
+def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool, has_prompts: bool) -> None:
     """Raises UserError for a configuration that needs inputs that are missing or that the teacher does not support."""
     if not has_data and (train.has_gan or (train.num_steps > 1 and not train.backward_simulation)):
         raise UserError("this run needs real data: it has a GAN, or several steps without backward simulation")
     if not has_pairs and train.regression_weight > 0:
         raise UserError("regression_weight > 0 needs the teacher's noise-image pairs")
-    if train.guidance_scale != 1 and teacher.conditioner.null(1) is None:
+    drawn = teacher.conditioner.draw(1, torch.Generator())
+    if drawn is None and not has_prompts:
+        raise UserError("this teacher takes prompts: set `prompts` of the preset to those to train on")
+    has_null = drawn is None or teacher.conditioner.null(teacher.conditioner.embed(drawn)) is not None
+    if train.guidance_scale != 1 and not has_null:
         raise UserError(
             f"guidance_scale is {train.guidance_scale}, but this teacher has no unconditional input; set it to 1"
         )

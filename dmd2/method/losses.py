@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmd2.config import Train
 from dmd2.method.critic import Critic
-from dmd2.method.denoiser import Cond, Teacher, concat, guided, move
+from dmd2.method.denoiser import Cond, Teacher, concat, guided
 from dmd2.method.noise import NoiseGrid, add_noise
 from dmd2.training.rng import normal
 from dmd2_kernels import (
@@ -116,8 +116,8 @@ def shared_gradients(
 
 @torch.no_grad()
 def _real_estimate(part: Noised, teacher: Teacher, train: Train) -> Tensor:
-    null = teacher.conditioner.null(part.x.shape[0]) if train.guidance_scale != 1 else None
-    return guided(teacher.denoiser, *part, null and move(null, part.x.device), train.guidance_scale)
+    null = teacher.conditioner.null(part.cond) if train.guidance_scale != 1 else None
+    return guided(teacher.denoiser, *part, null, train.guidance_scale)
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ class TeacherFit:
         self.device = torch.device(device)
         self.micro_batches = MicroBatches.of(training.batch_size, micro_batch_size)
         self._data = BatchReader(data, self.micro_batches, self.device)
+        self._conditioner = teacher.to(self.device).conditioner
         self.sigma_data = teacher.sigma_data
         self.network = teacher.copy_network().to(self.device)
         sharding.place(self.network, layout)
@@ -65,7 +66,8 @@ class TeacherFit:
         rng = self.micro_batches.rng(training.seed, index, micro_batch, self.device)
         # The network's dropout draws from torch's global generator; its stream must not be that of the noise.
         torch.manual_seed(rng.initial_seed() ^ 0x5DEECE66D)
-        x0, cond = self._data(index, micro_batch)
+        x0, tokens = self._data(index, micro_batch)
+        cond = self._conditioner.embed(tokens)
         sigma = (training.p_mean + training.p_std * normal((x0.shape[0],), rng)).exp()
         x = add_noise(x0, sigma, normal(x0.shape, rng))
         loss = denoising_loss(self.network(x, sigma, cond), x0, critic_weight(sigma, self.sigma_data)).loss

@@ -112,7 +112,7 @@ def load_classifier(
         raise UserError(f"{weights}: no such file; run the rule `features`") from None
     except SafetensorError as error:
         raise UserError(f"{weights}: not a safetensors file ({error}); delete it and run the workflow again") from None
-    network = Classifier(data.channels, data.resolution, data.num_classes)
+    network = Classifier(data.channels, data.resolution, data.classes)
     wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     if wanted != found:
@@ -171,14 +171,14 @@ def _check(images: Images, labels: Labels, data: config.Data) -> None:
         raise UserError(
             f"data.resolution {data.resolution} is below {MIN_RESOLUTION}, the classifier's minimum; increase it"
         )
-    if labels.min() < 0 or labels.max() >= data.num_classes:
+    if labels.min() < 0 or labels.max() >= data.classes:
         raise UserError(f"data.num_classes is {data.num_classes} but labels reach {labels.max()}; set it above that")
 
 
 def _initialised(data: config.Data, rng: torch.Generator) -> Classifier:
     """A classifier with Kaiming-uniform weights drawn from `rng`."""
     with torch.device("meta"):  # no random numbers are drawn there
-        network = Classifier(data.channels, data.resolution, data.num_classes)
+        network = Classifier(data.channels, data.resolution, data.classes)
     network.to_empty(device="cpu")
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

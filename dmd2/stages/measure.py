@@ -84,7 +84,7 @@ def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runt
         content = reader.read(ids, ["image", "cls"])
         return content["image"], content["cls"]
 
-    num, classes = len(reader), spec.need("data").num_classes
+    num, classes = len(reader), spec.need("data").classes
     progress = Counter("reference", num)
     found = Reference.build(read, num, extractor, classes, published=published, device=device, progress=progress)
     found.save(out)

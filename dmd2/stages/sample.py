@@ -84,7 +84,7 @@ def maker(
 
 def labels_of(spec: Spec, ids: Sequence[int] | range) -> Labels:
     """The classes of the samples `ids`: id modulo the number of classes."""
-    return np.asarray(ids, dtype=np.int64) % spec.need("data").num_classes
+    return np.asarray(ids, dtype=np.int64) % spec.need("data").classes
 
 
 def fields_of(protocols: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ class Levels:
     def __init__(self, shift: int = 0):
         self.shift = shift
 
-    def encode(self, images: np.ndarray) -> np.ndarray:
+    def encode(self, images: np.ndarray, ids: range) -> np.ndarray:
         return np.round(images * (16 / 255)).astype(np.uint8).transpose(0, 3, 1, 2)
 
     def load(self, stored: np.ndarray) -> Tensor:
@@ -39,12 +39,12 @@ class Levels:
 class Classes:
     """Conditions by two names, one of them a vector, as a text encoder gives."""
 
-    def encode(self, labels: Sequence[Any]) -> dict[str, Tensor]:
+    def tokenize(self, labels: Sequence[Any]) -> dict[str, Tensor]:
         label = torch.tensor(labels)
         return {"label": label, "onehot": torch.nn.functional.one_hot(label, 10).half()}
 
     def draw(self, num: int, rng: torch.Generator) -> dict[str, Tensor]:
-        return self.encode(torch.randint(10, (num,), generator=rng).tolist())
+        return self.tokenize(torch.randint(10, (num,), generator=rng).tolist())
 
     def null(self, num: int) -> None:
         return None

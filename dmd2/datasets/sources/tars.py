@@ -57,11 +57,11 @@ class WebDatasetTars(EncodedImages):
     def __init__(self, data: Data):
         tars = _expand(data)
         with ThreadPoolExecutor(LISTERS) as pool:
-            contents = list(pool.map(_samples, tars, [data.num_classes] * len(tars)))
+            contents = list(pool.map(_samples, tars, [data.classes] * len(tars)))
         found = [(file, sample) for file, samples in enumerate(contents) for sample in samples]
         images = [sample.image for _, sample in found]
         names = [f"{Path(tars[file]).name}/{sample.image.name}" for file, sample in found]
-        classes = [str(label) for label in range(data.num_classes)]
+        classes = [str(label) for label in range(data.classes)]
         super().__init__(data, names, [sample.label for _, sample in found], classes)
         sizes = [image.size for image in images]
         self._spans = Spans(tars, [file for file, _ in found], [image.offset for image in images], sizes)
