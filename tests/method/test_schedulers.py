@@ -54,7 +54,9 @@ def test_ddim_equals_its_formula():
 def test_euler_equals_its_formula():
     denoiser = toy_teacher(4).denoiser
     options = {"timestep_spacing": "leading", "steps_offset": 1}
-    found = sample_with(make_scheduler("EulerDiscreteScheduler", 5, BETAS, options), denoiser, GRID, labels(6), noise()())
+    found = sample_with(
+        make_scheduler("EulerDiscreteScheduler", 5, BETAS, options), denoiser, GRID, labels(6), noise()()
+    )
     levels = [801, 601, 401, 201, 1]
     x = noise()() * (1 + GRID.sigmas[801] ** 2).sqrt()
     for level, after in zip(levels, [*levels[1:], None], strict=True):
@@ -64,7 +66,9 @@ def test_euler_equals_its_formula():
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"]
+)
 def test_deterministic_schedulers_approach_the_exact_ode(name: str):
     scheduler = make_scheduler(name, 200, BETAS, {"timestep_spacing": "trailing"})
     found = sample_with(scheduler, GaussianDenoiser(), GRID, labels(6), noise()())
