@@ -16,7 +16,7 @@ BETAS = grid_betas(GRID)
 
 
 class GaussianDenoiser(Denoiser):
-    """Data N(0, 0.5^2): the ODE from sigma_1 to sigma_2 multiplies x by sqrt((0.25 + sigma_2^2) / (0.25 + sigma_1^2))."""
+    """Data N(0, 1/4): the ODE from sigma_1 to sigma_2 multiplies x by sqrt((1/4 + sigma_2^2) / (1/4 + sigma_1^2))."""
 
     feature_shapes = ((1, 1, 1),)
 
