@@ -102,7 +102,9 @@ class Plan:
         teacher = self.preset.teacher
         assert isinstance(teacher, DiffusersTeacherConfig)
         # They do not depend on how the denoiser is made, sampled or stored.
-        part = DiffusersTeacherConfig(kind="diffusers", network={}, weights=teacher.weights)
+        keys = {"num_levels", "beta_start", "beta_end", "prediction", "latent_channels", "latent_factor"}
+        kept = teacher.model_dump(include=keys)
+        part = DiffusersTeacherConfig(kind="diffusers", network={}, weights=teacher.weights, **kept)
         if (training := teacher.training) is None:
             return Spec.of("components", "components", data=self._data, teacher=part)
         own = DiffusersTraining(iterations=1, batch_size=1, components=training.components)

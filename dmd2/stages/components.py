@@ -9,15 +9,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dmd2.config import DiffusersTeacherConfig
+import numpy as np
+
+from dmd2.config import DiffusersTeacherConfig, digit_pairs
 from dmd2.datasets import ShardReader
 from dmd2.errors import UserError
 from dmd2.files import sha256, write_json
 from dmd2.lineage.records import provenance
 from dmd2.lineage.spec import Spec
-from dmd2.teachers.diffusers_folder import copy_components
-from dmd2.teachers.fit_autoencoder import fit_autoencoder
-from dmd2.teachers.fit_text_encoder import fit_text_encoder
 
 
 def components(spec: Spec, images: Path | None, record: Path) -> None:
@@ -31,7 +30,9 @@ def components(spec: Spec, images: Path | None, record: Path) -> None:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     if teacher.weights is not None:
-        facts = copy_components(teacher.weights, folder)
+        from dmd2.teachers.diffusers_folder import link_components
+
+        facts = link_components(teacher.weights, folder)
     elif teacher.training is not None:
         facts = _trained(spec, images, folder)
     else:
@@ -41,12 +42,28 @@ def components(spec: Spec, images: Path | None, record: Path) -> None:
 
 
 def _trained(spec: Spec, images: Path | None, folder: Path) -> dict[str, Any]:
+    """Trains autoencoder and text encoder; the scheduler's configuration says which noise levels they go with."""
+    from diffusers import DDIMScheduler
+
+    from dmd2.teachers.fit_autoencoder import fit_autoencoder
+    from dmd2.teachers.fit_text_encoder import fit_text_encoder
+
     if images is None:
         raise UserError("--images is missing: these components are trained on them")
-    content = ShardReader(images, spec.upstream["shards"])
-    read = content.read(range(len(content)))
-    settings = spec.need("teacher").training.components
-    captions = [str(caption) for caption in read["txt"]]
-    facts = {"autoencoder": fit_autoencoder(read["image"], settings, folder / "vae")}
-    facts["text_encoder"] = fit_text_encoder(sorted(set(captions)), settings, folder)
+    teacher, data = spec.need("teacher"), spec.need("data")
+    reader = ShardReader(images, spec.upstream["shards"])
+    content = reader.read(range(len(reader)), ["image", "txt"])
+    trained = set(digit_pairs.prompts(data.captions.subset))
+    chosen = np.flatnonzero([str(caption) in trained for caption in content["txt"]])
+    unseen = [caption for caption in digit_pairs.prompts() if caption not in trained]
+    targets, others = ({text: digit_pairs.composition(text) for text in part} for part in (sorted(trained), unseen))
+    settings = teacher.training.components
+    facts = {
+        "autoencoder": fit_autoencoder(content["image"][chosen], settings, folder),
+        "text_encoder": fit_text_encoder(targets, settings, folder, unseen=others or None),
+    }
+    levels = {"num_train_timesteps": teacher.num_levels, "beta_start": teacher.beta_start, "beta_end": teacher.beta_end}
+    options = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    scheduler = DDIMScheduler(**levels, **options, beta_schedule="scaled_linear", prediction_type=teacher.prediction)
+    scheduler.save_pretrained(folder / "scheduler")
     return facts

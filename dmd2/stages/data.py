@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from dmd2.config import Runtime
+from dmd2.config import Data, Runtime
+from dmd2.config.digit_pairs import composition, is_held_out
 from dmd2.datasets import write_images
 from dmd2.datasets.latents import write_latents, write_pairs
 from dmd2.datasets.loader import EpochStream, PairBatch
@@ -38,8 +40,16 @@ def latents(spec: Spec, images: Path, components: Path | None, manifest: Path, r
         spec,
         images_digest=spec.upstream["shards"],
         batch_size=runtime.sample_batch_size,
+        leave_out=_leaves_out(spec.need("data")),
         progress=Counter("latents"),
     )
+
+
+def _leaves_out(data: Data) -> Callable[[str], bool] | None:
+    """Whether an image with a caption is held out of training; None: none is."""
+    if data.captions is None or data.captions.subset == "all":
+        return None
+    return lambda caption: is_held_out(*composition(caption))
 
 
 def pairs(spec: Spec, weights: Path, components: Path | None, manifest: Path, runtime: Runtime) -> None:
