@@ -55,6 +55,11 @@ class Data(Model):
         return self
 
     @property
+    def label_field(self) -> str:
+        """The field of shards with the images' labels: `cls` (class numbers) or `txt` (captions)."""
+        return "cls" if self.captions is None else "txt"
+
+    @property
     def classes(self) -> int:
         """The number of classes. Raises ValueError for a set with captions (a bug in the caller)."""
         if self.num_classes is None:

@@ -22,6 +22,7 @@ class Preset(Model):
     name: str
     description: str
     data: Data
+    reference_data: Data | None = Field(None, description="real images to compare samples with; none: those of `data`")
     teacher: AnyTeacher
     features: Features
     pairs: Pairs = Pairs()
@@ -31,6 +32,9 @@ class Preset(Model):
     train: Train
     runs: dict[str, dict[str, Any]] = Field({}, description="adjustments of runs by name, over the run's own keys")
     runtime: Runtime = Runtime()
+    tables: tuple[str, ...] | None = Field(
+        None, description="text-to-image: the tables that it fills; none: those of class-conditional data"
+    )
     gpus: int = Field(0, ge=0, description="devices that a training or teacher-sampling job requests")
 
     @model_validator(mode="after")

@@ -83,6 +83,11 @@ class Train(Model):
         """Whether the run has a GAN loss, which needs real data."""
         return self.gan_generator_weight > 0
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether a loss needs the critic; without one the run only regresses on pairs."""
+        return self.matching_weight > 0 or self.has_gan
+
     @model_validator(mode="after")
     def _terms_fit_together(self) -> Self:
         if (self.gan_generator_weight > 0) != (self.gan_critic_weight > 0):
@@ -95,6 +100,8 @@ class Train(Model):
             raise ValueError("share_critic_pass needs critic_levels and gan_levels to be equal")
         if self.share_levels and self.matching_levels != self.gan_levels:
             raise ValueError("share_levels needs matching_levels and gan_levels to be equal")
+        if not self.has_critic and self.num_steps > 1:
+            raise ValueError("regression alone trains a one-step generator; set num_steps 1")
         if self.turns == "disjoint" and self.critic_steps_per_generator == 1:
             raise ValueError(
                 "turns disjoint needs critic_steps_per_generator above 1, else the critic is never updated"

@@ -37,7 +37,7 @@ def write_images(
     workers: int = 1,
     progress: Callable[[int], Callable[[int], object]] | None = None,
 ) -> dict[str, Any]:
-    """Writes the images of a source as shards with the fields `image` and `cls`; returns the manifest.
+    """Writes the images of a source as shards with the fields `image` and `cls` or `txt`; returns the manifest.
 
     The result does not depend on `workers`, the number of processes. `progress(total)` returns a function that is
     called with the number of images of each shard. Images that cannot be read are skipped and listed, with the
@@ -49,8 +49,9 @@ def write_images(
     manifest_path = Path(manifest_path)
     log.info("shards: listing %s", data.path or data.source)  # a minute for ImageNet's archive
     source = open_source(data)
-    log.info("shards: %d images of %d classes, %d processes", len(source), len(source.classes), workers)
-    make = ImageMaker(source, f"image.{data.image_format}")
+    labels = f"{len(source.classes)} classes" if data.captions is None else "captions"
+    log.info("shards: %d images with %s, %d processes", len(source), labels, workers)
+    make = ImageMaker(source, f"image.{data.image_format}", data.label_field)
     check_room(make, manifest_path.parent)
     report = _Unreadable(source, data.max_unreadable, manifest_path.with_name("unreadable.json"))
     return write_shards(
@@ -74,16 +75,17 @@ class ImageMaker:
 
     source: Source
     image: str
+    label: str
 
     def __call__(self, positions: range | Sequence[int]) -> Batch:
         images, labels, left_out = [], [], []
         for position in positions:
             try:
                 images.append(self.source[position])
-                labels.append(int(self.source.labels[position]))
+                labels.append(self.source.labels[position])
             except Unreadable as reason:
                 left_out.append(LeftOut(position, self.source.name(position), str(reason)))
-        return Batch({self.image: images, "cls": labels}, left_out)
+        return Batch({self.image: images, self.label: labels}, left_out)
 
 
 @dataclass
@@ -110,6 +112,8 @@ class _Unreadable:
         classes = list(self.source.classes)
         if not len(kept):
             raise UserError("none of the images can be read; check data.path")
+        if kept.dtype.kind == "U":
+            return {"captions": len(set(kept.tolist())), "unreadable": len(self.found)}
         return {
             "classes": classes,
             "images_of_class": np.bincount(kept, minlength=len(classes)).tolist(),

@@ -9,19 +9,31 @@ import abc
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmd2.method.noise import NoiseGrid
+from dmd2.method.noise import NoiseGrid, expand
+from dmd2_kernels import LinearHead
 
 VARIANTS = 64
 """Most compiled variants of one block (batch size, with or without gradients). A step needs about five."""
 
 Cond = Mapping[str, Tensor]
 """Conditions of a batch by name, each tensor with the batch dimension first. Only adapters look inside."""
+
+
+class Prediction(NamedTuple):
+    """A network's output (B, ...) and its conversion to x0 = a * x + k * out; without a head `out` is x0 itself."""
+
+    out: Tensor
+    head: LinearHead | None = None
+
+    def x0(self, x: Tensor) -> Tensor:
+        """The x0 estimate (B, ...) at the network's input x (B, ...)."""
+        return self.out if self.head is None else expand(self.head.a, x) * x + expand(self.head.k, x) * self.out.float()
 
 
 class Denoiser(nn.Module, abc.ABC):
@@ -35,6 +47,9 @@ class Denoiser(nn.Module, abc.ABC):
     precision: Literal["fp32", "bf16"] = "fp32"
     """The network's compute precision, if it supports several; may be changed between calls."""
 
+    predicts_x0: bool = True
+    """Whether `predict_and_tap` gives x0 itself, or a raw output with a linear head, for the loss kernels."""
+
     @abc.abstractmethod
     def denoise_and_tap(
         self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
@@ -44,6 +59,13 @@ class Denoiser(nn.Module, abc.ABC):
         x (B, ...), sigma (B,) -> x0 (num_denoise, ...), features[i] (B, *feature_shapes[i]). With num_denoise = 0
         the decoder is not run. Raises ValueError if num_taps > len(feature_shapes).
         """
+
+    def predict_and_tap(
+        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
+    ) -> tuple[Prediction, list[Tensor]]:
+        """As `denoise_and_tap`, with the network's own prediction in place of x0."""
+        x0, features = self.denoise_and_tap(x, sigma, cond, num_denoise, num_taps)
+        return Prediction(x0), features
 
     def blocks(self) -> list[nn.Module]:
         """The units of compilation, activation checkpointing and sharding; empty for a small network.
@@ -160,6 +182,11 @@ def move(cond: Cond, device: torch.device | str) -> dict[str, Tensor]:
 def concat(conds: Sequence[Cond]) -> dict[str, Tensor]:
     """Concatenates batches of conditions; all must have the same names."""
     return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
+
+
+def first(cond: Cond, num: int) -> dict[str, Tensor]:
+    """The conditions of the first `num` samples."""
+    return {name: value[:num] for name, value in cond.items()}
 
 
 def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond | None, scale: float) -> Tensor:

@@ -87,7 +87,7 @@ class Distillation:
             self._load_networks(start)
         for network in (self.generator, self.critic):
             sharding.place(network, layout)
-        sharding.place(self.teacher.denoiser, layout, entry_points=("denoise_and_tap",))
+        sharding.place(self.teacher.denoiser, layout, entry_points=("denoise_and_tap", "predict_and_tap"))
         self.ema = EMA(self.generator, train.ema_decay)
         self.guard = FiniteGuard(self.device)
         self._generator_optimizer = self._optimizer(self.generator, train.generator_learning_rate)
@@ -111,6 +111,8 @@ class Distillation:
         updated when the generator is. Returns scalars () for the log, on the device, means over the micro-batches; a
         function of (seed, index, rank) and the networks, so that a resumed run repeats it exactly.
         """
+        if not self.train.has_critic:
+            return self._regression_step(index)
         moves_generator = index % self.train.critic_steps_per_generator == 0
         moves_critic = self.train.turns == "both" or not moves_generator
         regresses = self.train.regression_weight > 0
@@ -144,6 +146,15 @@ class Distillation:
             ]
             metrics |= self._update(self._critic_optimizer, index, means(rows), "critic_grad_norm")
             metrics |= self._lag(index, metrics["denoising_loss"])
+        return metrics
+
+    def _regression_step(self, index: int) -> dict[str, Tensor]:
+        """An iteration of a run that only regresses on pairs: every R-th updates the generator; the critic stays."""
+        if index % self.train.critic_steps_per_generator:
+            return {}
+        rows = [{"regression_loss": self._add_regression(index, number)} for number in range(self.micro_batches.num)]
+        metrics = self._update(self._generator_optimizer, index, means(rows), "generator_grad_norm")
+        self.ema.update()
         return metrics
 
     def _update(self, optimizer: Optimizer, index: int, metrics: dict[str, Tensor], norm: str) -> dict[str, Tensor]:

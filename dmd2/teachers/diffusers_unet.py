@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from dmd2.errors import UserError
-from dmd2.method.denoiser import Cond, Denoiser
+from dmd2.method.denoiser import Cond, Denoiser, Prediction
 from dmd2.method.noise import expand
 from dmd2.teachers.diffusers_layers import Recomputed, replace_layers
 from dmd2.teachers.predictions import boundaries, input_scale, linear_head, timestep
@@ -87,6 +87,17 @@ class DiffusersDenoiser(Denoiser):
             return x[:0].detach(), self._tapped(self._encode(x, sigma, cond), num_taps)
         out, head, features = self.raw_and_tap(x, sigma, cond, num_denoise, num_taps)
         return expand(head.a, out) * x[:num_denoise].to(out.dtype) + expand(head.k, out) * out, features
+
+    predicts_x0 = False
+
+    def predict_and_tap(
+        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
+    ) -> tuple[Prediction, list[Tensor]]:
+        """See `Denoiser`: the raw output with its linear head."""
+        if num_denoise == 0:
+            return Prediction(x[:0].detach()), self._tapped(self._encode(x, sigma, cond), num_taps)
+        out, head, features = self.raw_and_tap(x, sigma, cond, num_denoise, num_taps)
+        return Prediction(out, head), features
 
     def raw(self, x: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, LinearHead]:
         """The network's output (B, ...) and the head that makes it x0 = head.a * x + head.k * out, both float32."""

@@ -42,13 +42,21 @@ def test_digits_refuse_a_configuration_that_is_not_theirs(key: str, value: int, 
 
 
 def test_sources_open_by_their_names_and_others_are_refused(digits: Data) -> None:
-    assert set(SOURCES) == {"digits", "cifar10", "image_folder", "image_zip", "imagenet_tar", "webdataset"}
+    assert set(SOURCES) == {
+        "digits",
+        "cifar10",
+        "digit_pairs",
+        "image_folder",
+        "image_zip",
+        "imagenet_tar",
+        "webdataset",
+    }
     assert isinstance(open_source(digits), Digits)
-    with pytest.raises(UserError, match=r"data.source is 'digit'; known: cifar10, digits, image_folder"):
+    with pytest.raises(UserError, match=r"data.source is 'digit'; known: cifar10, digit_pairs, digits, image_folder"):
         open_source(digits.model_copy(update={"source": "digit"}))
 
 
-@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"digits"}))
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"digits", "digit_pairs"}))
 def test_a_source_that_reads_something_says_what_when_it_is_not_set_or_not_there(name: str, tmp_path: Path) -> None:
     sizes = {"resolution": 32, "num_classes": 10}
     with pytest.raises(UserError, match=rf"data.path is not set, but source {name} reads one; set it to "):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dmd2.config import Data
 from dmd2.datasets.sources.arrays import Cifar10, Digits
 from dmd2.datasets.sources.base import Source, Unreadable
+from dmd2.datasets.sources.digit_pairs import DigitPairs
 from dmd2.datasets.sources.folder import ImageFolder
 from dmd2.datasets.sources.tars import ImageNetTar, WebDatasetTars
 from dmd2.datasets.sources.zips import ImageZip
@@ -15,6 +16,7 @@ from dmd2.errors import UserError
 SOURCES: dict[str, Callable[[Data], Source]] = {
     "digits": Digits,
     "cifar10": Cifar10,
+    "digit_pairs": DigitPairs,
     "image_folder": ImageFolder,
     "image_zip": ImageZip,
     "imagenet_tar": ImageNetTar,
