@@ -1,32 +1,31 @@
-"""Components folders of the workflow: linked from a user's model, with a record of every file.
+"""Components folders of the workflow, linked from a user's model, and their record.
 
-The record `components.json` has the SHA-256 of each file and where the folder came from.
+The record `components.json`, which the workflow writes, has the SHA-256 of each file.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dmd2.config import ModelFolder
 from dmd2.errors import UserError
-from dmd2.files import read_json, sha256, write_json
+from dmd2.files import read_json
 from dmd2.teachers.diffusers_folder import WEIGHTS, parts_of, resolve, weight_files
 
 RECORD = "components.json"
 SETTINGS = ("*.json", "*.txt")
 
 
-def link_components(model: ModelFolder, out: Path, pooled: bool, *, copy: bool = False) -> dict[str, str]:
-    """A components folder `out` from a user's model, and its record; see `record_components`.
+def link_components(model: ModelFolder, out: Path, *, copy: bool = False) -> dict[str, Any]:
+    """Fills the components folder `out` from a user's model; returns where the model came from, for the record.
 
     Weights become links to the user's files (`copy`: copies), under their plain names if the model has a variant;
-    settings and vocabularies are copied. `pooled`: with the second text encoder of SDXL's kind. Raises UserError for a
-    missing component.
+    settings and vocabularies are copied. Raises UserError for a missing component.
     """
     source = resolve(model)
+    pooled = (source / "text_encoder_2").is_dir()
     for part in parts_of(pooled):
         if not (source / part).is_dir():
             raise UserError(f"{source}: no component {part}/; it must have {', '.join(parts_of(pooled))}")
@@ -39,8 +38,7 @@ def link_components(model: ModelFolder, out: Path, pooled: bool, *, copy: bool =
                     shutil.copyfile(path, target / path.name)
         if part in ("vae", "text_encoder", "text_encoder_2"):
             _link_weights(source, part, model.variant, target, copy)
-    origin = {"path": model.path, "revision": model.revision, "variant": model.variant}
-    return record_components(out, origin=origin)
+    return {"origin": {"path": model.path, "revision": model.revision, "variant": model.variant}}
 
 
 def _link_weights(source: Path, part: str, variant: str | None, target: Path, copy: bool) -> None:
@@ -58,19 +56,11 @@ def _link_weights(source: Path, part: str, variant: str | None, target: Path, co
             (target / name).symlink_to(path.resolve())
 
 
-def record_components(folder: Path, *, origin: Mapping[str, Any]) -> dict[str, str]:
-    """Writes the record of a components folder; returns the SHA-256 of each file by its path in the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
-    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-    write_json(folder / RECORD, {"origin": dict(origin), "sha256": digests})
-    return digests
-
-
 def read_record(folder: Path) -> dict[str, str]:
     """The recorded SHA-256 of each file. Raises UserError if a file is missing; contents are not read again."""
-    digests = read_json(folder / RECORD).get("sha256")
+    digests = read_json(folder / RECORD).get("files")
     if not isinstance(digests, dict):
-        raise UserError(f"{folder / RECORD}: no table `sha256`; delete the folder and run the workflow again")
+        raise UserError(f"{folder / RECORD}: no table `files`; delete the folder and run the workflow again")
     for name in digests:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: recorded in {RECORD}, but missing; restore it or make the folder again")

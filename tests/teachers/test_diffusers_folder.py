@@ -13,7 +13,7 @@ from tiny_pipelines import KINDS, LATENT, tiny_data, tiny_teacher, write_pipelin
 
 from dmd2 import config
 from dmd2.errors import UserError
-from dmd2.files import read_json, sha256
+from dmd2.files import sha256, write_json
 from dmd2.method.denoiser import guided
 from dmd2.teachers import load_space, load_teacher
 from dmd2.teachers.components import autoencoder_digest, link_components, read_record
@@ -62,13 +62,15 @@ def test_a_users_folder_samples_as_its_stock_pipeline(kind: str, source: Path) -
 
 def test_components_are_linked_with_a_record(kind: str, source: Path, tmp_path: Path) -> None:
     model, out = config.ModelFolder(path=str(source)), tmp_path / "components"
-    digests = link_components(model, out, kind == "sdxl")
-    assert read_record(out) == digests
+    assert link_components(model, out) == {"origin": {"path": str(source), "revision": None, "variant": None}}
     assert not (out / "unet").exists()
     assert (out / "vae" / "diffusion_pytorch_model.safetensors").is_symlink()
     assert not (out / "vae" / "config.json").is_symlink()
     weights = "text_encoder/model.safetensors"
-    assert digests[weights] == sha256(source / weights)
+    assert sha256(out / weights) == sha256(source / weights)
+    files = {str(path.relative_to(out)): sha256(path) for path in sorted(out.rglob("*")) if path.is_file()}
+    write_json(out / "components.json", {"files": files})
+    assert read_record(out) == files
     assert autoencoder_digest(out) == sha256(source / "vae" / "diffusion_pytorch_model.safetensors")
     codec, conditioner = load_space(tiny_teacher(kind), tiny_data(), out)
     whole = load_teacher(tiny_teacher(kind, source), tiny_data())
@@ -88,9 +90,9 @@ def test_a_variant_is_linked_under_plain_names_and_loads_as_float32(kind: str, f
         save_file(half, path.with_name(f"{path.stem}.fp16.safetensors"), metadata={"format": "pt"})
         path.unlink()
     with pytest.raises(UserError, match=r"no such file \(there is .*fp16.safetensors\).*teacher.weights.variant"):
-        link_components(config.ModelFolder(path=str(folder)), tmp_path / "x", kind == "sdxl")
+        link_components(config.ModelFolder(path=str(folder)), tmp_path / "x")
     model = config.ModelFolder(path=str(folder), variant="fp16")
-    link_components(model, tmp_path / "out", kind == "sdxl", copy=True)
+    link_components(model, tmp_path / "out", copy=True)
     teacher = load_teacher(tiny_teacher(kind, weights=model), tiny_data(), components=tmp_path / "out")
     assert {p.dtype for p in teacher.denoiser.parameters()} == {torch.float32}
     cond = teacher.conditioner.embed(teacher.conditioner.tokenize(["a"]))
@@ -234,6 +236,5 @@ def test_a_repository_in_the_hubs_cache_is_found(source: Path, kind: str, tmp_pa
     model = config.ModelFolder(path="owner/name", revision=commit)
     assert resolve(model) == snapshot
     assert load_teacher(tiny_teacher(kind, weights=model), tiny_data()).conditioner.tokenize(["a"])
-    out = tmp_path / "components"
-    link_components(model, out, kind == "sdxl")
-    assert read_json(out / "components.json")["origin"] == {"path": "owner/name", "revision": commit, "variant": None}
+    origin = link_components(model, tmp_path / "components")["origin"]
+    assert origin == {"path": "owner/name", "revision": commit, "variant": None}
