@@ -71,9 +71,13 @@ class DiffusersDenoiser(Denoiser):
         self.register_buffer("limits", boundaries(sigmas), persistent=False)
 
     def store(self, precision: Precision) -> DiffusersDenoiser:
-        """Itself, with its weights in another dtype: a frozen network in bf16 takes half the memory."""
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(DTYPES[precision])
+        """Itself, with its weights in another dtype: a frozen network in bf16 takes half the memory.
+
+        Low-rank adapters keep theirs. (`.to(torch.bfloat16)` would also round the table of noise levels.)
+        """
+        for name, parameter in self.named_parameters():
+            if ".lora_" not in name:
+                parameter.data = parameter.data.to(DTYPES[precision])
         return self
 
     def blocks(self) -> list[nn.Module]:
