@@ -48,11 +48,11 @@ def _group(device: torch.device, runtime: Runtime) -> AbstractContextManager[Non
 def teacher(
     spec: Spec,
     latents: Path | None,
-    components: Path | None,
     state_root: Path,
     weights: Path,
     train_log: Path,
     runtime: Runtime,
+    components: Path | None = None,
 ) -> None:
     """Writes the teacher's weights: trained here, in closed form, or from the user's file."""
     config, device = spec.need("teacher"), ranks.device_of(runtime.device)
@@ -112,13 +112,13 @@ class TrainOutputs(NamedTuple):
 def train(
     spec: Spec,
     teacher_weights: Path,
-    components: Path | None,
     latents: Path,
     pairs: Path | None,
     start: Path | None,
     state_root: Path,
     out: TrainOutputs,
     runtime: Runtime,
+    components: Path | None = None,
 ) -> None:
     """Trains a student; writes generator, networks (to initialise other runs), snapshots with manifest, and the log."""
     config, device = spec.need("train"), ranks.device_of(runtime.device)

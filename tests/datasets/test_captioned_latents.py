@@ -26,7 +26,7 @@ class Rounded(PixelCodec):
     """Keeps every fourth grey level; the ids are hidden in the first pixel. Refuses empty batches."""
 
     min_psnr = 40.0
-    facts = {"posterior_seed": 3}
+    facts: ClassVar[dict[str, int]] = {"posterior_seed": 3}
 
     def encode(self, images: np.ndarray, ids: Sequence[int] | range = ()) -> np.ndarray:
         assert len(images) == len(ids) > 0
