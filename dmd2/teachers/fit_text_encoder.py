@@ -94,7 +94,7 @@ def build_tokenizer(captions: Sequence[str]) -> Any:
         for piece, _ in empty.pre_tokenizer.pre_tokenize_str(empty.normalizer.normalize_str(caption))
     }
     words = [[*piece[:-1], piece[-1] + END] for piece in sorted(pieces)]
-    merges: list[tuple[str, str]] = []
+    merges: list[Any] = []  # pairs of tokens
     while any(len(word) > 1 for word in words):
         pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
         merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
@@ -118,7 +118,7 @@ def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
     return joined
 
 
-def build_text_encoder(training: ComponentsTraining, tokenizer: Any) -> CLIPTextModel:
+def build_text_encoder(training: ComponentsTraining, tokenizer: Any) -> Any:
     """The configured text encoder for a tokenizer, initialised from `training.seed`. Raises UserError."""
     given = {
         "vocab_size": len(tokenizer),
@@ -148,13 +148,13 @@ def _ids(tokenizer: Any, captions: list[str]) -> Tensor:
     return torch.tensor(found.input_ids)
 
 
-def _logits(encoder: CLIPTextModel, heads: nn.ModuleList, ids: Tensor) -> list[Tensor]:
+def _logits(encoder: Any, heads: nn.ModuleList, ids: Tensor) -> list[Tensor]:
     pooled = encoder(ids).pooler_output  # (B, D), the last hidden state at the end of the text
     return [head(pooled) for head in heads]
 
 
 @torch.no_grad()
-def _accuracy(encoder: CLIPTextModel, heads: nn.ModuleList, ids: Tensor, targets: Targets) -> float:
+def _accuracy(encoder: Any, heads: nn.ModuleList, ids: Tensor, targets: Targets) -> float:
     """The share of captions whose targets are all right."""
     guessed = torch.stack([part.argmax(1) for part in _logits(encoder, heads, ids)], dim=1).cpu()
     wanted = torch.tensor(np.asarray(list(targets.values()), np.int64))
