@@ -137,6 +137,32 @@ class DiffusersTeacherConfig(Model):
             raise ValueError("set `training` or `weights`, not both")
         return self
 
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        """Network, autoencoder and text encoder that are trained here; defaults are those of the libraries."""
+        if self.training is None:
+            return self
+        autoencoder, text = self.training.components.autoencoder, self.training.components.text_encoder
+        factor = 2 ** (len(autoencoder.get("block_out_channels", (64,))) - 1)
+        wanted = {
+            "latent_factor": (self.latent_factor, factor, "halvings of components.autoencoder.block_out_channels"),
+            "latent_channels": (
+                self.latent_channels,
+                autoencoder.get("latent_channels", 4),
+                "components.autoencoder.latent_channels",
+            ),
+        }
+        if "like" not in self.network:
+            for key in ("in_channels", "out_channels"):
+                wanted[f"network.{key}"] = (self.network.get(key, 4), self.latent_channels, "latent_channels")
+            width = self.network.get("cross_attention_dim", 1280)
+            hidden = text.get("hidden_size", 512)
+            wanted["network.cross_attention_dim"] = (width, hidden, "components.text_encoder.hidden_size")
+        for key, (value, other, name) in wanted.items():
+            if value != other:
+                raise ValueError(f"{key} is {value}, but {name} require {other}; set one to the other")
+        return self
+
 
 AnyTeacher = Annotated[TeacherConfig | DiffusersTeacherConfig, Field(discriminator="kind")]
 """The multi-step diffusion model that is distilled."""
