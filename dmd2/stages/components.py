@@ -30,7 +30,7 @@ def components(spec: Spec, images: Path | None, record: Path) -> None:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     if teacher.weights is not None:
-        from dmd2.teachers.diffusers_folder import link_components
+        from dmd2.teachers.components import link_components
 
         facts = link_components(teacher.weights, folder)
     elif teacher.training is not None:

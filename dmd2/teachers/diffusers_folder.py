@@ -181,7 +181,12 @@ def _loaded(kind: Any, folder: Path, part: str, **dtype: torch.dtype) -> Any:
     weight_files(folder, part)
     try:
         network, info = kind.from_pretrained(
-            folder / part, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
+            folder / part,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below
+            **dtype,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder / part}: not a readable {kind.__name__} ({_line(error)}); fetch it again") from None

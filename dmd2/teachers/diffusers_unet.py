@@ -18,7 +18,6 @@ from dmd2.method.noise import expand
 from dmd2.teachers.diffusers_layers import Recomputed, replace_layers
 from dmd2.teachers.predictions import boundaries, input_scale, linear_head, timestep
 from dmd2.teachers.unet_configs import check_config
-from dmd2_kernels import LinearHead
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,6 +48,8 @@ class DiffusersDenoiser(Denoiser):
     `precision` is the compute dtype, whatever the weights' dtype is; preconditioning and outputs are float32 (float64
     for a float64 x). Taps are the output of the middle block, then the last skip of each finer level.
     """
+
+    predicts_x0 = False
 
     def __init__(
         self, unet: UNet2DConditionModel, sigmas: Tensor, prediction: str = "epsilon", precision: Precision = "fp32"
@@ -83,35 +84,22 @@ class DiffusersDenoiser(Denoiser):
         self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
     ) -> tuple[Tensor, list[Tensor]]:
         """See `Denoiser`; x0 = a x + k F(c_in x; t, cond), with a, k and c_in of the network's kind of prediction."""
-        if num_denoise == 0:
-            return x[:0].detach(), self._tapped(self._encode(x, sigma, cond), num_taps)
-        out, head, features = self.raw_and_tap(x, sigma, cond, num_denoise, num_taps)
+        (out, head), features = self.predict_and_tap(x, sigma, cond, num_denoise, num_taps)
+        assert head is not None
         return expand(head.a, out) * x[:num_denoise].to(out.dtype) + expand(head.k, out) * out, features
-
-    predicts_x0 = False
 
     def predict_and_tap(
         self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
     ) -> tuple[Prediction, list[Tensor]]:
-        """See `Denoiser`: the raw output with its linear head."""
-        if num_denoise == 0:
-            return Prediction(x[:0].detach()), self._tapped(self._encode(x, sigma, cond), num_taps)
-        out, head, features = self.raw_and_tap(x, sigma, cond, num_denoise, num_taps)
-        return Prediction(out, head), features
-
-    def raw(self, x: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, LinearHead]:
-        """The network's output (B, ...) and the head that makes it x0 = head.a * x + head.k * out, both float32."""
-        return self.raw_and_tap(x, sigma, cond, x.shape[0], 0)[:2]
-
-    def raw_and_tap(
-        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
-    ) -> tuple[Tensor, LinearHead, list[Tensor]]:
-        """`denoise_and_tap` with the raw output and its head for the first `num_denoise` samples, at least one."""
+        """See `Denoiser`: the network's raw output with its head, float32."""
+        wide = torch.promote_types(x.dtype, torch.float32)
         encoding = self._encode(x, sigma, cond)
         features = self._tapped(encoding, num_taps)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        out = self._decode(encoding.first(num_denoise)).to(wide)
-        return out, linear_head(self.prediction, sigma[:num_denoise].to(wide)), features
+        if num_denoise == 0:
+            out = x[:0].detach().to(wide)
+        else:
+            out = self._decode(encoding.first(num_denoise)).to(wide)
+        return Prediction(out, linear_head(self.prediction, sigma[:num_denoise].to(wide))), features
 
     def _tapped(self, encoding: Encoding, num_taps: int) -> list[Tensor]:
         """The taps, coarsest first: the last skip of a finer level comes just before its downsampled copy."""

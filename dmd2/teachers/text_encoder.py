@@ -49,7 +49,8 @@ class TextConditioner:
     ):
         self.shape, self.tokenizers, self.encoders = shape, tuple(tokenizers), tuple(encoders)
         self.time_ids, self.length, self.num_truncated = tuple(time_ids), length, 0
-        self._null, self._empty = null, None
+        self.null_kind: Null = null
+        self._empty: Cond | None = None
         if self.tokenizers:
             self.length = self.tokenizers[0].model_max_length
 
@@ -59,6 +60,12 @@ class TextConditioner:
             encoder.to(device)
         self._empty = None
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoders are."""
+        first = next(self.encoders[0].parameters(), None) if self.encoders else None
+        return torch.device("cpu") if first is None else first.device
 
     def tokenize(self, labels: Sequence[Any]) -> Cond:
         """The tokens of B captions, padded or cut to L. Raises UserError for a label that is not a text."""
@@ -122,7 +129,7 @@ class TextConditioner:
 
     def null(self, cond: Cond) -> Cond:
         """The unconditional inputs of a batch of conditions: the empty prompt, or zeros; time ids stay the samples'."""
-        if self._null == "zeros" or not self.encoders:
+        if self.null_kind == "zeros" or not self.encoders:
             return {name: value if name == "time_ids" else torch.zeros_like(value) for name, value in cond.items()}
         text = cond["text"]
         if self._empty is None or self._empty["text"].device != text.device:

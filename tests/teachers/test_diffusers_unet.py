@@ -19,6 +19,7 @@ from dmd2.teachers.diffusers_unet import DiffusersDenoiser, build_unet, stock_un
 from dmd2.teachers.mixture import GaussianMixture
 from dmd2.teachers.predictions import PREDICTIONS, boundaries, input_scale, linear_head, timestep
 from dmd2.teachers.unet_configs import unet_config
+from dmd2_kernels import LinearHead
 
 GRID = NoiseGrid.ddpm()
 LEVELS = torch.tensor([0, 249, 399, 999])
@@ -46,6 +47,14 @@ def batch(kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return add_noise(x0, sigma, eps), sigma, conditions(kind, num)
 
 
+def raw(denoiser: DiffusersDenoiser, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, LinearHead]:
+    """The network's output with its head."""
+    assert not denoiser.predicts_x0
+    out, head = denoiser.predict_and_tap(x, sigma, cond, len(x), 0)[0]
+    assert head is not None
+    return out, head
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -63,7 +72,7 @@ def denoiser(stock: Any) -> DiffusersDenoiser:
 
 def test_the_raw_output_is_the_stock_networks_bit_for_bit(kind: str, stock: Any, denoiser: DiffusersDenoiser) -> None:
     x, sigma, cond = batch(kind)
-    out, head = denoiser.raw(x, sigma, cond)
+    out, head = raw(denoiser, x, sigma, cond)
     scaled = expand((1 + sigma.square()).rsqrt(), x) * x
     expected = stock(scaled, LEVELS, **stock_arguments(cond)).sample
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
@@ -77,9 +86,9 @@ def test_names_are_the_networks_own(stock: Any, denoiser: DiffusersDenoiser) -> 
 
 def test_every_condition_changes_the_output(kind: str, denoiser: DiffusersDenoiser) -> None:
     x, sigma, cond = batch(kind)
-    out = denoiser.raw(x, sigma, cond)[0]
+    out = raw(denoiser, x, sigma, cond)[0]
     for name in cond:
-        other = denoiser.raw(x, sigma, {**cond, name: cond[name] + 1})[0]
+        other = raw(denoiser, x, sigma, {**cond, name: cond[name] + 1})[0]
         assert (other - out).abs().flatten(1).amax(1).min() > 1e-5, name
 
 
@@ -121,11 +130,9 @@ def test_some_samples_are_denoised_and_all_are_tapped(kind: str, denoiser: Diffu
 def test_a_critic_runs_on_it(kind: str, denoiser: DiffusersDenoiser) -> None:
     x, sigma, cond = batch(kind)
     critic = Critic(denoiser, num_taps=2)
-    fake, logits = critic(
-        torch.cat([x, x]), torch.cat([sigma, sigma]), concat([cond, cond]), num_denoise=4, logits_from=4
-    )
-    assert fake.head is not None
-    assert fake.x0(x).shape == x.shape
+    both = torch.cat([x, x]), torch.cat([sigma, sigma]), concat([cond, cond])
+    prediction, logits = critic(*both, num_denoise=4, logits_from=4)
+    torch.testing.assert_close(prediction.x0(x), denoiser(x, sigma, cond))
     assert logits is not None
     assert logits.shape == (4, 2)
 
@@ -235,7 +242,7 @@ def test_the_whole_adapter_uses_its_prediction(prediction: str) -> None:
     sigma = built.grid.sigmas[LEVELS].double()
     x, cond = torch.randn(4, *LATENT, generator=torch.Generator().manual_seed(3)).double(), conditions("sd15", 4)
     x = x * expand(1 + sigma, x)
-    out, head = built.denoiser.raw(x, sigma, cond)
+    out, head = raw(built.denoiser, x, sigma, cond)
     assert out.dtype == head.a.dtype == torch.float64
     torch.testing.assert_close(built.denoiser(x, sigma, cond), expand(head.a, x) * x + expand(head.k, x) * out)
     scale = expand(input_scale(prediction, sigma), x)
