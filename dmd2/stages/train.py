@@ -199,7 +199,7 @@ def _alarm(row: dict[str, float]) -> str | None:
     if row.get("num_nonfinite", 0.0) > 0:
         return "the matching gradient has non-finite values, which are replaced by 0: the teacher may be damaged"
     ratio = row.get("neighbour_ratio")
-    if ratio is None or ratio >= COLLAPSE:
+    if ratio is None or ratio >= COLLAPSE or "brightness" not in row:  # the threshold is of pixels
         return None
     return f"generated images are nearly equal (neighbour ratio {ratio:.3f}): the generator may have collapsed"
 
