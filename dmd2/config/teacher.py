@@ -144,23 +144,23 @@ class DiffusersTeacherConfig(Model):
             return self
         autoencoder, text = self.training.components.autoencoder, self.training.components.text_encoder
         factor = 2 ** (len(autoencoder.get("block_out_channels", (64,))) - 1)
+        channels, width = autoencoder.get("latent_channels", 4), text.get("hidden_size", 512)
+        part = "components.autoencoder"
         wanted = {
-            "latent_factor": (self.latent_factor, factor, "halvings of components.autoencoder.block_out_channels"),
-            "latent_channels": (
-                self.latent_channels,
-                autoencoder.get("latent_channels", 4),
-                "components.autoencoder.latent_channels",
-            ),
+            "latent_factor": (self.latent_factor, factor, f"the factor of {part}.block_out_channels"),
+            "latent_channels": (self.latent_channels, channels, f"{part}.latent_channels"),
         }
-        if "like" not in self.network:
-            for key in ("in_channels", "out_channels"):
-                wanted[f"network.{key}"] = (self.network.get(key, 4), self.latent_channels, "latent_channels")
-            width = self.network.get("cross_attention_dim", 1280)
-            hidden = text.get("hidden_size", 512)
-            wanted["network.cross_attention_dim"] = (width, hidden, "components.text_encoder.hidden_size")
+        of_network = {
+            "in_channels": (channels, f"{part}.latent_channels"),
+            "out_channels": (channels, f"{part}.latent_channels"),
+            "cross_attention_dim": (width, "components.text_encoder.hidden_size"),
+        }
+        for key, (other, name) in of_network.items():
+            if key in self.network:  # a job's record may hold no network
+                wanted[f"network.{key}"] = (self.network[key], other, name)
         for key, (value, other, name) in wanted.items():
             if value != other:
-                raise ValueError(f"{key} is {value}, but {name} require {other}; set one to the other")
+                raise ValueError(f"{key} is {value}, but {name} is {other}; set one to the other")
         return self
 
 
