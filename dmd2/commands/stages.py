@@ -65,7 +65,7 @@ def latents(
     """Write the images in the teacher's space, with the tokens of their labels."""
     from dmd2.stages import data
 
-    data.latents(_spec(spec, "latents"), images, components, manifest, _runtime(runtime))
+    data.latents(_spec(spec, "latents"), images, manifest, _runtime(runtime), components)
 
 
 def pairs(
@@ -78,7 +78,7 @@ def pairs(
     """Write the teacher's noise-image pairs."""
     from dmd2.stages import data
 
-    data.pairs(_spec(spec, "pairs"), teacher, components, manifest, _runtime(runtime))
+    data.pairs(_spec(spec, "pairs"), teacher, manifest, _runtime(runtime), components)
 
 
 def teacher(
@@ -93,7 +93,7 @@ def teacher(
     """Train the teacher on latents, or import its weights from the file that the spec names."""
     from dmd2.stages import train as stage
 
-    stage.teacher(_spec(spec, "teacher"), latents, components, state, weights, train_log, _runtime(runtime))
+    stage.teacher(_spec(spec, "teacher"), latents, state, weights, train_log, _runtime(runtime), components)
 
 
 def train(
@@ -114,7 +114,7 @@ def train(
     from dmd2.stages import train as stage
 
     out = stage.TrainOutputs(generator, networks, snapshots, train_log)
-    stage.train(_spec(spec, "train"), teacher, components, latents, pairs, start, state, out, _runtime(runtime))
+    stage.train(_spec(spec, "train"), teacher, latents, pairs, start, state, out, _runtime(runtime), components)
 
 
 def import_student(spec: SpecOption, generator: OptionalPath = None, networks: OptionalPath = None) -> None:
@@ -150,7 +150,7 @@ def sample(
     """Sample from the teacher or a student."""
     from dmd2.stages import sample as stage
 
-    stage.sample(_spec(spec, "sample"), weights, components, manifest, _runtime(runtime))
+    stage.sample(_spec(spec, "sample"), weights, manifest, _runtime(runtime), components)
 
 
 def metrics(
@@ -184,7 +184,7 @@ def curve(
     """Measure a run's snapshots."""
     from dmd2.stages import curves
 
-    curves.curve(_spec(spec, "curve"), snapshots, components, reference, extractor, state, out, _runtime(runtime))
+    curves.curve(_spec(spec, "curve"), snapshots, reference, extractor, state, out, _runtime(runtime), components)
 
 
 def select(

@@ -43,9 +43,9 @@ def write_latents(
 
     The first batch of every shard is decoded and compared with the images: UserError unless they are equal or, for an
     inexact codec, their PSNR is at least `codec.min_psnr`. The errors are kept with each shard, their mean PSNR and
-    `codec.facts` (a mapping such as scaling factor and posterior seed, if the codec has it) in the manifest's facts, and
-    this rank's images per second in `provenance.json`. With `captions.subset: training` in the spec's data, the images
-    of held-out captions are left out. `options` are those of `write_shards`.
+    `codec.facts` (a mapping such as scaling factor and posterior seed, if the codec has it) in the manifest's facts,
+    and this rank's images per second in `provenance.json`. With `captions.subset: training` in the spec's data, the
+    images of held-out captions are left out. `options` are those of `write_shards`.
     """
     encoder = _Encoder(ShardReader(images_manifest, images_digest), codec, conditioner, held_out(spec))
     manifest = encoder.reader.manifest

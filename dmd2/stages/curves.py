@@ -30,12 +30,12 @@ OF_THE_FILE = ("artifact", "sha256", "bytes", "provenance")
 def curve(
     spec: Spec,
     snapshots: Path,
-    components: Path | None,
     reference: Path,
     extractor_weights: Path,
     state: Path,
     out: Path,
     runtime: Runtime,
+    components: Path | None = None,
 ) -> None:
     """Writes the metrics of a run's snapshots over training as CSV (paper, figure 9); each rank measures its share."""
     evaluation = spec.need("evaluation")

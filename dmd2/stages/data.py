@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from dmd2.config import Data, Runtime
-from dmd2.config.digit_pairs import composition, is_held_out
+from dmd2.config import Runtime
 from dmd2.datasets import write_images
 from dmd2.datasets.latents import write_latents, write_pairs
 from dmd2.datasets.loader import EpochStream, PairBatch
@@ -27,32 +25,28 @@ def shards(spec: Spec, manifest: Path, source: str | None, max_unreadable: int, 
     write_images(manifest, data, spec, workers=workers, progress=lambda total: Counter("shards", total))
 
 
-def latents(spec: Spec, images: Path, components: Path | None, manifest: Path, runtime: Runtime) -> None:
+def latents(spec: Spec, images: Path, manifest: Path, runtime: Runtime, components: Path | None = None) -> None:
     """Writes the images encoded in the teacher's space, with the tokens of their labels; each rank writes its share."""
     device = ranks.device_of(runtime.device)
     folder = None if components is None else components_folder(components, spec.upstream["components"])
     codec, conditioner = load_space(spec.need("teacher"), spec.need("data"), components=folder)
-    write_latents(
-        images,
-        manifest,
-        codec.to(device),
-        conditioner,
-        spec,
-        images_digest=spec.upstream["shards"],
-        batch_size=runtime.sample_batch_size,
-        leave_out=_leaves_out(spec.need("data")),
-        progress=Counter("latents"),
-    )
+    with ranks.process_group(device, APART_MINUTES):
+        write_latents(
+            images,
+            manifest,
+            codec.to(device),
+            conditioner,
+            spec,
+            images_digest=spec.upstream["shards"],
+            batch_size=runtime.sample_batch_size,
+            rank=ranks.rank(),
+            world=ranks.world_size(),
+            barrier=ranks.barrier,
+            progress=Counter("latents"),
+        )
 
 
-def _leaves_out(data: Data) -> Callable[[str], bool] | None:
-    """Whether an image with a caption is held out of training; None: none is."""
-    if data.captions is None or data.captions.subset == "all":
-        return None
-    return lambda caption: is_held_out(*composition(caption))
-
-
-def pairs(spec: Spec, weights: Path, components: Path | None, manifest: Path, runtime: Runtime) -> None:
+def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime, components: Path | None = None) -> None:
     """Writes noise-image pairs of the teacher's deterministic sampler; each rank writes its share of the shards."""
     settings, sampler = spec.need("pairs"), spec.need("sampler")
     device = ranks.device_of(runtime.device)

@@ -128,7 +128,7 @@ def num_passes(spec: Spec, teacher: Teacher, sampler: Sampler) -> int:
     return (2 * sampler.num_steps - 1) * (1 if scale == 1 else 2)
 
 
-def sample(spec: Spec, weights: Path, components: Path | None, manifest: Path, runtime: Runtime) -> None:
+def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime, components: Path | None = None) -> None:
     """Writes images of a teacher or student as shards; each rank writes its share."""
     evaluation, sampler = spec.need("evaluation"), spec.need("sampler")
     device = ranks.device_of(runtime.device)

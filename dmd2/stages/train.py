@@ -48,11 +48,11 @@ def _group(device: torch.device, runtime: Runtime) -> AbstractContextManager[Non
 def teacher(
     spec: Spec,
     latents: Path | None,
-    components: Path | None,
     state_root: Path,
     weights: Path,
     train_log: Path,
     runtime: Runtime,
+    components: Path | None = None,
 ) -> None:
     """Writes the teacher's weights: trained here, in closed form, or from the user's file."""
     config, device = spec.need("teacher"), ranks.device_of(runtime.device)
@@ -112,13 +112,13 @@ class TrainOutputs(NamedTuple):
 def train(
     spec: Spec,
     teacher_weights: Path,
-    components: Path | None,
     latents: Path,
     pairs: Path | None,
     start: Path | None,
     state_root: Path,
     out: TrainOutputs,
     runtime: Runtime,
+    components: Path | None = None,
 ) -> None:
     """Trains a student; writes generator, networks (to initialise other runs), snapshots with manifest, and the log."""
     config, device = spec.need("train"), ranks.device_of(runtime.device)
@@ -199,7 +199,7 @@ def _alarm(row: dict[str, float]) -> str | None:
     if row.get("num_nonfinite", 0.0) > 0:
         return "the matching gradient has non-finite values, which are replaced by 0: the teacher may be damaged"
     ratio = row.get("neighbour_ratio")
-    if ratio is None or ratio >= COLLAPSE:
+    if ratio is None or ratio >= COLLAPSE or "brightness" not in row:  # the threshold is of pixels
         return None
     return f"generated images are nearly equal (neighbour ratio {ratio:.3f}): the generator may have collapsed"
 

@@ -79,14 +79,15 @@ def fit_autoencoder(
     return {**measured, **facts}
 
 
-def build_autoencoder(training: ComponentsTraining, image_shape: tuple[int, ...]) -> AutoencoderKL:
+def build_autoencoder(training: ComponentsTraining, image_shape: tuple[int, ...]) -> Any:
     """The configured autoencoder for images (H, W, C), initialised from `training.seed`. Raises UserError."""
     height, width, channels = image_shape
+    make: Any = AutoencoderKL  # its own type hides that it is a module
     chosen = {"in_channels": channels, "out_channels": channels, "sample_size": height, **training.autoencoder}
     if (chosen["in_channels"], chosen["out_channels"]) != (channels, channels):
         raise UserError(f"{KEY}: in_channels and out_channels must be {channels}, as the images'; leave them out")
     try:
-        vae = seeded(lambda: AutoencoderKL(**chosen), training.seed)
+        vae = seeded(lambda: make(**chosen), training.seed)
     except (TypeError, ValueError, RuntimeError) as error:
         raise refused(KEY, error) from None
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -99,7 +100,7 @@ def build_autoencoder(training: ComponentsTraining, image_shape: tuple[int, ...]
 
 
 @torch.no_grad()
-def _latents(vae: AutoencoderKL, x: Tensor, seed: int) -> Tensor:
+def _latents(vae: Any, x: Tensor, seed: int) -> Tensor:
     """Samples (B, c, h, w) of the posteriors of x (B, C, H, W), before scaling."""
     rng = torch.Generator().manual_seed(seed)
     parts = []
@@ -110,7 +111,7 @@ def _latents(vae: AutoencoderKL, x: Tensor, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def _psnr(vae: AutoencoderKL, x: Tensor, seed: int) -> float:
+def _psnr(vae: Any, x: Tensor, seed: int) -> float:
     """PSNR in dB (peak 255) of all of x (B, C, H, W) after encoding, decoding and rounding to 8 bits."""
     decoded = torch.cat([vae.decode(part).sample for part in _latents(vae, x, seed).split(CHUNK)])
     levels = ((decoded.clamp(-1, 1) + 1) * 127.5).round()

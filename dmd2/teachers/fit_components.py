@@ -33,8 +33,7 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> Any:
 
 def refused(key: str, error: Exception) -> UserError:
     """The error of a configuration that a library does not accept, in one line."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return UserError(f"{key}: {lines[0]}; correct the configuration")
+    return UserError(f"{key}: {' '.join(str(error).split()) or type(error).__name__}; correct the configuration")
 
 
 def minimise(

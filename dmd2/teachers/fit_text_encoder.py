@@ -6,12 +6,16 @@ and the right digit) from its last hidden state, and is then frozen. Shapes: B b
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -22,8 +26,9 @@ from dmd2.teachers.fit_components import minimise, refused, seeded
 
 KEY = "teacher.training.components.text_encoder"
 TOKENIZER_FOLDER, FOLDER = "tokenizer", "text_encoder"
-MAX_VOCABULARY = 49_408
-"""CLIP's; a tokenizer that is trained on few captions stays far below."""
+BEGIN_TEXT, END_TEXT = "<|startoftext|>", "<|endoftext|>"
+END = "</w>"
+"""Suffix of a word's last token."""
 
 Targets = Mapping[str, Sequence[int]]
 """Caption -> class numbers, as many for each caption."""
@@ -39,7 +44,7 @@ def fit_text_encoder(
 ) -> dict[str, Any]:
     """Trains a tokenizer and a text encoder; writes `folder`/tokenizer and `folder`/text_encoder.
 
-    The tokenizer has a token for each word of the captions, all of equal length after padding. The encoder minimises
+    The tokenizer has a token for each word of the captions. The encoder minimises
     the cross-entropy of one linear layer per target on the hidden state at the end of the text. `unseen` captions are
     only measured. Everything is a function of captions, targets and `training`. Facts: `accuracy` and
     `unseen_accuracy` (all targets of a caption right), `num_tokens`, `length`, and those of `minimise`.
@@ -78,17 +83,42 @@ def fit_text_encoder(
 def build_tokenizer(captions: Sequence[str]) -> Any:
     """A CLIP tokenizer with one token per word of the captions, as long as the longest of them.
 
-    Byte pairs are merged until no word has more than one token, so a text with other words is spelt with more tokens.
+    Byte pairs are merged, the most frequent first and equal ones in alphabetical order (Sennrich et al. 2016,
+    algorithm 1), until no word has more than one token; other words are spelt. The trainer of `tokenizers` is not
+    used: the numbers that it gives to tokens change from call to call. The vocabulary is laid out as CLIP's own.
     """
-    tokenizer = CLIPTokenizer().train_new_from_iterator(list(captions), vocab_size=MAX_VOCABULARY, show_progress=False)
-    split = [word for caption in captions for word in caption.split() if len(tokenizer.tokenize(word)) != 1]
-    if split:
-        raise UserError(f"captions: {split[0]!r} does not become one token; write captions in lower-case words")
+    empty = CLIPTokenizer().backend_tokenizer
+    pieces = {
+        piece
+        for caption in captions
+        for piece, _ in empty.pre_tokenizer.pre_tokenize_str(empty.normalizer.normalize_str(caption))
+    }
+    words = [[*piece[:-1], piece[-1] + END] for piece in sorted(pieces)]
+    merges: list[Any] = []  # pairs of tokens
+    while any(len(word) > 1 for word in words):
+        pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        words = [_merged(word, merges[-1]) for word in words]
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(letter + END for letter in alphabet), *map("".join, merges), BEGIN_TEXT, END_TEXT]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
     tokenizer.model_max_length = max(len(ids) for ids in tokenizer(list(captions)).input_ids)
     return tokenizer
 
 
-def build_text_encoder(training: ComponentsTraining, tokenizer: Any) -> CLIPTextModel:
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    """The word with each occurrence of the pair joined, from the left."""
+    joined: list[str] = []
+    for token in word:
+        if joined and (joined[-1], token) == pair:
+            joined[-1] += token
+        else:
+            joined.append(token)
+    return joined
+
+
+def build_text_encoder(training: ComponentsTraining, tokenizer: Any) -> Any:
     """The configured text encoder for a tokenizer, initialised from `training.seed`. Raises UserError."""
     given = {
         "vocab_size": len(tokenizer),
@@ -104,7 +134,7 @@ def build_text_encoder(training: ComponentsTraining, tokenizer: Any) -> CLIPText
         raise UserError(f"{KEY}: CLIPTextModel has no {', '.join(sorted(unknown))}; correct the name")
     try:
         return seeded(lambda: CLIPTextModel(CLIPTextConfig(**training.text_encoder, **given)), training.seed)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (StrictDataclassError, TypeError, ValueError, RuntimeError) as error:
         raise refused(KEY, error) from None
 
 
@@ -118,13 +148,13 @@ def _ids(tokenizer: Any, captions: list[str]) -> Tensor:
     return torch.tensor(found.input_ids)
 
 
-def _logits(encoder: CLIPTextModel, heads: nn.ModuleList, ids: Tensor) -> list[Tensor]:
+def _logits(encoder: Any, heads: nn.ModuleList, ids: Tensor) -> list[Tensor]:
     pooled = encoder(ids).pooler_output  # (B, D), the last hidden state at the end of the text
     return [head(pooled) for head in heads]
 
 
 @torch.no_grad()
-def _accuracy(encoder: CLIPTextModel, heads: nn.ModuleList, ids: Tensor, targets: Targets) -> float:
+def _accuracy(encoder: Any, heads: nn.ModuleList, ids: Tensor, targets: Targets) -> float:
     """The share of captions whose targets are all right."""
     guessed = torch.stack([part.argmax(1) for part in _logits(encoder, heads, ids)], dim=1).cpu()
     wanted = torch.tensor(np.asarray(list(targets.values()), np.int64))

@@ -25,8 +25,9 @@ TRAINING = DATA.model_copy(update={"captions": Captions(subset="training")})
 class Rounded(PixelCodec):
     """Keeps every fourth grey level; the ids are hidden in the first pixel. Refuses empty batches."""
 
-    min_psnr = 40.0
-    facts = {"posterior_seed": 3}
+    def __init__(self, min_psnr: float):
+        super().__init__(256, 1)
+        self.min_psnr, self.facts = min_psnr, {"posterior_seed": 3}
 
     def encode(self, images: np.ndarray, ids: Sequence[int] | range = ()) -> np.ndarray:
         assert len(images) == len(ids) > 0
@@ -56,16 +57,10 @@ def latents_spec(data: Data) -> Spec:
     return Spec.of("latents", "latents", {"shards": Spec.of("shards", "shards", data=DATA)}, data=data)
 
 
-def codec(min_psnr: float = 25.0) -> Rounded:
-    made = Rounded(256, 1)
-    made.min_psnr = min_psnr
-    return made
-
-
 @pytest.mark.parametrize("batch_size", [1, 64])  # with 1 most batches keep all, others none
 def test_held_out_captions_get_no_latents_and_the_others_theirs(images: Path, batch_size: int, tmp_path: Path) -> None:
     out = tmp_path / "latents" / "manifest.json"
-    manifest = write_latents(images, out, codec(), Words(), latents_spec(TRAINING), batch_size=batch_size)
+    manifest = write_latents(images, out, Rounded(25.0), Words(), latents_spec(TRAINING), batch_size=batch_size)
     assert (manifest["num_samples"], manifest["facts"]["held_out"]) == (4800, 1200)
     found, whole = ShardReader(out).read(range(4800)), ShardReader(images).read(range(6000))
     ids = [i for i, text in enumerate(whole["txt"].tolist()) if not is_held_out(*composition(text))]
@@ -79,7 +74,7 @@ def test_the_manifest_has_the_psnr_and_what_the_codec_tells_and_the_provenance_t
     images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "latents" / "manifest.json"
-    manifest = write_latents(images, out, codec(), Words(), latents_spec(DATA))
+    manifest = write_latents(images, out, Rounded(25.0), Words(), latents_spec(DATA))
     each = [shard["facts"]["decode_psnr"] for shard in manifest["shards"]]
     assert 25 < min(each) < max(each) < 50
     assert manifest["facts"] == {"posterior_seed": 3, "decode_psnr": pytest.approx(np.mean(each))}
@@ -87,14 +82,14 @@ def test_the_manifest_has_the_psnr_and_what_the_codec_tells_and_the_provenance_t
     speed = files.read_json(out.with_name("provenance.json"))["encoding"]
     assert speed["images"] == 6000
     assert speed["images_per_second"] > 0
-    again = write_latents(images, out, codec(), Words(), latents_spec(DATA))
+    again = write_latents(images, out, Rounded(25.0), Words(), latents_spec(DATA))
     assert again == manifest
     assert "encoding" not in files.read_json(out.with_name("provenance.json"))
 
 
 def test_too_low_a_psnr_is_refused_with_both_figures(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"samples 0 to 63 .* dB\), but at least 60.0 dB are required; check that"):
-        write_latents(images, tmp_path / "manifest.json", codec(60.0), Words(), latents_spec(DATA))
+        write_latents(images, tmp_path / "manifest.json", Rounded(60.0), Words(), latents_spec(DATA))
 
 
 def test_only_data_that_hold_captions_out_have_a_training_subset() -> None:
