@@ -137,6 +137,12 @@ class Role(Denoiser):
             network.precision = self.precision  # type: ignore[assignment]
             return network.predict_and_tap(x, sigma, cond, num_denoise, num_taps)
 
+    def output(self, scaled: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        """See `DiffusersDenoiser`."""
+        with self.shared.role(self.name) as network:
+            network.precision = self.precision  # type: ignore[assignment]
+            return network.output(scaled, time, cond)
+
     def prepare(
         self, *, compile: bool = False, activation_checkpointing: bool = False, backend: str = "inductor"
     ) -> None:
