@@ -78,15 +78,19 @@ class Distillation:
         with torch.random.fork_rng(devices=[]):  # the realism heads' initial weights
             torch.manual_seed(train.seed)
             # eval(): DMD2 uses no dropout, even if the teacher was trained with it.
+            # One network after the other is sharded, so that a device never holds three whole ones.
             self.generator: Denoiser = teacher.copy_network().to(self.device).eval()
+            if start is not None:
+                self.generator.load_state_dict(_part(start, "generator."))
+            sharding.place(self.generator, layout)
             num_taps = train.gan_taps if train.has_gan else 0
             self.critic = Critic(teacher.copy_network(), num_taps=num_taps).to(self.device).eval()
+            if start is not None:
+                self.critic.fake.load_state_dict(_part(start, "critic.fake."))
+            sharding.place(self.critic, layout)
         for denoiser in (self.teacher.denoiser, self.generator, self.critic.fake):
             denoiser.precision = train.precision
-        if start is not None:
-            self._load_networks(start)
-        for network in (self.generator, self.critic):
-            sharding.place(network, layout)
+        self.teacher.denoiser.store(teacher.storage)
         sharding.place(self.teacher.denoiser, layout, entry_points=("denoise_and_tap", "predict_and_tap"))
         self.ema = EMA(self.generator, train.ema_decay)
         self.guard = FiniteGuard(self.device)
@@ -261,13 +265,6 @@ class Distillation:
             **{f"critic.{k}": v for k, v in self.critic.state_dict().items()},
         }
 
-    def _load_networks(self, start: Mapping[str, Tensor]) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in start.items() if k.startswith(prefix)}
-
-        self.generator.load_state_dict(part("generator."))
-        self.critic.fake.load_state_dict(part("critic.fake."))
-
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs except the step number."""
         return {
@@ -280,11 +277,16 @@ class Distillation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; every key must match."""
         networks = state["networks"]
-        self.generator.load_state_dict({k[10:]: v for k, v in networks.items() if k.startswith("generator.")})
-        self.critic.load_state_dict({k[7:]: v for k, v in networks.items() if k.startswith("critic.")})
+        self.generator.load_state_dict(_part(networks, "generator."))
+        self.critic.load_state_dict(_part(networks, "critic."))
         self.ema.load_state_dict(state["average"])
         self._generator_optimizer.load_state_dict(state["generator_optimizer"])
         self._critic_optimizer.load_state_dict(state["critic_optimizer"])
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with names that start with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool, has_prompts: bool) -> None:
