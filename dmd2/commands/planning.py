@@ -1,4 +1,4 @@
-"""Commands besides the stages: cost, planning, job times and external files."""
+"""Commands besides the stages: cost, planning, job times, external files, and images of a finished run."""
 
 from __future__ import annotations
 
@@ -134,4 +134,24 @@ def times(
     _tell(report, job_times.text(report), as_json)
 
 
-COMMANDS = (download, downloads, cost, plan, times)
+def generate(
+    weights: Annotated[Path, typer.Option(help="a run's folder such as results/digits-t2i/dmd2_4step, or its weights")],
+    prompt: Annotated[list[str] | None, typer.Option(help="repeatable; for a text-to-image model")] = None,
+    classes: Annotated[list[int] | None, typer.Option("--class", help="repeatable; for a model of classes")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the images")] = Path("generated"),
+    num: Annotated[int, typer.Option(min=1, help="images per prompt or class")] = 4,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="of a teacher; a student has its run's")] = 25,
+    guidance_scale: Annotated[float, typer.Option(min=1, help="of a text-to-image teacher")] = 2.0,
+) -> None:
+    """Write images of a student or teacher for prompts or classes."""
+    from dmd2.stages import generate as stage
+
+    if bool(prompt) == bool(classes):
+        raise UserError("name either --prompt or --class, once or several times")
+    stage.generate(
+        weights, prompt or classes or [], out, num=num, seed=seed, steps=steps, guidance_scale=guidance_scale
+    )
+
+
+COMMANDS = (download, downloads, cost, plan, times, generate)

@@ -22,22 +22,25 @@ class Captions(Model):
 class Prompts(Model):
     """A list of prompts: those that a generator is trained on, or those of an evaluation."""
 
-    source: Literal["digit_pairs", "file"] = "file"
-    path: str | None = Field(None, description="file: .txt with a prompt per line, .jsonl or .parquet with `caption`")
+    source: Literal["digit_pairs", "file", "coco10k"] = "file"
+    path: str | None = Field(
+        None,
+        description="file: .txt with a prompt per line, .jsonl or .parquet with `caption`; coco10k: COCO's annotations",
+    )
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     subset: Subset = "all"
 
     @model_validator(mode="after")
-    def _a_file_has_a_path(self) -> Self:
-        if (self.source == "file") != (self.path is not None):
-            raise ValueError("`path` belongs to source file, and only there")
+    def _files_have_a_path(self) -> Self:
+        if (self.source == "digit_pairs") != (self.path is None):
+            raise ValueError("`path` belongs to sources file and coco10k, and only there")
         return self
 
 
 class Data(Model):
     """A labelled image data set: with classes or with captions."""
 
-    source: str = Field(description="key of datasets.SOURCES")
+    source: str = Field(description="key of datasets.SOURCES or, with captions, of datasets.CAPTIONED")
     path: str | None = Field(None, description="folder or archive, for sources that read one")
     resolution: int = Field(gt=0)
     channels: Literal[1, 3] = 3

@@ -137,6 +137,32 @@ class DiffusersTeacherConfig(Model):
             raise ValueError("set `training` or `weights`, not both")
         return self
 
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        """Network, autoencoder and text encoder that are trained here; defaults are those of the libraries."""
+        if self.training is None:
+            return self
+        autoencoder, text = self.training.components.autoencoder, self.training.components.text_encoder
+        factor = 2 ** (len(autoencoder.get("block_out_channels", (64,))) - 1)
+        channels, width = autoencoder.get("latent_channels", 4), text.get("hidden_size", 512)
+        part = "components.autoencoder"
+        wanted = {
+            "latent_factor": (self.latent_factor, factor, f"the factor of {part}.block_out_channels"),
+            "latent_channels": (self.latent_channels, channels, f"{part}.latent_channels"),
+        }
+        of_network = {
+            "in_channels": (channels, f"{part}.latent_channels"),
+            "out_channels": (channels, f"{part}.latent_channels"),
+            "cross_attention_dim": (width, "components.text_encoder.hidden_size"),
+        }
+        for key, (other, name) in of_network.items():
+            if key in self.network:  # a job's record may hold no network
+                wanted[f"network.{key}"] = (self.network[key], other, name)
+        for key, (value, other, name) in wanted.items():
+            if value != other:
+                raise ValueError(f"{key} is {value}, but {name} is {other}; set one to the other")
+        return self
+
 
 AnyTeacher = Annotated[TeacherConfig | DiffusersTeacherConfig, Field(discriminator="kind")]
 """The multi-step diffusion model that is distilled."""

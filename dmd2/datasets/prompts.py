@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dmd2.config import Prompts
 from dmd2.config.digit_pairs import prompts as digit_pairs
+from dmd2.datasets import coco
 from dmd2.datasets.loader import EpochStream
 from dmd2.errors import UserError
 from dmd2.files import check_sha256
@@ -33,6 +34,8 @@ def load_prompts(prompts: Prompts) -> tuple[str, ...]:
     if not path.is_file():
         raise UserError(f"prompts: {path} does not exist; put it there or correct the path")
     check_sha256(path, prompts.sha256)
+    if prompts.source == "coco10k":
+        return tuple(" ".join(row.caption.split()) for row in coco.subset(coco.read_captions(path)))
     read = _READERS.get(path.suffix)
     if read is None:
         raise UserError(f"prompts: {path}: unknown kind of file; use {', '.join(_READERS)}")

@@ -167,16 +167,20 @@ def fid_curve_figure(curves: Mapping[str, Path | str], out: Path | str) -> None:
 
 
 def brightness_figure(logs: Mapping[str, Path | str], out: Path | str, data_brightness: float | None = None) -> None:
-    """Plots the mean brightness of samples over iterations (the paper's figure 8), and the data's if given."""
+    """Plots the mean brightness of samples over iterations (the paper's figure 8), and the data's if given.
+
+    For runs in latent space, where brightness means nothing, it plots the latents' standard deviation.
+    """
     content = {name: read_log(path) for name, path in logs.items()}
-    if not _has(content, "brightness"):
+    latent = _has(content, "latent_std") and not _has(content, "brightness")
+    if not latent and not _has(content, "brightness"):
         raise UserError(f"none of {', '.join(map(str, logs.values()))} has `brightness`; let training log once")
     with mpl.rc_context(STYLE):
         figure, axes = _panels(1, 1, size=(4.4, 2.6))
-        _draw(axes[0], content, "step", "brightness", smooth=False)
+        _draw(axes[0], content, "step", "latent_std" if latent else "brightness", smooth=False)
         axes[0].set_xlabel("iteration")
-        axes[0].set_ylabel("mean brightness of samples, in [-1, 1]")
-        if data_brightness is not None:
+        axes[0].set_ylabel("standard deviation of latents" if latent else "mean brightness of samples, in [-1, 1]")
+        if data_brightness is not None and not latent:
             axes[0].axhline(data_brightness, color="0.5", linewidth=0.8, zorder=1, label="data")
         _finish(figure, axes, out)
 

@@ -35,6 +35,7 @@ class Row(Model):
     seeds: tuple[int, ...] = Field((), description="training seeds to average over; none: the run's own")
     instead: dict[str, Entry] = Field({}, description="presets on which another entry is measured")
     only: tuple[str, ...] = Field((), description="presets that have this row; none: all")
+    measured_on: tuple[str, ...] = Field((), description="presets that measure this row, which others quote; none: all")
     pending: str | None = Field(None, description="why this project cannot measure the row yet")
     panel: str | None = Field(None, description="title of the row's samples in the side-by-side sheet; none: not shown")
 
@@ -52,6 +53,8 @@ class Row(Model):
 
     def entry(self, preset: str | None) -> str | None:
         """The entry measured for the row on `preset`: MODEL/SAMPLER, `floor` or None; without seeds, see `entries`."""
+        if self.measured_on and preset not in self.measured_on:
+            return None
         return self.instead.get(preset or "", self.measure)
 
     def entries(self, preset: str | None) -> list[str]:

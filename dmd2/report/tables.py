@@ -39,7 +39,8 @@ def check_presets(table: Table, presets: Sequence[str], where: str) -> None:
     """Raises UserError, starting with `where`, for an unknown preset in a table or row."""
     named = [("`preset`", [table.preset] if table.preset else [])]
     for row in table.rows:
-        named += [(f"row {row.id}: `only`", list(row.only)), (f"row {row.id}: `instead`", list(row.instead))]
+        keys = {"only": row.only, "instead": row.instead, "measured_on": row.measured_on}
+        named += [(f"row {row.id}: `{key}`", list(names)) for key, names in keys.items()]
     for key, names in named:
         if unknown := [name for name in names if name not in presets]:
             raise UserError(f"{where}: {key}: no preset {unknown[0]!r}; known: {', '.join(sorted(presets))}")
@@ -82,7 +83,8 @@ def _cells(table: Table, records: Mapping[str, MetricsRecord], where: Cells) -> 
         entries = row.entries(where["preset"])
         missing = [entry for entry in entries if entry not in records]
         if missing:
-            cells |= {"source": "pending", "note": f"no metrics of {', '.join(missing)}"} | where
+            note = f"no metrics of {', '.join(missing)}" if where["preset"] else "the selected preset has other tables"
+            cells |= {"source": "pending", "note": note} | where
         elif entries:
             cells |= {"source": "measured"} | where | _measured([records[entry] for entry in entries])
         elif row.pending:

@@ -115,6 +115,7 @@ class SampleSource(NamedTuple):
 
     samples: Path | None
     weights: Path | None
+    components: Path | None = None
 
 
 def metrics(
@@ -137,7 +138,7 @@ def metrics(
         meter = _meter(spec, real, extractor_weights, runtime, device)
         contents = [read_record(path)["sha256"] for path in (measured.weights, reference, extractor_weights)]
         shares = ResumableFiles(state, spec, contents, [_chunk_name(ids) for ids in _chunks(evaluation)])
-        found, facts = _of_stream(spec, measured.weights, meter, shares, runtime)
+        found, facts = _of_stream(spec, measured.weights, measured.components, meter, shares, runtime)
     else:
         found = resample_floor(real, evaluation.num_samples, evaluation.num_blocks, evaluation.seed, device, evaluation)
         facts = {"nfe": None, "model": {"run": "data"}}
@@ -180,11 +181,11 @@ def _of_stored(spec: Spec, manifest: Path, meter: Meter) -> tuple[dict[str, Any]
 
 
 def _of_stream(
-    spec: Spec, weights: Path, meter: Meter, shares: ResumableFiles, runtime: Runtime
+    spec: Spec, weights: Path, components: Path | None, meter: Meter, shares: ResumableFiles, runtime: Runtime
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics of a model's samples, which are generated, measured and discarded, and facts; empty on ranks > 0."""
     evaluation, sampler = spec.need("evaluation"), spec.need("sampler")
-    model = open_model(spec, weights, sampler, torch.device(meter.device))
+    model = open_model(spec, weights, sampler, torch.device(meter.device), components)
     make = maker(spec, model, sampler, runtime.sample_batch_size, shares.beat)
     chunks = _chunks(evaluation)
     progress = Counter(f"metrics {spec.name}", sum(map(len, chunks[ranks.rank() :: ranks.world_size()])))
@@ -198,7 +199,7 @@ def _of_stream(
     for block in range(evaluation.num_blocks):
         paths = [path for ids, path in zip(chunks, shares.paths, strict=True) if ids.start // size == block]
         blocks.append(meter.measures(reduce(Tally.merge, map(Tally.load, paths))))
-    return summary(blocks, size), model_facts(spec, sampler, read_record(weights))
+    return summary(blocks, size), model_facts(spec, model, sampler, read_record(weights))
 
 
 def _chunks(evaluation: Evaluation) -> list[range]:

@@ -24,8 +24,8 @@ from dmd2.method.teacher_fit import TeacherFit
 from dmd2.metrics.perceptual import load_lpips
 from dmd2.report.table_schema import TRAINING
 from dmd2.stages import imports
-from dmd2.stages.batches import data_batches, pair_batches
-from dmd2.stages.open_weights import open_teacher, open_weights
+from dmd2.stages.batches import data_batches, pair_batches, prompt_batches
+from dmd2.stages.open_weights import components_folder, open_teacher, open_weights
 from dmd2.stages.state import check_students_room, check_teachers_room, checksums, state_store
 from dmd2.teachers import load_teacher
 from dmd2.training import ranks, sharding
@@ -46,7 +46,13 @@ def _group(device: torch.device, runtime: Runtime) -> AbstractContextManager[Non
 
 
 def teacher(
-    spec: Spec, latents: Path | None, state_root: Path, weights: Path, train_log: Path, runtime: Runtime
+    spec: Spec,
+    latents: Path | None,
+    state_root: Path,
+    weights: Path,
+    train_log: Path,
+    runtime: Runtime,
+    components: Path | None = None,
 ) -> None:
     """Writes the teacher's weights: trained here, in closed form, or from the user's file."""
     config, device = spec.need("teacher"), ranks.device_of(runtime.device)
@@ -54,7 +60,9 @@ def teacher(
         imports.teacher(spec, weights)
         write_text(train_log, "")
         return
-    initial = load_teacher(config, spec.need("data"), seed=config.training.seed if config.training else 0)
+    folder = None if components is None else components_folder(components, spec.upstream["components"])
+    seed = config.training.seed if config.training else 0
+    initial = load_teacher(config, spec.need("data"), seed=seed, components=folder)
     if config.training is None:
         save_weights(weights, initial.denoiser.state_dict())
         write_text(train_log, "")
@@ -110,10 +118,12 @@ def train(
     state_root: Path,
     out: TrainOutputs,
     runtime: Runtime,
+    components: Path | None = None,
 ) -> None:
     """Trains a student; writes generator, networks (to initialise other runs), snapshots with manifest, and the log."""
     config, device = spec.need("train"), ranks.device_of(runtime.device)
-    frozen, distance = open_teacher(spec, teacher_weights), _regression_distance(config, device)
+    frozen = open_teacher(spec, teacher_weights, components=components)
+    distance = _regression_distance(config, device)
     read = checksums(spec, teacher_weights, latents, pairs, start)
     with state_store(state_root, spec, runtime, read) as store:
         with _group(device, runtime):
@@ -122,6 +132,7 @@ def train(
                 config,
                 data=data_batches(spec, latents, frozen, config.batch_size, config.seed, device),
                 pairs=pair_batches(spec, pairs, config.batch_size, config.seed, device) if pairs is not None else None,
+                prompts=prompt_batches(spec, frozen, config.batch_size, config.seed, device),
                 regression_distance=distance,
                 start=open_weights(start, spec.upstream["start"]) if start is not None else None,
                 micro_batch_size=runtime.micro_batch_size,
@@ -188,7 +199,7 @@ def _alarm(row: dict[str, float]) -> str | None:
     if row.get("num_nonfinite", 0.0) > 0:
         return "the matching gradient has non-finite values, which are replaced by 0: the teacher may be damaged"
     ratio = row.get("neighbour_ratio")
-    if ratio is None or ratio >= COLLAPSE:
+    if ratio is None or ratio >= COLLAPSE or "brightness" not in row:  # the threshold is of pixels
         return None
     return f"generated images are nearly equal (neighbour ratio {ratio:.3f}): the generator may have collapsed"
 

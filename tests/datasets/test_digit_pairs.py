@@ -61,7 +61,7 @@ def test_captions_are_stored_in_shards_and_read_as_text(tmp_path: Path):
     spec = Spec.of("shards", "shards", data=DATA)
     manifest = write_images(tmp_path / "manifest.json", DATA, spec)
     assert set(manifest["fields"]) == {"image.png", "txt"}
-    assert manifest["facts"] == {"captions": 200, "unreadable": 0}
+    assert manifest["facts"] == {"captions": 200, "missing_captions": 0, "unreadable": 0}
     found = ShardReader(tmp_path / "manifest.json").read([5, 0])
     source = open_source(DATA)
     assert found["txt"].tolist() == [source.labels[5], source.labels[0]]

@@ -28,7 +28,7 @@ rule features:
 
 rule reference:
     input:
-        images=rules.shards.output.manifest,
+        images=reference_images,
         extractor=rules.features.output.weights,
         published=ancient(
             supplied_key(
@@ -55,6 +55,13 @@ rule reference:
 rule sample:
     input:
         weights=weights_of,
+        components=components_of,
+        prompts=ancient(
+            supplied_key(
+                "evaluation.prompts.path",
+                f"{RESULTS}/{{model}}/{{sampler}}/samples/manifest.json",
+            )
+        ),
     output:
         manifest=f"{RESULTS}/{{model}}/{{sampler}}/samples/manifest.json",
     log:
@@ -65,14 +72,24 @@ rule sample:
         gpu=gpus,
     params:
         spec=spec("sample", ENTRY),
+        components=components_option,
     shell:
         "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} sample --spec {params.spec:q}"
-        " --weights {input.weights} --manifest {output.manifest}"
+        " --weights {input.weights} {params.components} --manifest {output.manifest}"
 
 
 rule metrics:
     input:
         source=metrics_source,
+        components=lambda wildcards: (
+            components_of(wildcards) if is_streamed(wildcards) else []
+        ),
+        prompts=ancient(
+            supplied_key(
+                "evaluation.prompts.path",
+                f"{RESULTS}/{{model}}/{{sampler}}/metrics.json",
+            )
+        ),
         reference=rules.reference.output.stats,
         extractor=rules.features.output.weights,
     output:
@@ -87,11 +104,12 @@ rule metrics:
         state="state",
     params:
         spec=spec("metrics", ENTRY),
+        components=components_option,
         source=lambda wildcards, input: (
             f"--{'weights' if is_streamed(wildcards) else 'samples'} {input.source}"
         ),
     shell:
-        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} metrics --spec {params.spec:q} {params.source}"
+        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} metrics --spec {params.spec:q} {params.source} {params.components}"
         " --reference {input.reference} --extractor {input.extractor} --state {resources.state} --out {output}"
 
 
@@ -116,6 +134,7 @@ rule floor:
 rule curve:
     input:
         snapshots=rules.train.output.snapshots,
+        components=components_of,
         reference=rules.reference.output.stats,
         extractor=rules.features.output.weights,
     output:
@@ -130,9 +149,10 @@ rule curve:
         state="state",
     params:
         spec=spec("curve", "{run}"),
+        components=components_option,
     shell:
         "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} curve --spec {params.spec:q}"
-        " --snapshots {input.snapshots} --reference {input.reference} --extractor {input.extractor}"
+        " --snapshots {input.snapshots} {params.components} --reference {input.reference} --extractor {input.extractor}"
         " --state {resources.state} --out {output}"
 
 

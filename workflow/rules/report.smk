@@ -64,7 +64,7 @@ rule grid:
 
 rule real_grid:
     input:
-        rules.shards.output.manifest,
+        reference_images,
     output:
         report(
             f"{RESULTS}/figures/real.png",
@@ -82,7 +82,7 @@ rule real_grid:
 
 rule compare:
     input:
-        real=rules.shards.output.manifest,
+        real=reference_images,
         samples=lambda wildcards: list(panels_of(wildcards).values()),
     output:
         report(

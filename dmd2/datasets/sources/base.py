@@ -10,7 +10,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -33,9 +33,9 @@ class Source(Protocol):
     fingerprint: str
     """Changes when the data does, as far as can be determined without reading the images."""
     classes: Sequence[str]
-    """The names of the classes by class number."""
+    """The names of the classes by class number; none for a set with captions."""
     labels: np.ndarray
-    """The class of every image: (number of images,) int64."""
+    """The class of every image, (number of images,) int64, or its caption as a str, empty if it has none."""
 
     def __len__(self) -> int: ...
 
@@ -55,13 +55,13 @@ class EncodedImages(ABC):
     are more than 8 bits per channel, more pixels than Pillow's limit, and damaged images.
     """
 
-    def __init__(self, data: Data, names: Sequence[str], labels: Sequence[int] | np.ndarray, classes: Sequence[str]):
-        if len(classes) != data.num_classes:
+    def __init__(self, data: Data, names: Sequence[str], labels: Sequence[Any] | np.ndarray, classes: Sequence[str]):
+        if data.captions is None and len(classes) != data.num_classes:
             raise UserError(f"{data.path}: {len(classes)} classes, but data.num_classes is {data.num_classes}")
         if not len(names):
             raise UserError(f"{data.path}: contains no image ({', '.join(sorted(SUFFIXES))}); correct data.path")
         self._data, self._names, self.classes = data, names, classes
-        self.labels = np.asarray(labels, np.int64)
+        self.labels = np.asarray(labels, np.int64 if data.captions is None else object)
 
     def __len__(self) -> int:
         return len(self._names)
