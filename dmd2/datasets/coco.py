@@ -3,12 +3,17 @@
 The released evaluation (github.com/tianweiy/DMD2, main/sdxl/data_process.py) merges images and annotations with
 pandas, shuffles the rows, keeps the first row of every image and draws 10,000 of those, all with NumPy's legacy
 generator seeded with 123. `RandomState.permutation`, whose stream NumPy keeps unchanged, gives the same numbers.
+
+    python -m dmd2.datasets.coco ANNOTATIONS LIST.txt
+
+writes the 10,000 captions as a list of prompts and prints its SHA-256.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,9 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dmd2.config.data import COCO_ANNOTATIONS
 from dmd2.errors import UserError
+from dmd2.files import write_text
 
-ARCHIVE = "annotations_trainval2014.zip"
 ANNOTATIONS = "captions_val2014.json"
 
 
@@ -40,7 +46,7 @@ def read_captions(path: Path) -> list[Captioned]:
         for item in content["annotations"]:
             captions[int(item["image_id"])].append(str(item["caption"]))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; put {ARCHIVE} or {ANNOTATIONS} there") from None
+        raise UserError(f"{path}: no such file; put {COCO_ANNOTATIONS} or {ANNOTATIONS} there") from None
     except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not COCO's captions ({type(error).__name__}: {error}); fetch it again") from None
     return [Captioned(name, caption) for number, name in names.items() for caption in captions[number]]
@@ -77,17 +83,27 @@ def digest(captions: Iterable[str]) -> str:
     return hashlib.sha256(as_text(captions).encode()).hexdigest()
 
 
-def beside(images: Path) -> Path:
-    """The annotations in the same folder as the images. Raises UserError if there are none."""
-    places = [images.parent / name for name in (ARCHIVE, ANNOTATIONS, f"annotations/{ANNOTATIONS}")]
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
-        raise UserError(f"{places[0]}: no such file; put {ARCHIVE} beside {images.name}")
-    return found
-
-
 def _content(path: Path) -> Any:
     if path.suffix != ".zip":
         return path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         return archive.read(f"annotations/{ANNOTATIONS}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; returns the exit status, 2 for a problem that the user can fix."""
+    if len(arguments) != 2:
+        print(f"usage: python -m dmd2.datasets.coco {COCO_ANNOTATIONS} LIST.txt", file=sys.stderr)
+        return 2
+    try:
+        captions = [row.caption for row in subset(read_captions(Path(arguments[0])))]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_text(arguments[1], as_text(captions))
+    print(f"{arguments[1]}: {len(captions)} captions, SHA-256 {digest(captions)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -11,10 +11,12 @@ import pytest
 from captioned import captioned, coco_files, image
 
 from dmd2.config import Prompts
+from dmd2.config.data import COCO_ANNOTATIONS
 from dmd2.datasets import coco
 from dmd2.datasets.prompts import load_prompts
 from dmd2.datasets.sources import open_source
 from dmd2.errors import UserError
+from dmd2.files import sha256
 
 
 def by_pandas_rules(content: list[dict[str, object]], num: int) -> list[tuple[str, str]]:
@@ -37,10 +39,10 @@ def by_pandas_rules(content: list[dict[str, object]], num: int) -> list[tuple[st
 
 def test_the_subset_is_that_of_the_released_recipe(tmp_path: Path) -> None:
     _, content = coco_files(tmp_path)
-    rows = coco.read_captions(tmp_path / coco.ARCHIVE)
+    rows = coco.read_captions(tmp_path / COCO_ANNOTATIONS)
     assert [tuple(row) for row in coco.subset(rows, num=20)] == by_pandas_rules(content, 20)
     (tmp_path / coco.ANNOTATIONS).write_bytes(
-        zipfile.ZipFile(tmp_path / coco.ARCHIVE).read(f"annotations/{coco.ANNOTATIONS}")
+        zipfile.ZipFile(tmp_path / COCO_ANNOTATIONS).read(f"annotations/{coco.ANNOTATIONS}")
     )
     assert coco.read_captions(tmp_path / coco.ANNOTATIONS) == rows
 
@@ -67,7 +69,7 @@ def test_images_and_prompts_of_the_subset_belong_together(tmp_path: Path, monkey
     expected = by_pandas_rules(content, 20)
     captions = [" ".join(caption.split()) for _, caption in expected]
     assert source.labels.tolist() == captions
-    assert list(load_prompts(Prompts(source="coco10k", path=str(tmp_path / coco.ARCHIVE)))) == captions
+    assert list(load_prompts(Prompts(source="coco10k", path=str(tmp_path / COCO_ANNOTATIONS)))) == captions
     assert [source.name(i) for i in range(20)] == [name for name, _ in expected]
     copy = pickle.loads(pickle.dumps(source))
     for number in range(20):
@@ -90,7 +92,7 @@ def test_faults_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"val2014.zip: has no COCO_val2014_.*, nor 1 others"):
         open_source(captioned("coco", images))
     with pytest.raises(UserError, match=r"COCO's captions are of 32 images, but 10000 are needed"):
-        load_prompts(Prompts(source="coco10k", path=str(tmp_path / coco.ARCHIVE)))
+        load_prompts(Prompts(source="coco10k", path=str(tmp_path / COCO_ANNOTATIONS)))
     other = tmp_path / "instances.json"
     other.write_text(json.dumps({"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1}]}))
     with pytest.raises(UserError, match=r"instances.json: not COCO's captions \(KeyError: 'caption'\)"):
@@ -98,11 +100,29 @@ def test_faults_are_told(tmp_path: Path) -> None:
     other.write_text("{")
     with pytest.raises(UserError, match=r"instances.json: not COCO's captions"):
         coco.read_captions(other)
-    (tmp_path / coco.ARCHIVE).write_bytes(b"PK")
+    (tmp_path / COCO_ANNOTATIONS).write_bytes(b"PK")
     with pytest.raises(UserError, match=r"annotations_trainval2014.zip: not COCO's captions \(BadZipFile"):
         open_source(captioned("coco", images))
-    (tmp_path / coco.ARCHIVE).unlink()
-    with pytest.raises(UserError, match=r"no such file; put annotations_trainval2014.zip beside val2014.zip"):
+    (tmp_path / COCO_ANNOTATIONS).unlink()
+    with pytest.raises(
+        UserError, match=r"annotations_trainval2014.zip: no such file; put annotations_trainval2014.zip or"
+    ):
         open_source(captioned("coco", images))
     with pytest.raises(UserError, match=r"gone.json: no such file; put"):
         coco.read_captions(tmp_path / "gone.json")
+
+
+def test_the_command_writes_the_list_and_tells_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, content = coco_files(tmp_path)
+    annotations, out = str(tmp_path / COCO_ANNOTATIONS), tmp_path / "list.txt"
+    assert coco.main([annotations, str(out)]) == 2
+    assert "but 10000 are needed" in capsys.readouterr().err
+    assert not out.exists()
+    monkeypatch.setattr(coco.subset, "__defaults__", (20, 123))
+    assert coco.main([annotations, str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: 20 captions, SHA-256 {sha256(out)}\n"
+    assert out.read_text().splitlines() == [" ".join(text.split()) for _, text in by_pandas_rules(content, 20)]
+    assert coco.main([annotations]) == 2
+    assert "usage: python -m dmd2.datasets.coco" in capsys.readouterr().err

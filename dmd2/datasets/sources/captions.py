@@ -14,7 +14,7 @@ from dmd2.config import Data
 from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of, is_image
 from dmd2.datasets.sources.folder import LISTERS
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
-from dmd2.datasets.sources.tars import _expand, _split
+from dmd2.datasets.sources.tars import expand, split_name
 from dmd2.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -155,7 +155,7 @@ class CaptionedTars(EncodedImages):
     """
 
     def __init__(self, data: Data):
-        tars = _expand(data)
+        tars = expand(data)
         with ThreadPoolExecutor(LISTERS) as pool:
             contents = list(pool.map(_samples, tars))
         found = [(file, sample) for file, samples in enumerate(contents) for sample in samples]
@@ -178,7 +178,7 @@ def _samples(path: str) -> list[_Sample]:
     images: dict[str, Member] = {}
     texts: dict[str, dict[str, int]] = {"txt": {}, "json": {}}
     for number, member in enumerate(members):
-        key, kind = _split(member.name)
+        key, kind = split_name(member.name)
         if is_image(member.name):
             if key in images:
                 raise UserError(f"{path}: sample {key} has two images, {images[key].name} and {member.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from pathlib import Path
 from typing import Any
 
 from dmd2.config import Data
@@ -17,7 +18,7 @@ class CocoImages(EncodedImages):
 
     def __init__(self, data: Data):
         self._path = existing(data, "COCO's val2014.zip")
-        chosen = self.choose(coco.read_captions(coco.beside(self._path)))
+        chosen = self.choose(coco.read_captions(Path(str(data.annotations))))
         self._archive: zipfile.ZipFile | None = None
         members = {member.filename.rpartition("/")[2]: member for member in self._open().infolist()}
         if missing := [row.image for row in chosen if row.image not in members]:
