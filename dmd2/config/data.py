@@ -51,6 +51,9 @@ class Data(Model):
     levels: int = Field(256, ge=2, le=256, description="grey levels of the source; samples are rounded to them")
     shard_size: int = Field(1000, gt=0, description="samples per shard")
     image_format: Literal["png", "webp"] = "webp"  # lossless either way
+    min_side: int | None = Field(
+        None, gt=0, description="images with a shorter side are left out as unreadable; none: they are enlarged"
+    )
     max_unreadable: int = Field(0, ge=0, description="images that may be left out because they cannot be read")
 
     @model_validator(mode="after")

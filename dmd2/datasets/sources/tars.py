@@ -72,15 +72,19 @@ class WebDatasetTars(EncodedImages):
 
 
 def expand(data: Data) -> list[str]:
-    """The tars of a path or pattern, in its order; matches of `*` are sorted. Raises UserError if one is missing."""
+    """The tars of a path or pattern, in its order; matches of `*`, or those in a folder, are sorted.
+
+    Raises UserError if one is missing.
+    """
     from webdataset.shardlists import expand_urls
 
     if data.path is None:
         raise UserError("data.path is not set, but source webdataset reads one; set it to the tars, {0000..0099} or *")
-    tars = [tar for part in expand_urls(data.path) for tar in (sorted(glob.glob(part)) if "*" in part else [part])]
+    pattern = f"{data.path}/*.tar" if Path(data.path).is_dir() else data.path
+    tars = [tar for part in expand_urls(pattern) for tar in (sorted(glob.glob(part)) if "*" in part else [part])]
     missing = [tar for tar in tars if not Path(tar).is_file()]
     if missing or not tars:
-        raise UserError(f"data.path: {(missing or [data.path])[0]} does not exist; correct the pattern {data.path}")
+        raise UserError(f"data.path: {(missing or [pattern])[0]} does not exist; correct the path {data.path}")
     return tars
 
 
