@@ -189,10 +189,9 @@ def _samples(path: str) -> list[_Sample]:
         raise UserError(f"{path}: sample {odd[0]} has a caption but no image; complete or remove it")
     found = []
     for key, image in images.items():
-        kind = next((kind for kind in texts if key in texts[kind]), None)
-        number = -1 if kind is None else texts[kind][key]
-        caption = "" if kind is None else _caption(spans[number], kind, f"{path}: {members[number].name}")
-        found.append(_Sample(image, caption))
+        held = [(kind, numbers[key]) for kind, numbers in texts.items() if key in numbers]
+        captions = [_caption(spans[number], kind, f"{path}: {members[number].name}") for kind, number in held[:1]]
+        found.append(_Sample(image, captions[0] if captions else ""))
     return found
 
 
