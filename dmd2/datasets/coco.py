@@ -3,17 +3,12 @@
 The released evaluation (github.com/tianweiy/DMD2, main/sdxl/data_process.py) merges images and annotations with
 pandas, shuffles the rows, keeps the first row of every image and draws 10,000 of those, all with NumPy's legacy
 generator seeded with 123. `RandomState.permutation`, whose stream NumPy keeps unchanged, gives the same numbers.
-
-    python -m dmd2.datasets.coco ANNOTATIONS LIST.txt
-
-writes the 10,000 captions as a list of prompts and prints its SHA-256.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dmd2.config.data import COCO_ANNOTATIONS
+from dmd2.datasets.texts import tidy
 from dmd2.errors import UserError
-from dmd2.files import write_text
 
 ANNOTATIONS = "captions_val2014.json"
 
@@ -75,7 +70,7 @@ def first_of_each(rows: Iterable[Captioned]) -> list[Captioned]:
 
 def as_text(captions: Iterable[str]) -> str:
     """The captions as the text of a list of prompts: one a line, with single spaces."""
-    return "".join(f"{' '.join(caption.split())}\n" for caption in captions)
+    return "".join(f"{tidy(caption)}\n" for caption in captions)
 
 
 def digest(captions: Iterable[str]) -> str:
@@ -88,22 +83,3 @@ def _content(path: Path) -> Any:
         return path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         return archive.read(f"annotations/{ANNOTATIONS}")
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command; returns the exit status, 2 for a problem that the user can fix."""
-    if len(arguments) != 2:
-        print(f"usage: python -m dmd2.datasets.coco {COCO_ANNOTATIONS} LIST.txt", file=sys.stderr)
-        return 2
-    try:
-        captions = [row.caption for row in subset(read_captions(Path(arguments[0])))]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    write_text(arguments[1], as_text(captions))
-    print(f"{arguments[1]}: {len(captions)} captions, SHA-256 {digest(captions)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

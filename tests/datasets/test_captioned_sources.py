@@ -145,6 +145,13 @@ def test_a_folder_means_its_tars_in_sorted_order(tmp_path: Path) -> None:
         open_source(captioned("webdataset", tmp_path / "empty"))
 
 
+def test_half_a_surrogate_pair_does_not_stop_the_listing(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_of([("1.png", png(1)), ("1.json", b'{"caption": "a \\ud83e"}')]))
+    data = captioned("webdataset", tmp_path / "a.tar")
+    write_images(tmp_path / "out" / "manifest.json", data, Spec.of("shards", "shards", data=data))
+    assert ShardReader(tmp_path / "out" / "manifest.json").read([0])["txt"].tolist() == ["a ?"]
+
+
 TAR_FAULTS = [
     ([("1.png", b""), ("2.txt", b"a fox")], r"sample 2 has a caption but no image; complete or remove it"),
     ([("1.png", b""), ("1.jpg", b""), ("1.txt", b"a fox")], r"sample 1 has two images, 1.png and 1.jpg"),

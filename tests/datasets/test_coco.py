@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import pickle
 import zipfile
 from pathlib import Path
@@ -16,7 +17,6 @@ from dmd2.datasets import coco
 from dmd2.datasets.prompts import load_prompts
 from dmd2.datasets.sources import open_source
 from dmd2.errors import UserError
-from dmd2.files import sha256
 
 
 def by_pandas_rules(content: list[dict[str, object]], num: int) -> list[tuple[str, str]]:
@@ -62,14 +62,18 @@ def test_the_digest_is_that_of_the_list_as_a_file(tmp_path: Path) -> None:
     assert load_prompts(Prompts(path=str(path), sha256=found)) == ("A man.", "Two dogs", "Café")
 
 
-def test_images_and_prompts_of_the_subset_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_and_prompts_of_the_subset_belong_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     images, content = coco_files(tmp_path)
     monkeypatch.setattr(coco.subset, "__defaults__", (20, 123))
     source = open_source(captioned("coco10k", images))
     expected = by_pandas_rules(content, 20)
     captions = [" ".join(caption.split()) for _, caption in expected]
     assert source.labels.tolist() == captions
-    assert list(load_prompts(Prompts(source="coco10k", path=str(tmp_path / COCO_ANNOTATIONS)))) == captions
+    with caplog.at_level(logging.INFO):
+        assert list(load_prompts(Prompts(source="coco10k", path=str(tmp_path / COCO_ANNOTATIONS)))) == captions
+    assert f"the list of 20 has the SHA-256 {coco.digest(captions)}" in caplog.text
     assert [source.name(i) for i in range(20)] == [name for name, _ in expected]
     copy = pickle.loads(pickle.dumps(source))
     for number in range(20):
@@ -110,19 +114,3 @@ def test_faults_are_told(tmp_path: Path) -> None:
         open_source(captioned("coco", images))
     with pytest.raises(UserError, match=r"gone.json: no such file; put"):
         coco.read_captions(tmp_path / "gone.json")
-
-
-def test_the_command_writes_the_list_and_tells_its_digest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, content = coco_files(tmp_path)
-    annotations, out = str(tmp_path / COCO_ANNOTATIONS), tmp_path / "list.txt"
-    assert coco.main([annotations, str(out)]) == 2
-    assert "but 10000 are needed" in capsys.readouterr().err
-    assert not out.exists()
-    monkeypatch.setattr(coco.subset, "__defaults__", (20, 123))
-    assert coco.main([annotations, str(out)]) == 0
-    assert capsys.readouterr().out == f"{out}: 20 captions, SHA-256 {sha256(out)}\n"
-    assert out.read_text().splitlines() == [" ".join(text.split()) for _, text in by_pandas_rules(content, 20)]
-    assert coco.main([annotations]) == 2
-    assert "usage: python -m dmd2.datasets.coco" in capsys.readouterr().err

@@ -15,18 +15,10 @@ from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of, 
 from dmd2.datasets.sources.folder import LISTERS
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
 from dmd2.datasets.sources.tars import expand, split_name
+from dmd2.datasets.texts import CAPTION_KEYS, tidy
 from dmd2.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-CAPTION_KEYS = ("caption", "text")
-"""Keys or columns of a caption; the first that is there counts."""
-
-
-def tidy(caption: object) -> str:
-    """A caption with single spaces, or "" for None. Raises TypeError for anything but a text."""
-    if caption is not None and not isinstance(caption, str):
-        raise TypeError(f"{caption!r} is not a text")
-    return " ".join((caption or "").split())
 
 
 def caption_in(item: Mapping[str, Any], where: str) -> str:

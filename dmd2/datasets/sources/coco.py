@@ -10,6 +10,7 @@ from typing import Any
 from dmd2.config import Data
 from dmd2.datasets import coco
 from dmd2.datasets.sources.base import EncodedImages, Unreadable, existing, fingerprint_of
+from dmd2.datasets.texts import tidy
 from dmd2.errors import UserError
 
 
@@ -26,7 +27,7 @@ class CocoImages(EncodedImages):
                 f"{self._path}: has no {missing[0]}, nor {len(missing) - 1} others that the annotations name; fetch it "
                 f"again"
             )
-        super().__init__(data, [row.image for row in chosen], [" ".join(row.caption.split()) for row in chosen], ())
+        super().__init__(data, [row.image for row in chosen], [tidy(row.caption) for row in chosen], ())
         self._members = [members[row.image].filename for row in chosen]
         listing = (f"{row.image} {row.caption} {members[row.image].CRC}" for row in chosen)
         self.fingerprint = fingerprint_of(listing, [members[row.image].file_size for row in chosen])
