@@ -47,6 +47,8 @@ class Denoiser(nn.Module, abc.ABC):
     precision: Literal["fp32", "bf16"] = "fp32"
     """The network's compute precision, if it supports several; may be changed between calls."""
 
+    shardable: bool = True
+    """Whether layout "shard" applies: not to one that shares its weights with others."""
     predicts_x0: bool = True
     """Whether `predict_and_tap` gives x0 itself, or a raw output with a linear head, for the loss kernels."""
 
