@@ -6,7 +6,7 @@ Shapes: B batch, (C, H, W) one latent; L text length, D text width, P width of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -50,6 +50,18 @@ class DiffusersDenoiser(Denoiser):
     """
 
     predicts_x0 = False
+    limits: Tensor
+    conv_in: nn.Module
+    time_proj: nn.Module
+    time_embedding: nn.Module
+    add_time_proj: nn.Module
+    add_embedding: nn.Module
+    down_blocks: nn.ModuleList
+    mid_block: nn.Module | None
+    up_blocks: nn.ModuleList
+    conv_norm_out: nn.Module | None
+    conv_act: nn.Module
+    conv_out: nn.Module
 
     def __init__(
         self, unet: UNet2DConditionModel, sigmas: Tensor, prediction: str = "epsilon", precision: Precision = "fp32"
@@ -60,6 +72,9 @@ class DiffusersDenoiser(Denoiser):
         replace_layers(unet)
         for name, child in unet.named_children():
             self.add_module(name, child)
+        for name in ("mid_block", "conv_norm_out"):
+            if name not in self._modules:
+                setattr(self, name, None)
         self.config, self.prediction, self.precision = config, prediction, precision
         self.pooled = config["addition_embed_type"] == "text_time"
         size = config["sample_size"]
@@ -153,7 +168,7 @@ class DiffusersDenoiser(Denoiser):
     def _decode(self, encoding: Encoding) -> Tensor:
         h, skips, emb, text = encoding
         for block in self.up_blocks:
-            num = len(block.resnets)
+            num = len(cast(nn.ModuleList, block.resnets))
             h = block(hidden_states=h, temb=emb, res_hidden_states_tuple=skips[-num:], **_attended(block, text))
             skips = skips[:-num]
         if self.conv_norm_out is not None:

@@ -127,7 +127,7 @@ class Role(Denoiser):
     ) -> tuple[Tensor, list[Tensor]]:
         """See `Denoiser`."""
         with self.shared.role(self.name) as network:
-            network.precision = self.precision  # type: ignore[assignment]
+            network.precision = self.precision
             return network.denoise_and_tap(x, sigma, cond, num_denoise, num_taps)
 
     def predict_and_tap(
@@ -135,13 +135,13 @@ class Role(Denoiser):
     ) -> tuple[Prediction, list[Tensor]]:
         """See `Denoiser`."""
         with self.shared.role(self.name) as network:
-            network.precision = self.precision  # type: ignore[assignment]
+            network.precision = self.precision
             return network.predict_and_tap(x, sigma, cond, num_denoise, num_taps)
 
     def output(self, scaled: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """See `DiffusersDenoiser`."""
         with self.shared.role(self.name) as network:
-            network.precision = self.precision  # type: ignore[assignment]
+            network.precision = self.precision
             return network.output(scaled, time, cond)
 
     def prepare(
