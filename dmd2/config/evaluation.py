@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from dmd2.config.base import Model, Precision, Seed, WeightsFile
 from dmd2.config.data import Prompts
+from dmd2.config.protocols import MeasureName
 from dmd2.config.protocols import Name as ProtocolName
 
 
@@ -91,10 +92,14 @@ class Evaluation(Model):
     num_shown: int = Field(100, gt=0, description="stored samples of a streamed evaluation, for the sheets")
     curve_samples: int = Field(5_000, gt=0, description="samples per snapshot of the FID-against-training curve")
     prompts: Prompts | None = Field(None, description="sample i has prompt i modulo their number; none: classes")
-    measures: tuple[str, ...] | None = Field(None, description="keys of metrics.MEASURES; none: those of classes")
+    measures: tuple[MeasureName, ...] | None = Field(
+        None, min_length=1, description="keys of metrics.MEASURES; none: the default of the data's kind of labels"
+    )
 
     @model_validator(mode="after")
     def _protocols_differ(self) -> Self:
         if len(set(self.protocols)) < len(self.protocols):
             raise ValueError(f"protocols {list(self.protocols)}: one is listed twice")
+        if self.measures and len(set(self.measures)) < len(self.measures):
+            raise ValueError(f"measures {list(self.measures)}: one is listed twice")
         return self

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from dmd2.config.base import Model, WeightsFile
 from dmd2.config.data import Data, Prompts
 from dmd2.config.evaluation import Evaluation, Features, Pairs, Sampler
+from dmd2.config.protocols import CAPTIONS_ONLY, CLASSES_ONLY
 from dmd2.config.teacher import AnyTeacher
 from dmd2.config.train import Runtime, Train
 
@@ -56,6 +57,10 @@ class Preset(Model):
             raise ValueError("`data.captions` and `evaluation.prompts` belong together: set both, or none of them")
         if (self.data.captions is None) != (self.prompts is None):
             raise ValueError("`data.captions` and `prompts` belong together: set both, or none of them")
+        wrong = CLASSES_ONLY if self.data.captions else CAPTIONS_ONLY
+        if unsuitable := [name for name in self.evaluation.measures or () if name in wrong]:
+            labels = "captions" if self.data.captions else "classes"
+            raise ValueError(f"evaluation.measures: {unsuitable[0]} is not for data with {labels}; leave it out")
         self.check(self.train)
         if self.teacher.training is not None:
             self._check_share("teacher.training.batch_size", self.teacher.training.batch_size)

@@ -147,7 +147,10 @@ class Plan:
         """Statistics of the real images."""
         upstream = {"shards": self.reference_shards, "features": self.features}
         features = self._features.model_copy(update={"reference": self.preset.features.reference})
-        return Spec.of("reference", "reference", upstream, data=self._reference_data, features=features)
+        measures = self.preset.evaluation.measures
+        evaluation = measures and Evaluation(measures=measures)  # some need further statistics
+        sections = {"data": self._reference_data, "features": features, "evaluation": evaluation}
+        return Spec.of("reference", "reference", upstream, **sections)
 
     @cached_property
     def teacher(self) -> Spec:

@@ -42,7 +42,8 @@ def curve(
     checked_record(reference, spec.upstream["reference"])
     device = ranks.device_of(runtime.device)
     extractor, real = open_extractor(spec, extractor_weights, runtime, device), Reference.load(reference)
-    meter = Meter(real, extractor, evaluation.curve_samples, evaluation.protocols, detailed=False, device=device)
+    size, protocols = evaluation.curve_samples, evaluation.protocols
+    meter = Meter(real, extractor, size, protocols, detailed=False, device=device, evaluation=evaluation)
     listed = read_json(snapshots)["snapshots"]
     files = [snapshots.parent / item["file"] for item in listed]
     contents = [read_record(path)["sha256"] for path in (reference, extractor_weights, *files)]

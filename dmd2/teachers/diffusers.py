@@ -112,6 +112,7 @@ def load_diffusers(
         conditioner=conditioner,
         sample_shape=denoiser.sample_shape,
         sigma_data=None,
+        storage=teacher.storage,
     )
 
 

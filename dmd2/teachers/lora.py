@@ -112,6 +112,7 @@ class Role(Denoiser):
     """
 
     predicts_x0 = False
+    shardable = False
 
     def __init__(self, shared: SharedNetwork, name: str):
         super().__init__()
@@ -188,6 +189,16 @@ def merged(role: Role) -> dict[str, Tensor]:
                 weight = state[f"{name}.weight"]
                 state[f"{name}.weight"] = weight.float() + layer.get_delta_weight(role.name).float()
     return state
+
+
+def merged_with(role: Role, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`merged` with the adapters `state` (an average) in place of the role's own, which stay as they are."""
+    own = {name: value.detach().clone() for name, value in role.state_dict().items()}
+    role.load_state_dict(dict(state))
+    try:
+        return merged(role)
+    finally:
+        role.load_state_dict(own)
 
 
 def _inject(network: DiffusersDenoiser, name: str, lora: LoRA) -> None:

@@ -114,8 +114,8 @@ def test_neighbours_are_searched_for_the_first_samples_of_a_block_alone(
     few = Reference.build(digits.read, 1797, extractor, 10, max_kept=60)
     images, labels = digits.images[-300:], digits.labels[-300:]
     first = means(measure(images[:100], labels[:100], few, extractor))
-    monkeypatch.setattr("dmd2.metrics.tally.MAX_KEPT", 100)
-    monkeypatch.setattr("dmd2.metrics.blocks.batches", lambda num: batches(num, 50))
+    monkeypatch.setattr("dmd2.metrics.basic.MAX_KEPT", 100)
+    monkeypatch.setattr("dmd2.metrics.blocks.batches", lambda num, _: batches(num, 50))
     whole = means(measure(images, labels, few, extractor))
     assert whole["nearest_distance"] == pytest.approx(first["nearest_distance"], rel=1e-9)
     # as many samples as real images: the first 60
