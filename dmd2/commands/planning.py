@@ -154,4 +154,17 @@ def generate(
     )
 
 
-COMMANDS = (download, downloads, cost, plan, times, generate)
+def export(
+    weights: Annotated[
+        Path, typer.Option(help="the folder of a text-to-image run, such as results/digits-t2i/dmd2_4step")
+    ],
+    out: Annotated[Path, typer.Option(help="folder for the pipeline")],
+    lora: Annotated[bool, typer.Option("--lora", help="only the adapters of a run that trains them")] = False,
+) -> None:
+    """Write a text-to-image student as a folder that a stock DiffusionPipeline loads offline."""
+    from dmd2.stages import generate as stage
+
+    stage.export(weights, out, lora=lora)
+
+
+COMMANDS = (download, downloads, cost, plan, times, generate, export)

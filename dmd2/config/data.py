@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from dmd2.config.base import Model
 
+COCO_ANNOTATIONS = "annotations_trainval2014.zip"
 Subset = Literal["all", "training"]
 """All captions, or those of source digit_pairs without the held-out compositions, which measure generalisation."""
 
@@ -49,6 +51,9 @@ class Data(Model):
     levels: int = Field(256, ge=2, le=256, description="grey levels of the source; samples are rounded to them")
     shard_size: int = Field(1000, gt=0, description="samples per shard")
     image_format: Literal["png", "webp"] = "webp"  # lossless either way
+    min_side: int | None = Field(
+        None, gt=0, description="images with a shorter side are left out as unreadable; none: they are enlarged"
+    )
     max_unreadable: int = Field(0, ge=0, description="images that may be left out because they cannot be read")
 
     @model_validator(mode="after")
@@ -56,6 +61,13 @@ class Data(Model):
         if (self.num_classes is None) == (self.captions is None):
             raise ValueError("set either `num_classes` or `captions`: the kind of the images' labels")
         return self
+
+    @property
+    def annotations(self) -> str | None:
+        """The file with the captions of sources coco and coco10k, which lies beside the images."""
+        if self.path is None or self.source not in ("coco", "coco10k"):
+            return None
+        return str(PurePath(self.path).with_name(COCO_ANNOTATIONS))
 
     @property
     def label_field(self) -> str:

@@ -131,6 +131,9 @@ class DiffusersTeacherConfig(Model):
     training: DiffusersTraining | None = None
     weights: ModelFolder | None = None
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # its mappings have no hash
+
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.training is not None) and (self.weights is not None):

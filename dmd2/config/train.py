@@ -100,6 +100,8 @@ class Train(Model):
             raise ValueError("share_critic_pass needs critic_levels and gan_levels to be equal")
         if self.share_levels and self.matching_levels != self.gan_levels:
             raise ValueError("share_levels needs matching_levels and gan_levels to be equal")
+        if self.init_run and (self.generator_lora or self.critic_lora):
+            raise ValueError("adapters start from the teacher: remove init_run, generator_lora or critic_lora")
         if not self.has_critic and self.num_steps > 1:
             raise ValueError("regression alone trains a one-step generator; set num_steps 1")
         if self.turns == "disjoint" and self.critic_steps_per_generator == 1:

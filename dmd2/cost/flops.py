@@ -115,11 +115,12 @@ def _counted(function: Callable[[], object]) -> int:
     return counter.total
 
 
-def pass_cost(teacher: config.TeacherConfig, data: config.Data) -> PassCost:
+def pass_cost(teacher: config.AnyTeacher, data: config.Data) -> PassCost:
     """FLOPs of a network of this architecture."""
     built, _ = meta_networks(teacher, data)
     with meta_tensors(), torch.no_grad():
-        (x, cond), sigma = meta_batch(built, BATCH), torch.ones(BATCH)
+        (x, tokens), sigma = meta_batch(built, BATCH), torch.ones(BATCH)
+        cond = built.conditioner.embed(tokens)
         features = built.denoiser.denoise_and_tap(x, sigma, cond, 0)[1]
         head = RealismHead(built.denoiser.feature_shapes[0])
         return PassCost(
@@ -203,6 +204,6 @@ def features_cost(features: config.Features, data: config.Data) -> float:
     if features.kind == "inception":
         return inception_cost()
     with meta_tensors(), torch.no_grad():
-        network = Classifier(data.channels, data.resolution, data.classes)
+        network = Classifier(data.channels, data.resolution, data.num_classes or 20)  # pairs: ten digits on two sides
         x = torch.zeros(1, data.channels, data.resolution, data.resolution)
         return float(_counted(lambda: network.hidden(x)))

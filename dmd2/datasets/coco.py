@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dmd2.config.data import COCO_ANNOTATIONS
+from dmd2.datasets.texts import tidy
 from dmd2.errors import UserError
 
-ARCHIVE = "annotations_trainval2014.zip"
 ANNOTATIONS = "captions_val2014.json"
 
 
@@ -40,7 +41,7 @@ def read_captions(path: Path) -> list[Captioned]:
         for item in content["annotations"]:
             captions[int(item["image_id"])].append(str(item["caption"]))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; put {ARCHIVE} or {ANNOTATIONS} there") from None
+        raise UserError(f"{path}: no such file; put {COCO_ANNOTATIONS} or {ANNOTATIONS} there") from None
     except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not COCO's captions ({type(error).__name__}: {error}); fetch it again") from None
     return [Captioned(name, caption) for number, name in names.items() for caption in captions[number]]
@@ -69,21 +70,12 @@ def first_of_each(rows: Iterable[Captioned]) -> list[Captioned]:
 
 def as_text(captions: Iterable[str]) -> str:
     """The captions as the text of a list of prompts: one a line, with single spaces."""
-    return "".join(f"{' '.join(caption.split())}\n" for caption in captions)
+    return "".join(f"{tidy(caption)}\n" for caption in captions)
 
 
 def digest(captions: Iterable[str]) -> str:
     """SHA-256 of `as_text` in UTF-8: that of the list as a file."""
     return hashlib.sha256(as_text(captions).encode()).hexdigest()
-
-
-def beside(images: Path) -> Path:
-    """The annotations in the same folder as the images. Raises UserError if there are none."""
-    places = [images.parent / name for name in (ARCHIVE, ANNOTATIONS, f"annotations/{ANNOTATIONS}")]
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
-        raise UserError(f"{places[0]}: no such file; put {ARCHIVE} beside {images.name}")
-    return found
 
 
 def _content(path: Path) -> Any:

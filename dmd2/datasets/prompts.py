@@ -15,6 +15,7 @@ from dmd2.config import Prompts
 from dmd2.config.digit_pairs import prompts as digit_pairs
 from dmd2.datasets import coco
 from dmd2.datasets.loader import EpochStream
+from dmd2.datasets.texts import tidy
 from dmd2.errors import UserError
 from dmd2.files import check_sha256
 from dmd2.method.denoiser import Cond
@@ -35,12 +36,14 @@ def load_prompts(prompts: Prompts) -> tuple[str, ...]:
         raise UserError(f"prompts: {path} does not exist; put it there or correct the path")
     check_sha256(path, prompts.sha256)
     if prompts.source == "coco10k":
-        return tuple(" ".join(row.caption.split()) for row in coco.subset(coco.read_captions(path)))
+        drawn = tuple(tidy(row.caption) for row in coco.subset(coco.read_captions(path)))
+        log.info("prompts: %s: the list of %d has the SHA-256 %s", path, len(drawn), coco.digest(drawn))
+        return drawn
     read = _READERS.get(path.suffix)
     if read is None:
         raise UserError(f"prompts: {path}: unknown kind of file; use {', '.join(_READERS)}")
     found = read(path)
-    kept = tuple(text.strip() for text in found if text and text.strip())
+    kept = tuple(text for text in found if text)
     if not kept:
         raise UserError(f"prompts: {path} has no prompt; correct the path")
     if len(kept) < len(found):
@@ -48,27 +51,36 @@ def load_prompts(prompts: Prompts) -> tuple[str, ...]:
     return kept
 
 
-def _read_text(path: Path) -> list[str]:
+def _lines(path: Path) -> list[str]:
+    """The lines of a text, which end with a line feed only: captions may contain other marks, such as U+2028."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"prompts: {path} is not UTF-8 text ({error}); convert it") from None
 
 
+def _read_text(path: Path) -> list[str]:
+    return [tidy(line) for line in _lines(path)]
+
+
 def _read_json_lines(path: Path) -> list[str]:
-    lines = _read_text(path)
-    try:
-        return [str(json.loads(line)["caption"]) for line in lines if line.strip()]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f"prompts: {path}: every line must be a JSON object with the key `caption`") from None
+    found = []
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            found.append(tidy(json.loads(line)["caption"]) if line.strip() else "")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(
+                f"prompts: {path}: line {number} must be a JSON object with a text under the key `caption`; correct it"
+            ) from None
+    return found
 
 
 def _read_parquet(path: Path) -> list[str]:
     from pyarrow import ArrowException, parquet
 
     try:
-        return [text or "" for text in parquet.read_table(path, columns=["caption"])["caption"].to_pylist()]
-    except (ArrowException, KeyError) as error:
+        return [tidy(text) for text in parquet.read_table(path, columns=["caption"])["caption"].to_pylist()]
+    except (ArrowException, KeyError, TypeError) as error:
         raise UserError(f"prompts: {path}: not a Parquet file with the text column `caption` ({error})") from None
 
 

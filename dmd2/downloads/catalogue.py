@@ -122,6 +122,8 @@ def _paths(model: Model, prefix: str) -> Iterator[tuple[str, str]]:
         elif isinstance(value, Data):
             if value.path is not None:
                 yield f"{prefix}{name}.path", value.path
+            if value.annotations is not None:
+                yield f"{prefix}{name}.annotations", value.annotations
         elif isinstance(value, Model):
             yield from _paths(value, f"{prefix}{name}.")
 

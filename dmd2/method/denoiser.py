@@ -47,6 +47,8 @@ class Denoiser(nn.Module, abc.ABC):
     precision: Literal["fp32", "bf16"] = "fp32"
     """The network's compute precision, if it supports several; may be changed between calls."""
 
+    shardable: bool = True
+    """Whether layout "shard" applies: not to one that shares its weights with others."""
     predicts_x0: bool = True
     """Whether `predict_and_tap` gives x0 itself, or a raw output with a linear head, for the loss kernels."""
 
@@ -66,6 +68,12 @@ class Denoiser(nn.Module, abc.ABC):
         """As `denoise_and_tap`, with the network's own prediction in place of x0."""
         x0, features = self.denoise_and_tap(x, sigma, cond, num_denoise, num_taps)
         return Prediction(x0), features
+
+    def store(self, precision: Literal["fp32", "bf16"]) -> Denoiser:
+        """Itself, with a frozen network's weights stored in a type. Raises ValueError if it supports only float32."""
+        if precision != "fp32":
+            raise ValueError(f"{type(self).__name__} is stored in fp32 only")
+        return self
 
     def blocks(self) -> list[nn.Module]:
         """The units of compilation, activation checkpointing and sharding; empty for a small network.
@@ -157,6 +165,8 @@ class Teacher:
     sample_shape: tuple[int, ...]
     sigma_data: float | None
     """EDM's data scale; None for epsilon-prediction teachers, whose critic weight is sigma^-2."""
+    storage: Literal["fp32", "bf16"] = "fp32"
+    """The type in which a training stores the frozen network's weights."""
 
     def copy_network(self) -> Denoiser:
         """A trainable copy of the denoiser in training mode: initialises a generator or a critic."""

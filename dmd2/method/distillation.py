@@ -33,6 +33,15 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 """The mean distance () of two batches of images (B, ...), differentiable in the first."""
 
 
+class Networks(NamedTuple):
+    """The networks of a run that trains adapters, in place of copies of the teacher's network."""
+
+    generator: Denoiser
+    fake: Denoiser
+    merged: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """The state dict of the whole generator from its trained part."""
+
+
 class Generated(NamedTuple):
     """The generated images of one micro-batch, and its random generator for the terms that follow."""
 
@@ -45,7 +54,8 @@ class Distillation:
     """A student in training: generator, critic, their optimizers and the generator's EMA.
 
     `data` and `pairs` are read only if a loss term needs them. `prompts` are the labels to generate samples for;
-    without them the teacher's conditioner draws classes. `start` are the networks of another run to initialise
+    without them the teacher's conditioner draws classes. `networks` are trained in place of copies of the teacher's.
+    `start` are the networks of another run to initialise
     from (`generator.*`, `critic.fake.*`), with new optimizers and realism heads. `micro_batch_size` enables gradient
     accumulation. Raises UserError for a configuration that needs inputs that are missing.
     """
@@ -58,6 +68,7 @@ class Distillation:
         data: Batches | None = None,
         pairs: PairBatches | None = None,
         prompts: Prompts | None = None,
+        networks: Networks | None = None,
         regression_distance: Distance = torch.nn.functional.mse_loss,
         start: Mapping[str, Tensor] | None = None,
         micro_batch_size: int | None = None,
@@ -78,16 +89,24 @@ class Distillation:
         with torch.random.fork_rng(devices=[]):  # the realism heads' initial weights
             torch.manual_seed(train.seed)
             # eval(): DMD2 uses no dropout, even if the teacher was trained with it.
-            self.generator: Denoiser = teacher.copy_network().to(self.device).eval()
+            # One network after the other is sharded, so that a device never holds three whole ones.
+            generator = teacher.copy_network() if networks is None else networks.generator
+            self.generator: Denoiser = generator.to(self.device).eval()
+            if start is not None:
+                self.generator.load_state_dict(_part(start, "generator."))
+            sharding.place(self.generator, layout if self.generator.shardable else "replicate")
             num_taps = train.gan_taps if train.has_gan else 0
-            self.critic = Critic(teacher.copy_network(), num_taps=num_taps).to(self.device).eval()
+            fake = teacher.copy_network() if networks is None else networks.fake
+            self.critic = Critic(fake, num_taps=num_taps).to(self.device).eval()
+            if start is not None:
+                self.critic.fake.load_state_dict(_part(start, "critic.fake."))
+            sharding.place(self.critic, layout if fake.shardable else "replicate")
         for denoiser in (self.teacher.denoiser, self.generator, self.critic.fake):
             denoiser.precision = train.precision
-        if start is not None:
-            self._load_networks(start)
-        for network in (self.generator, self.critic):
-            sharding.place(network, layout)
-        sharding.place(self.teacher.denoiser, layout, entry_points=("denoise_and_tap", "predict_and_tap"))
+        self._merged = None if networks is None else networks.merged
+        if self.teacher.denoiser.shardable:
+            self.teacher.denoiser.store(teacher.storage)
+            sharding.place(self.teacher.denoiser, layout, entry_points=("denoise_and_tap", "predict_and_tap"))
         self.ema = EMA(self.generator, train.ema_decay)
         self.guard = FiniteGuard(self.device)
         self._generator_optimizer = self._optimizer(self.generator, train.generator_learning_rate)
@@ -252,7 +271,8 @@ class Distillation:
 
     def export(self) -> dict[str, Tensor]:
         """The generator to sample with: its EMA weights, or its weights if the run has no EMA."""
-        return self.ema.weights()
+        weights = self.ema.weights()
+        return weights if self._merged is None else self._merged(weights)
 
     def networks(self) -> dict[str, Tensor]:
         """State dicts of generator and critic, for a run that starts from this one."""
@@ -260,13 +280,6 @@ class Distillation:
             **{f"generator.{k}": v for k, v in self.generator.state_dict().items()},
             **{f"critic.{k}": v for k, v in self.critic.state_dict().items()},
         }
-
-    def _load_networks(self, start: Mapping[str, Tensor]) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in start.items() if k.startswith(prefix)}
-
-        self.generator.load_state_dict(part("generator."))
-        self.critic.fake.load_state_dict(part("critic.fake."))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs except the step number."""
@@ -280,11 +293,16 @@ class Distillation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; every key must match."""
         networks = state["networks"]
-        self.generator.load_state_dict({k[10:]: v for k, v in networks.items() if k.startswith("generator.")})
-        self.critic.load_state_dict({k[7:]: v for k, v in networks.items() if k.startswith("critic.")})
+        self.generator.load_state_dict(_part(networks, "generator."))
+        self.critic.load_state_dict(_part(networks, "critic."))
         self.ema.load_state_dict(state["average"])
         self._generator_optimizer.load_state_dict(state["generator_optimizer"])
         self._critic_optimizer.load_state_dict(state["critic_optimizer"])
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with names that start with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool, has_prompts: bool) -> None:

@@ -41,6 +41,7 @@ OF_DATA = "data"
 Read = Callable[[Sequence[int] | range | np.ndarray], tuple[Images, Labels]]
 """The images and labels of the samples with the given ids, in their order."""
 Observe = Callable[..., Observed]
+_NO_CAPTIONS = np.zeros(0, np.str_)
 _GAUSSIANS = ("features", "pixels", "patches")
 _ARRAYS = ("images", "labels", "kept_features", "kept_probabilities", "radii", "correct", "class_variance")
 _LATER = ("captions", "kept_patches", "image_shape")  # arrays that files of class data may lack
@@ -96,8 +97,8 @@ class Reference:
         observe = partial(extractor.observe, bicubic=bicubic)
         kept = _keep(read, ids, observe, with_patches)
         vectors = as_vectors(kept.images)
-        captions = np.unique(kept.labels) if num_classes is None else np.zeros(0, np.str_)
-        groups = kept.labels if num_classes is not None else numbered(kept.labels, captions)
+        captions: NDArray[np.str_] = np.unique(kept.labels.astype(np.str_)) if num_classes is None else _NO_CAPTIONS
+        groups = numbered(kept.labels, captions) if num_classes is None else targets(kept.labels)
         asked = (None if published else observe, observe if with_patches else None)
         moments = _moments(read, num_images, kept.image_shape, asked, progress)
         features, origin = published or (moments[0], OF_DATA)
@@ -136,7 +137,7 @@ class Reference:
     def load(cls, path: Path | str) -> Self:
         """Reads a file of `save`; nothing is unpickled. Raises UserError naming a missing or unsuitable file."""
         moments = [f"{name}_{part}" for name in _GAUSSIANS[:2] for part in ("mean", "covariance")]
-        a = {"captions": np.zeros(0, np.str_), "kept_patches": np.zeros((0, 0), np.float32)} | read_npz(path)
+        a = {"captions": _NO_CAPTIONS, "kept_patches": np.zeros((0, 0), np.float32)} | read_npz(path)
         require(a, ("extractor", "origin", "leave_one_out", *_ARRAYS, *moments), path)
         return cls(
             extractor=str(a["extractor"]),
@@ -175,6 +176,7 @@ def _keep(read: Read, ids: NDArray[np.int64], observe: Observe, with_patches: bo
     """Reads the images `ids` in parts of at most MAX_READ."""
     shape = read(ids[:1])[0].shape[1:]
     parts: list[tuple[Any, ...]] = []
+    columns: list[Any]
     for part in batches(len(ids), max(1, MAX_READ // math.prod(shape))):
         images, labels = read(ids[part])
         check_images(images, labels)
@@ -183,8 +185,7 @@ def _keep(read: Read, ids: NDArray[np.int64], observe: Observe, with_patches: bo
         of_patches = observe(patches(images), detailed=False).features if with_patches else None
         parts.append((thumbnails(images), labels, *seen, pixel_features(images), of_patches))
     columns = [None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)]
-    images, labels, *seen, pixels, of_patches = columns
-    return _Kept(images, labels, Observed(*seen), pixels, of_patches, shape)
+    return _Kept(*columns[:2], Observed(*columns[2:5]), *columns[5:], shape)
 
 
 def _or_empty(rows: Matrix | None) -> NDArray[np.float32]:
@@ -204,7 +205,7 @@ def _moments(
     `asked` observes the images and the patches; None where that is not asked for.
     """
     features, of_patches = asked
-    found: list[FeatureStats | None] = [None, None, None]
+    found: list[FeatureStats | None] = [None] * 3
     for part in batches(num_images, batch_of(shape)):
         images, _ = read(range(part.start, part.stop))
         seen = (
@@ -218,4 +219,4 @@ def _moments(
                 found[i] = stats if sofar is None else sofar.merge(stats)
         if progress is not None:
             progress(len(images))
-    return [stats and stats.gaussian() for stats in found]
+    return [None if stats is None else stats.gaussian() for stats in found]

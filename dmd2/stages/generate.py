@@ -1,4 +1,4 @@
-"""Generates images with the weights of a finished run, outside the workflow.
+"""Uses the weights of a finished run outside the workflow: images, and an export for stock pipelines.
 
 The record beside the weights has their configuration, so nothing else is needed to load them.
 """
@@ -25,6 +25,7 @@ from dmd2.progress import Counter
 from dmd2.stages.open_weights import components_folder
 from dmd2.stages.sample import from_teacher, num_passes
 from dmd2.teachers import load_teacher
+from dmd2.teachers.weights import read_weights
 from dmd2.training import ranks
 from dmd2.training.rng import SampleNoise
 
@@ -38,6 +39,7 @@ class Model(NamedTuple):
     spec: Spec
     teacher: Teacher
     sampler: Sampler
+    components: Path | None  # folder of a text-to-image teacher's other networks
 
     @property
     def passes(self) -> int:
@@ -72,12 +74,12 @@ def open_run(weights: Path, device: torch.device | str, *, steps: int = 25, guid
         spec = spec.model_copy(update={"train": spec.train or Train()})
     bare = teacher.model_copy(update={"training": None, "weights": None})
     loaded = load_teacher(bare, spec.need("data"), path, components=folder).to(device)
-    return Model(spec.model_copy(update={"teacher": bare}), loaded, sampler)
+    return Model(spec.model_copy(update={"teacher": bare}), loaded, sampler, folder)
 
 
 def images_of(model: Model, labels: Sequence[Any], seed: int) -> Any:
     """One image per label (class number or prompt): uint8 (B, H, W, C). Image i has the noise of sample i of `seed`."""
-    spec, teacher, sampler = model
+    spec, teacher, sampler, _ = model
     device = teacher.grid.sigmas.device
     cond = teacher.conditioner.embed(move(teacher.conditioner.tokenize(labels), device))
     noise = SampleNoise(seed, range(len(labels)), teacher.sample_shape, device)
@@ -111,3 +113,42 @@ def generate(
     Counter("generate", len(images))(len(images))
     print(f"{len(images)} images in {out}, {model.passes} passes and {1000 * took:.0f} ms each")
     return written
+
+
+def export(weights: Path, out: Path, *, lora: bool) -> None:
+    """Writes a text-to-image student as a folder of diffusers; with `lora` its adapters and scheduler alone.
+
+    A stock pipeline samples from it with `num_inference_steps` and `guidance_scale=0`. Raises UserError for a teacher,
+    for a model of classes, and for adapters of a run that trained none.
+    """
+    from dmd2.teachers.diffusers_unet import DiffusersDenoiser
+    from dmd2.teachers.export import export_adapter, export_network, student_scheduler
+
+    model = open_run(weights, "cpu")
+    denoiser, train = model.teacher.denoiser, model.spec.train
+    if train is None or not isinstance(denoiser, DiffusersDenoiser):
+        raise UserError(f"{weights} is no text-to-image student, and only these are exported")
+    steps = model.teacher.grid.student_steps(train.num_steps, train.student_levels)
+    scheduler = student_scheduler(model.spec.need("teacher"), steps.levels)
+    facts = {"run": model.spec.name, "configuration": model.spec.digest, "steps": str(train.num_steps)}
+    if lora:
+        export_adapter(out, _adapter(weights, train), scheduler, facts=facts)
+    else:
+        export_network(out, denoiser, scheduler, components=model.components, facts=facts)
+    print(f"{out}: {'adapters' if lora else 'a pipeline'} for diffusers; README.md has the call")
+
+
+def _adapter(weights: Path, train: Train) -> Any:
+    """The generator's adapters on the frozen teacher, as the run's last iteration left them."""
+    from dmd2.teachers.lora import load_adapter, roles
+
+    folder = weights if weights.is_dir() else weights.parent
+    networks = folder / "networks.safetensors"
+    if train.generator_lora is None:
+        raise UserError(f"{folder}: this run trained no adapters (train.generator_lora); export it without --lora")
+    teacher = open_run(folder.parent / "teacher", "cpu").teacher
+    role = roles(teacher.denoiser, {"student": train.generator_lora})["student"]  # type: ignore[arg-type]
+    read_record(networks)
+    state = {k.removeprefix("generator."): v for k, v in read_weights(networks).items() if k.startswith("generator.")}
+    load_adapter(role, state, str(networks))
+    return role

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dmd2.config import Runtime, Train
 from dmd2.datasets.shards import content_id, read_manifest
@@ -18,8 +20,8 @@ from dmd2.errors import UserError
 from dmd2.files import atomic, write_json, write_text
 from dmd2.lineage.records import write_record
 from dmd2.lineage.spec import Spec
-from dmd2.method.denoiser import Denoiser
-from dmd2.method.distillation import Distance, Distillation
+from dmd2.method.denoiser import Denoiser, Teacher
+from dmd2.method.distillation import Distance, Distillation, Networks
 from dmd2.method.teacher_fit import TeacherFit
 from dmd2.metrics.perceptual import load_lpips
 from dmd2.report.table_schema import TRAINING
@@ -122,7 +124,7 @@ def train(
 ) -> None:
     """Trains a student; writes generator, networks (to initialise other runs), snapshots with manifest, and the log."""
     config, device = spec.need("train"), ranks.device_of(runtime.device)
-    frozen = open_teacher(spec, teacher_weights, components=components)
+    frozen, adapted = adapted_networks(open_teacher(spec, teacher_weights, components=components), config)
     distance = _regression_distance(config, device)
     read = checksums(spec, teacher_weights, latents, pairs, start)
     with state_store(state_root, spec, runtime, read) as store:
@@ -133,6 +135,7 @@ def train(
                 data=data_batches(spec, latents, frozen, config.batch_size, config.seed, device),
                 pairs=pair_batches(spec, pairs, config.batch_size, config.seed, device) if pairs is not None else None,
                 prompts=prompt_batches(spec, frozen, config.batch_size, config.seed, device),
+                networks=adapted,
                 regression_distance=distance,
                 start=open_weights(start, spec.upstream["start"]) if start is not None else None,
                 micro_batch_size=runtime.micro_batch_size,
@@ -162,6 +165,33 @@ def train(
             save_weights(out.generator, generator)
             write_record(out.generator, spec, **facts)
             store.clear()
+
+
+def adapted_networks(frozen: Teacher, config: Train) -> tuple[Teacher, Networks | None]:
+    """The teacher and the networks of a run that trains adapters; all share the frozen weights. None: a full run.
+
+    Raises UserError for a teacher whose network takes no adapters.
+    """
+    wanted = {"student": config.generator_lora, "critic": config.critic_lora}
+    adapters = {role: lora for role, lora in wanted.items() if lora is not None}
+    if not adapters:
+        return frozen, None
+    from dmd2.teachers.diffusers_unet import DiffusersDenoiser
+    from dmd2.teachers.lora import Role, merged_with, roles
+
+    network = frozen.denoiser
+    if not isinstance(network, DiffusersDenoiser):
+        raise UserError("generator_lora and critic_lora need a teacher of kind diffusers; remove them")
+    full = frozen.copy_network() if len(adapters) == 1 else None
+    found: dict[str, Denoiser] = dict(roles(network, adapters, seed=config.seed))
+    generator, fake = found.get("student", full), found.get("critic", full)
+    assert generator is not None
+    assert fake is not None
+
+    def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return merged_with(generator, weights) if isinstance(generator, Role) else dict(weights)
+
+    return dataclasses.replace(frozen, denoiser=found["teacher"]), Networks(generator, fake, merged)
 
 
 def _prepare(runtime: Runtime, *networks: Denoiser) -> None:

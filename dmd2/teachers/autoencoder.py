@@ -5,7 +5,9 @@ Shapes: B batch, (c, h, w) one latent, (H, W, C) one image.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +37,16 @@ class AutoencoderCodec:
         self._pixels = PixelCodec(data.levels, data.channels)
         self.scale = 1.0 if vae is None else float(vae.config.scaling_factor)
         self.shift = 0.0 if vae is None else float(vae.config.shift_factor or 0.0)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the latents depend on, for the manifest of a set of them; the SHA-256 is of the encoder's weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self._network().state_dict().items()):
+            if not name.startswith(("decoder.", "post_quant_conv.")):
+                digest.update(name.encode() + value.contiguous().cpu().numpy().tobytes())
+        scaling = {"scaling_factor": self.scale, "shift_factor": self.shift}
+        return {**scaling, "posterior_seed": self.posterior_seed, "encoder_sha256": digest.hexdigest()}
 
     def to(self, device: torch.device | str) -> AutoencoderCodec:
         """Itself, with its autoencoder on `device`."""

@@ -94,6 +94,7 @@ def load_diffusers(
     that is missing, damaged or another one than configured.
     """
     config, _ = _settings(teacher, data)
+    state: dict[str, Tensor] | None
     if weights is None and teacher.weights is not None:
         folder = resolve(teacher.weights)
         state = read_unet(folder, config, teacher.weights.variant)
@@ -110,6 +111,7 @@ def load_diffusers(
         conditioner=conditioner,
         sample_shape=denoiser.sample_shape,
         sigma_data=None,
+        storage=teacher.storage,
     )
 
 

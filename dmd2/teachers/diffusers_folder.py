@@ -145,7 +145,7 @@ def _check_autoencoder(path: Path, teacher: DiffusersTeacherConfig, data: Data) 
         raise UserError(f"{path}: latents_mean and latents_std are not supported; use an autoencoder with one scale")
 
 
-def load_autoencoder(folder: Path) -> nn.Module:
+def load_autoencoder(folder: Path) -> Any:
     """The autoencoder `vae/`: frozen, float32, in evaluation mode. Raises UserError if it is damaged."""
     from diffusers import AutoencoderKL
 

@@ -6,6 +6,8 @@ peft see ordinary layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,14 +57,26 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Recomputed(nn.Module):
-    """A block with activation checkpointing, on if `recompute`."""
+    """A block with activation checkpointing, on if `recompute`.
+
+    `at_recompute` is called when the block runs and gives the context in which backward runs it again.
+    """
 
     recompute = False
+    at_recompute: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=self.training, **kwargs)
+            contexts = (nullcontext(), self.at_recompute())
+            return checkpoint(
+                super().forward,
+                *args,
+                use_reentrant=False,
+                preserve_rng_state=self.training,
+                context_fn=lambda: contexts,
+                **kwargs,
+            )
         return super().forward(*args, **kwargs)
 
 

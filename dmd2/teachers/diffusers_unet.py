@@ -6,7 +6,7 @@ Shapes: B batch, (C, H, W) one latent; L text length, D text width, P width of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -50,6 +50,18 @@ class DiffusersDenoiser(Denoiser):
     """
 
     predicts_x0 = False
+    limits: Tensor
+    conv_in: nn.Module
+    time_proj: nn.Module
+    time_embedding: nn.Module
+    add_time_proj: nn.Module
+    add_embedding: nn.Module
+    down_blocks: nn.ModuleList
+    mid_block: nn.Module | None
+    up_blocks: nn.ModuleList
+    conv_norm_out: nn.Module | None
+    conv_act: nn.Module
+    conv_out: nn.Module
 
     def __init__(
         self, unet: UNet2DConditionModel, sigmas: Tensor, prediction: str = "epsilon", precision: Precision = "fp32"
@@ -60,6 +72,9 @@ class DiffusersDenoiser(Denoiser):
         replace_layers(unet)
         for name, child in unet.named_children():
             self.add_module(name, child)
+        for name in ("mid_block", "conv_norm_out"):
+            if name not in self._modules:
+                setattr(self, name, None)
         self.config, self.prediction, self.precision = config, prediction, precision
         self.pooled = config["addition_embed_type"] == "text_time"
         size = config["sample_size"]
@@ -71,9 +86,13 @@ class DiffusersDenoiser(Denoiser):
         self.register_buffer("limits", boundaries(sigmas), persistent=False)
 
     def store(self, precision: Precision) -> DiffusersDenoiser:
-        """Itself, with its weights in another dtype: a frozen network in bf16 takes half the memory."""
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(DTYPES[precision])
+        """Itself, with its weights in another dtype: a frozen network in bf16 takes half the memory.
+
+        Low-rank adapters keep theirs. (`.to(torch.bfloat16)` would also round the table of noise levels.)
+        """
+        for name, parameter in self.named_parameters():
+            if ".lora_" not in name:
+                parameter.data = parameter.data.to(DTYPES[precision])
         return self
 
     def blocks(self) -> list[nn.Module]:
@@ -108,17 +127,27 @@ class DiffusersDenoiser(Denoiser):
         ends = [per_level * (level + 1) - 1 for level in reversed(range(len(self.feature_shapes) - 1))]
         return [feature.float() for feature in (encoding.hidden, *(encoding.skips[end] for end in ends))[:num_taps]]
 
+    def output(self, scaled: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        """The U-Net's own function: input c_in * x (B, C, H, W) and timesteps (B,) -> raw output (B, C, H, W)."""
+        return self._decode(self._encode_scaled(scaled, time, cond)).to(
+            torch.promote_types(scaled.dtype, torch.float32)
+        )
+
     def _encode(self, x: Tensor, sigma: Tensor, cond: Cond) -> Encoding:
         """The encoder and the middle block: x (B, C, H, W), sigma (B,)."""
-        if x.shape[1:] != self.sample_shape:
-            raise ValueError(
-                f"x is {tuple(x.shape)}; this denoiser expects (B, {', '.join(map(str, self.sample_shape))})"
-            )
-        wide, dtype = torch.promote_types(x.dtype, torch.float32), self._dtype(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
         x, sigma = x.to(wide), sigma.to(wide)
-        layout = torch.channels_last if x.is_cuda else torch.preserve_format
-        h = (expand(input_scale(self.prediction, sigma), x) * x).to(dtype, memory_format=layout)
-        text, emb = cond["text"].to(dtype), self._embedding(sigma, cond, dtype)
+        scaled = expand(input_scale(self.prediction, sigma), x) * x
+        return self._encode_scaled(scaled, timestep(self.prediction, sigma, self.limits), cond)
+
+    def _encode_scaled(self, scaled: Tensor, time: Tensor, cond: Cond) -> Encoding:
+        if scaled.shape[1:] != self.sample_shape:
+            shape = ", ".join(map(str, self.sample_shape))
+            raise ValueError(f"x is {tuple(scaled.shape)}; this denoiser expects (B, {shape})")
+        dtype = torch.float64 if scaled.dtype == torch.float64 else DTYPES[self.precision]
+        layout = torch.channels_last if scaled.is_cuda else torch.preserve_format
+        h = scaled.to(dtype, memory_format=layout)
+        text, emb = cond["text"].to(dtype), self._embedding(time, cond, dtype)
         h = self.conv_in(h)
         skips: tuple[Tensor, ...] = (h,)
         for block in self.down_blocks:
@@ -128,22 +157,18 @@ class DiffusersDenoiser(Denoiser):
             h = self.mid_block(h, emb, **_attended(self.mid_block, text))
         return Encoding(h, skips, emb, text)
 
-    def _dtype(self, x: Tensor) -> torch.dtype:
-        return torch.float64 if x.dtype == torch.float64 else DTYPES[self.precision]
-
-    def _embedding(self, sigma: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
+    def _embedding(self, time: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
         """The embedding (B, E) of the timestep and, for SDXL's kind, of the pooled text and the time ids."""
-        time = timestep(self.prediction, sigma, self.limits)
         emb: Tensor = self.time_embedding(self.time_proj(time).to(dtype))
         if self.pooled:
-            ids = self.add_time_proj(cond["time_ids"].flatten()).reshape(len(sigma), -1)
+            ids = self.add_time_proj(cond["time_ids"].flatten()).reshape(len(time), -1)
             emb = emb + self.add_embedding(torch.cat([cond["pooled"].to(dtype), ids.to(dtype)], dim=-1))
         return emb
 
     def _decode(self, encoding: Encoding) -> Tensor:
         h, skips, emb, text = encoding
         for block in self.up_blocks:
-            num = len(block.resnets)
+            num = len(cast(nn.ModuleList, block.resnets))
             h = block(hidden_states=h, temb=emb, res_hidden_states_tuple=skips[-num:], **_attended(block, text))
             skips = skips[:-num]
         if self.conv_norm_out is not None:

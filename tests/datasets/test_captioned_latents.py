@@ -13,6 +13,7 @@ from dmd2.config import Captions, Data
 from dmd2.config.digit_pairs import composition, is_held_out
 from dmd2.datasets.images import write_images
 from dmd2.datasets.latents import held_out, write_latents
+from dmd2.datasets.loader import Loader
 from dmd2.datasets.reader import ShardReader
 from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
@@ -97,3 +98,12 @@ def test_only_data_that_hold_captions_out_have_a_training_subset() -> None:
     with pytest.raises(UserError, match=r"captions.subset is training, but source image_folder holds no captions out"):
         held_out(spec)
     assert held_out(latents_spec(DATA)) is None
+
+
+def test_batches_for_training_have_the_tokens_and_not_the_captions(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "latents" / "manifest.json"
+    write_latents(images, out, Rounded(25.0), Words(), latents_spec(DATA))
+    for cache_bytes in (0, 2**28):
+        loader = Loader(out, batch_size=8, seed=0, cache_bytes=cache_bytes)
+        assert loader.batch(3).keys() == {"latent", "cond.tokens"}
+        loader.close()

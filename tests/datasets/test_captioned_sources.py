@@ -134,6 +134,24 @@ def test_a_text_that_is_not_utf8_is_refused_with_its_name(tmp_path: Path) -> Non
         open_source(captioned("image_folder", root))
 
 
+def test_a_folder_means_its_tars_in_sorted_order(tmp_path: Path) -> None:
+    _, pattern = CONTAINERS["txt in tars"](tmp_path / "set")
+    (tmp_path / "set" / "00000.json").write_text("img2dataset writes statistics beside a tar")
+    whole, by_folder = (open_source(captioned("webdataset", path)) for path in (pattern, tmp_path / "set"))
+    assert by_folder.labels.tolist() == whole.labels.tolist()
+    assert by_folder.fingerprint == whole.fingerprint
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"data.path: .*empty/\*.tar does not exist; correct the path"):
+        open_source(captioned("webdataset", tmp_path / "empty"))
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_listing(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_of([("1.png", png(1)), ("1.json", b'{"caption": "a \\ud83e"}')]))
+    data = captioned("webdataset", tmp_path / "a.tar")
+    write_images(tmp_path / "out" / "manifest.json", data, Spec.of("shards", "shards", data=data))
+    assert ShardReader(tmp_path / "out" / "manifest.json").read([0])["txt"].tolist() == ["a ?"]
+
+
 TAR_FAULTS = [
     ([("1.png", b""), ("2.txt", b"a fox")], r"sample 2 has a caption but no image; complete or remove it"),
     ([("1.png", b""), ("1.jpg", b""), ("1.txt", b"a fox")], r"sample 1 has two images, 1.png and 1.jpg"),

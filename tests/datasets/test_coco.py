@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from captioned import captioned, coco_files, image
 
 from dmd2.config import Prompts
+from dmd2.config.data import COCO_ANNOTATIONS
 from dmd2.datasets import coco
 from dmd2.datasets.prompts import load_prompts
 from dmd2.datasets.sources import open_source
@@ -37,10 +39,10 @@ def by_pandas_rules(content: list[dict[str, object]], num: int) -> list[tuple[st
 
 def test_the_subset_is_that_of_the_released_recipe(tmp_path: Path) -> None:
     _, content = coco_files(tmp_path)
-    rows = coco.read_captions(tmp_path / coco.ARCHIVE)
+    rows = coco.read_captions(tmp_path / COCO_ANNOTATIONS)
     assert [tuple(row) for row in coco.subset(rows, num=20)] == by_pandas_rules(content, 20)
     (tmp_path / coco.ANNOTATIONS).write_bytes(
-        zipfile.ZipFile(tmp_path / coco.ARCHIVE).read(f"annotations/{coco.ANNOTATIONS}")
+        zipfile.ZipFile(tmp_path / COCO_ANNOTATIONS).read(f"annotations/{coco.ANNOTATIONS}")
     )
     assert coco.read_captions(tmp_path / coco.ANNOTATIONS) == rows
 
@@ -60,14 +62,18 @@ def test_the_digest_is_that_of_the_list_as_a_file(tmp_path: Path) -> None:
     assert load_prompts(Prompts(path=str(path), sha256=found)) == ("A man.", "Two dogs", "Café")
 
 
-def test_images_and_prompts_of_the_subset_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_and_prompts_of_the_subset_belong_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     images, content = coco_files(tmp_path)
     monkeypatch.setattr(coco.subset, "__defaults__", (20, 123))
     source = open_source(captioned("coco10k", images))
     expected = by_pandas_rules(content, 20)
     captions = [" ".join(caption.split()) for _, caption in expected]
     assert source.labels.tolist() == captions
-    assert list(load_prompts(Prompts(source="coco10k", path=str(tmp_path / coco.ARCHIVE)))) == captions
+    with caplog.at_level(logging.INFO):
+        assert list(load_prompts(Prompts(source="coco10k", path=str(tmp_path / COCO_ANNOTATIONS)))) == captions
+    assert f"the list of 20 has the SHA-256 {coco.digest(captions)}" in caplog.text
     assert [source.name(i) for i in range(20)] == [name for name, _ in expected]
     copy = pickle.loads(pickle.dumps(source))
     for number in range(20):
@@ -90,7 +96,7 @@ def test_faults_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"val2014.zip: has no COCO_val2014_.*, nor 1 others"):
         open_source(captioned("coco", images))
     with pytest.raises(UserError, match=r"COCO's captions are of 32 images, but 10000 are needed"):
-        load_prompts(Prompts(source="coco10k", path=str(tmp_path / coco.ARCHIVE)))
+        load_prompts(Prompts(source="coco10k", path=str(tmp_path / COCO_ANNOTATIONS)))
     other = tmp_path / "instances.json"
     other.write_text(json.dumps({"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1}]}))
     with pytest.raises(UserError, match=r"instances.json: not COCO's captions \(KeyError: 'caption'\)"):
@@ -98,11 +104,13 @@ def test_faults_are_told(tmp_path: Path) -> None:
     other.write_text("{")
     with pytest.raises(UserError, match=r"instances.json: not COCO's captions"):
         coco.read_captions(other)
-    (tmp_path / coco.ARCHIVE).write_bytes(b"PK")
+    (tmp_path / COCO_ANNOTATIONS).write_bytes(b"PK")
     with pytest.raises(UserError, match=r"annotations_trainval2014.zip: not COCO's captions \(BadZipFile"):
         open_source(captioned("coco", images))
-    (tmp_path / coco.ARCHIVE).unlink()
-    with pytest.raises(UserError, match=r"no such file; put annotations_trainval2014.zip beside val2014.zip"):
+    (tmp_path / COCO_ANNOTATIONS).unlink()
+    with pytest.raises(
+        UserError, match=r"annotations_trainval2014.zip: no such file; put annotations_trainval2014.zip or"
+    ):
         open_source(captioned("coco", images))
     with pytest.raises(UserError, match=r"gone.json: no such file; put"):
         coco.read_captions(tmp_path / "gone.json")

@@ -13,27 +13,30 @@ from dmd2.datasets.prompts import PromptStream, load_prompts
 from dmd2.errors import UserError
 from dmd2.files import sha256
 
-TEXTS = ["a red fox", "two ships, one of them “old”", "naïve café"]
+TEXTS = ["a red fox", "two ships, one of them “old”", "naïve\u2028café", "one\rline"]
+TIDY = ("a red fox", "two ships, one of them “old”", "naïve café", "one line")
 
 
 def write(folder: Path, suffix: str) -> Path:
     path = folder / f"prompts{suffix}"
     if suffix == ".txt":
-        path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+        path.write_bytes(("\r\n".join(TEXTS) + "\n").encode())
     elif suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps({"caption": text}) for text in TEXTS), encoding="utf-8")
+        path.write_text(
+            "\n".join(json.dumps({"caption": text}, ensure_ascii=False) for text in TEXTS), encoding="utf-8"
+        )
     else:
         import pyarrow
         from pyarrow import parquet
 
-        parquet.write_table(pyarrow.table({"caption": TEXTS, "url": [""] * 3}), path)
+        parquet.write_table(pyarrow.table({"caption": TEXTS, "url": [""] * 4}), path)
     return path
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
 def test_files_give_their_prompts_in_order(suffix: str, tmp_path: Path):
     path = write(tmp_path, suffix)
-    assert load_prompts(Prompts(path=str(path), sha256=sha256(path))) == tuple(TEXTS)
+    assert load_prompts(Prompts(path=str(path), sha256=sha256(path))) == TIDY
 
 
 def test_empty_lines_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -42,6 +45,16 @@ def test_empty_lines_are_left_out_and_counted(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         assert load_prompts(Prompts(path=str(path))) == ("one", "two")
     assert "2 of 4 are empty" in caplog.text
+
+
+def test_null_captions_count_as_empty_and_numbers_are_refused(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"caption": "a"}\n{"caption": null}\n{"caption": "half a pair \\ud800"}\n')
+    assert load_prompts(Prompts(path=str(path))) == ("a", "half a pair ?")
+    path = tmp_path / "numbers.jsonl"
+    path.write_text('{"caption": "a"}\n{"caption": 3}\n')
+    with pytest.raises(UserError, match="line 2 must be a JSON object with a text"):
+        load_prompts(Prompts(path=str(path)))
 
 
 def test_embedded_prompts_come_without_a_file():
@@ -61,7 +74,7 @@ def test_bad_lists_say_what_to_change(tmp_path: Path):
     with pytest.raises(UserError, match="not UTF-8"):
         load_prompts(Prompts(path=str(tmp_path / "latin.txt")))
     (tmp_path / "x.jsonl").write_text('{"text": "a"}')
-    with pytest.raises(UserError, match="the key `caption`"):
+    with pytest.raises(UserError, match="line 1 must be a JSON object with a text under the key `caption`"):
         load_prompts(Prompts(path=str(tmp_path / "x.jsonl")))
     (tmp_path / "x.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="not a Parquet file"):

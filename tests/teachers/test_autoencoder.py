@@ -110,3 +110,18 @@ def test_unsuitable_images_and_latents_are_refused(vae: Any, codec: AutoencoderC
 def test_an_empty_batch_stays_empty(codec: AutoencoderCodec) -> None:
     assert len(codec.encode(images(0), range(0))) == 0
     assert len(codec.decode(torch.empty(0, *LATENT))) == 0
+
+
+def test_the_facts_tell_autoencoders_apart_by_what_latents_depend_on(vae: Any, codec: AutoencoderCodec) -> None:
+    facts = codec.facts
+    assert facts == {
+        "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": 0.0,
+        "posterior_seed": 5,
+        "encoder_sha256": facts["encoder_sha256"],
+    }
+    for part, same in (("decoder", True), ("encoder", False), ("quant_conv", False)):
+        other = copy.deepcopy(vae)
+        with torch.no_grad():
+            next(getattr(other, part).parameters()).add_(1e-3)
+        assert (AutoencoderCodec(other, tiny_data(), posterior_seed=5).facts == facts) == same, part

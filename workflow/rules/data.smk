@@ -24,6 +24,9 @@ rule download:
 rule shards:
     input:
         source=ancient(supplied_key("data.path", f"{DATA}/shards/manifest.json")),
+        annotations=ancient(
+            supplied_key("data.annotations", f"{DATA}/shards/manifest.json")
+        ),
     output:
         manifest=f"{DATA}/shards/manifest.json",
     log:
@@ -47,6 +50,11 @@ use rule shards as reference_shards with:
         source=ancient(
             supplied_key(
                 "reference_data.path", f"{DATA}/reference_shards/manifest.json"
+            )
+        ),
+        annotations=ancient(
+            supplied_key(
+                "reference_data.annotations", f"{DATA}/reference_shards/manifest.json"
             )
         ),
     output:

@@ -52,7 +52,7 @@ class EncodedImages(ABC):
     Each is centre-cropped to its short side and resized with a Lanczos filter, like EDM's dataset tool with
     `--transform=center-crop`; one of the right size is unchanged. Also like that tool, grey, palette and CMYK become
     RGB, transparency is dropped, only the first frame of an animation is read, and EXIF rotation is ignored. Unreadable
-    are more than 8 bits per channel, more pixels than Pillow's limit, and damaged images.
+    are more than 8 bits per channel, more pixels than Pillow's limit, sides below `data.min_side`, and damaged images.
     """
 
     def __init__(self, data: Data, names: Sequence[str], labels: Sequence[Any] | np.ndarray, classes: Sequence[str]):
@@ -70,19 +70,24 @@ class EncodedImages(ABC):
         return self._names[number]
 
     def __getitem__(self, number: int) -> np.ndarray:
-        return decode(self.read(number), self._data.resolution, self._data.channels)
+        return decode(self.read(number), self._data.resolution, self._data.channels, self._data.min_side)
 
     @abstractmethod
     def read(self, number: int) -> bytes:
         """The encoded image `number`."""
 
 
-def decode(content: bytes, resolution: int, channels: int) -> np.ndarray:
-    """Decodes, crops and resizes an image: uint8 (resolution, resolution, channels). Raises Unreadable."""
+def decode(content: bytes, resolution: int, channels: int, min_side: int | None = None) -> np.ndarray:
+    """Decodes, crops and resizes an image: uint8 (resolution, resolution, channels).
+
+    Raises Unreadable, also for an image with a side of less than `min_side` pixels.
+    """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.mode not in MODES:
                 raise Unreadable(f"mode {image.mode} is not 8 bits per channel")
+            if min_side is not None and min(image.size) < min_side:
+                raise Unreadable(f"{image.width}x{image.height} pixels, data.min_side is {min_side}")
             mode = "RGB" if channels == 3 else "L"
             image.load()
             square = _centre(image if image.mode == mode else image.convert(mode))

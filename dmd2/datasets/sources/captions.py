@@ -14,19 +14,11 @@ from dmd2.config import Data
 from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of, is_image
 from dmd2.datasets.sources.folder import LISTERS
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
-from dmd2.datasets.sources.tars import _expand, _split
+from dmd2.datasets.sources.tars import expand, split_name
+from dmd2.datasets.texts import CAPTION_KEYS, tidy
 from dmd2.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-CAPTION_KEYS = ("caption", "text")
-"""Keys or columns of a caption; the first that is there counts."""
-
-
-def tidy(caption: object) -> str:
-    """A caption with single spaces, or "" for None. Raises TypeError for anything but a text."""
-    if caption is not None and not isinstance(caption, str):
-        raise TypeError(f"{caption!r} is not a text")
-    return " ".join((caption or "").split())
 
 
 def caption_in(item: Mapping[str, Any], where: str) -> str:
@@ -155,7 +147,7 @@ class CaptionedTars(EncodedImages):
     """
 
     def __init__(self, data: Data):
-        tars = _expand(data)
+        tars = expand(data)
         with ThreadPoolExecutor(LISTERS) as pool:
             contents = list(pool.map(_samples, tars))
         found = [(file, sample) for file, samples in enumerate(contents) for sample in samples]
@@ -178,7 +170,7 @@ def _samples(path: str) -> list[_Sample]:
     images: dict[str, Member] = {}
     texts: dict[str, dict[str, int]] = {"txt": {}, "json": {}}
     for number, member in enumerate(members):
-        key, kind = _split(member.name)
+        key, kind = split_name(member.name)
         if is_image(member.name):
             if key in images:
                 raise UserError(f"{path}: sample {key} has two images, {images[key].name} and {member.name}")
@@ -189,10 +181,9 @@ def _samples(path: str) -> list[_Sample]:
         raise UserError(f"{path}: sample {odd[0]} has a caption but no image; complete or remove it")
     found = []
     for key, image in images.items():
-        kind = next((kind for kind in texts if key in texts[kind]), None)
-        number = -1 if kind is None else texts[kind][key]
-        caption = "" if kind is None else _caption(spans[number], kind, f"{path}: {members[number].name}")
-        found.append(_Sample(image, caption))
+        held = [(kind, numbers[key]) for kind, numbers in texts.items() if key in numbers]
+        captions = [_caption(spans[number], kind, f"{path}: {members[number].name}") for kind, number in held[:1]]
+        found.append(_Sample(image, captions[0] if captions else ""))
     return found
 
 

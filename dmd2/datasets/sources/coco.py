@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from pathlib import Path
 from typing import Any
 
 from dmd2.config import Data
 from dmd2.datasets import coco
 from dmd2.datasets.sources.base import EncodedImages, Unreadable, existing, fingerprint_of
+from dmd2.datasets.texts import tidy
 from dmd2.errors import UserError
 
 
@@ -17,7 +19,7 @@ class CocoImages(EncodedImages):
 
     def __init__(self, data: Data):
         self._path = existing(data, "COCO's val2014.zip")
-        chosen = self.choose(coco.read_captions(coco.beside(self._path)))
+        chosen = self.choose(coco.read_captions(Path(str(data.annotations))))
         self._archive: zipfile.ZipFile | None = None
         members = {member.filename.rpartition("/")[2]: member for member in self._open().infolist()}
         if missing := [row.image for row in chosen if row.image not in members]:
@@ -25,7 +27,7 @@ class CocoImages(EncodedImages):
                 f"{self._path}: has no {missing[0]}, nor {len(missing) - 1} others that the annotations name; fetch it "
                 f"again"
             )
-        super().__init__(data, [row.image for row in chosen], [" ".join(row.caption.split()) for row in chosen], ())
+        super().__init__(data, [row.image for row in chosen], [tidy(row.caption) for row in chosen], ())
         self._members = [members[row.image].filename for row in chosen]
         listing = (f"{row.image} {row.caption} {members[row.image].CRC}" for row in chosen)
         self.fingerprint = fingerprint_of(listing, [members[row.image].file_size for row in chosen])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,7 +23,7 @@ class DigitPairs:
     are a function of i alone.
     """
 
-    classes: tuple[str, ...] = ()
+    classes: Sequence[str] = ()
 
     def __init__(self, data: Data):
         from sklearn.datasets import load_digits

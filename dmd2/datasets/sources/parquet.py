@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from dmd2.config import Data
 from dmd2.datasets.sources.base import EncodedImages, Unreadable, existing, fingerprint_of
-from dmd2.datasets.sources.captions import CAPTION_KEYS, tidy
+from dmd2.datasets.texts import CAPTION_KEYS, tidy
 from dmd2.errors import UserError
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")

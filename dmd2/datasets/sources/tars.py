@@ -55,7 +55,7 @@ class WebDatasetTars(EncodedImages):
     """
 
     def __init__(self, data: Data):
-        tars = _expand(data)
+        tars = expand(data)
         with ThreadPoolExecutor(LISTERS) as pool:
             contents = list(pool.map(_samples, tars, [data.classes] * len(tars)))
         found = [(file, sample) for file, samples in enumerate(contents) for sample in samples]
@@ -71,16 +71,20 @@ class WebDatasetTars(EncodedImages):
         return self._spans[number]
 
 
-def _expand(data: Data) -> list[str]:
-    """The tars of a path or pattern, in its order; matches of `*` are sorted. Raises UserError if one is missing."""
+def expand(data: Data) -> list[str]:
+    """The tars of a path or pattern, in its order; matches of `*`, or those in a folder, are sorted.
+
+    Raises UserError if one is missing.
+    """
     from webdataset.shardlists import expand_urls
 
     if data.path is None:
         raise UserError("data.path is not set, but source webdataset reads one; set it to the tars, {0000..0099} or *")
-    tars = [tar for part in expand_urls(data.path) for tar in (sorted(glob.glob(part)) if "*" in part else [part])]
+    pattern = f"{data.path}/*.tar" if Path(data.path).is_dir() else data.path
+    tars = [tar for part in expand_urls(pattern) for tar in (sorted(glob.glob(part)) if "*" in part else [part])]
     missing = [tar for tar in tars if not Path(tar).is_file()]
     if missing or not tars:
-        raise UserError(f"data.path: {(missing or [data.path])[0]} does not exist; correct the pattern {data.path}")
+        raise UserError(f"data.path: {(missing or [pattern])[0]} does not exist; correct the path {data.path}")
     return tars
 
 
@@ -91,7 +95,7 @@ def _samples(path: str, num_classes: int) -> list[_Sample]:
     images: dict[str, Member] = {}
     labels: dict[str, int] = {}
     for number, member in enumerate(members):
-        key, kind = _split(member.name)
+        key, kind = split_name(member.name)
         if is_image(member.name):
             if key in images:
                 raise UserError(f"{path}: sample {key} has two images, {images[key].name} and {member.name}")
@@ -104,7 +108,7 @@ def _samples(path: str, num_classes: int) -> list[_Sample]:
     return [_Sample(image, labels[key]) for key, image in images.items()]
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Key and field of a member, as in WebDataset: the parts before and after the first dot of the file's name."""
     folder, slash, file = name.rpartition("/")
     stem, _, kind = file.partition(".")
