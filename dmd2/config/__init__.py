@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dmd2.config.base import Beta, Model, Precision, Seed, WeightsFile
 from dmd2.config.data import Captions, Data, Prompts
-from dmd2.config.evaluation import Evaluation, Features, Pairs, Sampler
+from dmd2.config.evaluation import ClipModel, Evaluation, Features, Pairs, Sampler
 from dmd2.config.preset import Preset, Run, RunFile
 from dmd2.config.teacher import (
     AnyTeacher,
@@ -25,6 +25,7 @@ __all__ = [
     "AnyTeacher",
     "Beta",
     "Captions",
+    "ClipModel",
     "ComponentsTraining",
     "Data",
     "DiffusersTeacherConfig",

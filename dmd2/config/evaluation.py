@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from dmd2.config.base import Model, Precision, Seed, WeightsFile
 from dmd2.config.data import Prompts
-from dmd2.config.protocols import MeasureName
+from dmd2.config.protocols import PROTOCOLS, MeasureName
 from dmd2.config.protocols import Name as ProtocolName
 
 
@@ -75,6 +75,14 @@ class Sampler(Model):
         return self
 
 
+class ClipModel(Model):
+    """The CLIP network of `clip_score`, by its names in open_clip; the default is that of the published figures."""
+
+    model: str = "ViT-g-14"
+    pretrained: str = Field("laion2b_s12b_b42k", description="fetched from Hugging Face unless `weights` is set")
+    weights: WeightsFile | None = Field(None, description="its weights as a file: .safetensors, .bin or .pt")
+
+
 class Evaluation(Model):
     """Number of samples and how they are compared."""
 
@@ -95,6 +103,16 @@ class Evaluation(Model):
     measures: tuple[MeasureName, ...] | None = Field(
         None, min_length=1, description="keys of metrics.MEASURES; none: the default of the data's kind of labels"
     )
+    clip: ClipModel | None = Field(None, description="network of clip_score; none: ViT-g-14 of open_clip")
+    vgg_weights: WeightsFile | None = Field(None, description="torchvision's VGG-16, for lpips_diversity")
+
+    def of_real_images(self) -> Evaluation | None:
+        """The keys on which the statistics of real images depend; None if those are the defaults."""
+        name = self.protocols[0]
+        changes: dict[str, Any] = {"measures": self.measures} if self.measures else {}
+        if PROTOCOLS[name].bicubic:
+            changes["protocols"] = (name,)
+        return Evaluation(**changes) if changes else None
 
     @model_validator(mode="after")
     def _protocols_differ(self) -> Self:
@@ -102,4 +120,6 @@ class Evaluation(Model):
             raise ValueError(f"protocols {list(self.protocols)}: one is listed twice")
         if self.measures and len(set(self.measures)) < len(self.measures):
             raise ValueError(f"measures {list(self.measures)}: one is listed twice")
+        if self.measures and "fid" not in self.measures:
+            raise ValueError(f"measures {list(self.measures)}: `fid` is missing, by which snapshots are chosen")
         return self

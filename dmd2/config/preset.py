@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from dmd2.config.base import Model, WeightsFile
 from dmd2.config.data import Data, Prompts
 from dmd2.config.evaluation import Evaluation, Features, Pairs, Sampler
-from dmd2.config.protocols import CAPTIONS_ONLY, CLASSES_ONLY
+from dmd2.config.protocols import CAPTIONS_ONLY, CLASSES_ONLY, PROTOCOLS
 from dmd2.config.teacher import AnyTeacher
 from dmd2.config.train import Runtime, Train
 
@@ -61,6 +61,15 @@ class Preset(Model):
         if unsuitable := [name for name in self.evaluation.measures or () if name in wrong]:
             labels = "captions" if self.data.captions else "classes"
             raise ValueError(f"evaluation.measures: {unsuitable[0]} is not for data with {labels}; leave it out")
+        side = PROTOCOLS[self.evaluation.protocols[0]].side
+        real = self.reference_data or self.data
+        if side not in (None, real.resolution):
+            raise ValueError(
+                f"evaluation.protocols: {self.evaluation.protocols[0]} compares images of {side} pixels, but the real "
+                f"ones have {real.resolution}; set reference_data.resolution"
+            )
+        if "lpips_diversity" in (self.evaluation.measures or ()) and self.evaluation.vgg_weights is None:
+            raise ValueError("evaluation.measures: lpips_diversity needs evaluation.vgg_weights, torchvision's VGG-16")
         self.check(self.train)
         if self.teacher.training is not None:
             self._check_share("teacher.training.batch_size", self.teacher.training.batch_size)

@@ -147,8 +147,7 @@ class Plan:
         """Statistics of the real images."""
         upstream = {"shards": self.reference_shards, "features": self.features}
         features = self._features.model_copy(update={"reference": self.preset.features.reference})
-        measures = self.preset.evaluation.measures
-        evaluation = measures and Evaluation(measures=measures)  # some need further statistics
+        evaluation = self.preset.evaluation.of_real_images()
         sections = {"data": self._reference_data, "features": features, "evaluation": evaluation}
         return Spec.of("reference", "reference", upstream, **sections)
 
@@ -164,7 +163,12 @@ class Plan:
         """Noise-image pairs of the teacher."""
         preset = self.preset
         sampler = preset.samplers[preset.pairs.sampler]
-        sections = {"data": self._data, "teacher": self._teacher, "pairs": preset.pairs, "sampler": sampler}
+        sections: dict[str, Any] = {
+            "data": self._data,
+            "teacher": self._teacher,
+            "pairs": preset.pairs,
+            "sampler": sampler,
+        }
         sections["prompts"] = preset.prompts
         return Spec.of("pairs", "pairs", self._with_components({"teacher": self.teacher}), **sections)
 
@@ -226,7 +230,8 @@ class Plan:
         if entry == "floor":
             return Spec.of("metrics", entry, upstream, evaluation=evaluation, **sections)
         content = self._model(entry)
-        evaluation = self._evaluation("protocols", "num_samples", "num_blocks", "streamed", "prompts", "measures")
+        keys = ("protocols", "num_samples", "num_blocks", "streamed", "prompts", "measures", "clip", "vgg_weights")
+        evaluation = self._evaluation(*keys)
         sections["evaluation"] = evaluation.model_copy(update={"seed": content.pop("seed")})
         if not evaluation.streamed:
             return Spec.of("metrics", entry, {**upstream, "samples": self.sample(entry)}, **sections)

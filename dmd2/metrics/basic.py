@@ -10,6 +10,7 @@ from dmd2.metrics.distances import NEIGHBOURS, precision_recall, to_nearest
 from dmd2.metrics.diversity import ClassMoments, relative_diversity
 from dmd2.metrics.frechet import FeatureStats, frechet_distance
 from dmd2.metrics.images import as_vectors, thumbnails
+from dmd2.metrics.labels import targets
 from dmd2.metrics.measure import Batch, Draw, Means, Rows
 from dmd2.metrics.reference import MAX_KEPT
 from dmd2.metrics.score import ScoreSums
@@ -89,7 +90,7 @@ class ClassDiversity:
 
     def observe(self, batch: Batch) -> ClassMoments:
         """Moments of each class's pixels."""
-        return ClassMoments.of(batch.pixels, batch.labels, len(self._variance))
+        return ClassMoments.of(batch.pixels, targets(batch.labels), len(self._variance))
 
     def value(self, sums: ClassMoments) -> dict[str, float]:
         """The ratio. Raises ValueError if no class has two samples."""
@@ -97,7 +98,7 @@ class ClassDiversity:
 
     def floor(self, draw: Draw) -> dict[str, float]:
         """The ratio of the drawn images."""
-        labels = draw.kept.reference.labels[draw.ids]
+        labels = targets(draw.kept.reference.labels[draw.ids])
         return self.value(ClassMoments.of(draw.kept.pixels[draw.ids], labels, len(self._variance)))
 
 

@@ -27,7 +27,7 @@ class PatchDistance:
 
     def observe(self, batch: Batch) -> FeatureStats:
         """Moments of the crops' features."""
-        return FeatureStats.of(batch.extractor.observe(patches(batch.images[0]), detailed=False).features)
+        return FeatureStats.of(batch.features_of(patches(batch.whole[0])))
 
     def value(self, sums: FeatureStats) -> dict[str, float]:
         """The distance."""

@@ -89,8 +89,9 @@ class ClassifierExtractor:
         self.device, self.batch_size = device, batch_size
 
     @torch.no_grad()
-    def observe(self, images: Images, *, detailed: bool = True) -> Observed:
+    def observe(self, images: Images, *, detailed: bool = True, bicubic: bool = False) -> Observed:
         """The hidden layer (N, 64) divided by `scale`, the most probable class, and the softmax."""
+        del bicubic  # the images are of the network's size
         check_images(images)
         parts = [self._forward(images[part]) for part in batches(len(images), self.batch_size)]
         features, classes, probabilities = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Images = NDArray[np.uint8]  # (N, H, W, C), 0..255
 Labels = NDArray[np.int64] | NDArray[np.str_]  # (N,), classes or texts
 Matrix = NDArray[np.float64]  # (N, D)
 
 BATCH = 1024  # images per batch; bounds the memory, does not change results
+MAX_BATCH = 2**28  # bytes of images per batch
 MAX_SIDE = 16  # pixel features have at most 16 x 16 x C dimensions: 768 for C = 3
 MAX_KEPT_SIDE = 64  # of thumbnails
 PATCH = 299  # side of a patch: the input of Inception, so that it is not resized
@@ -43,7 +45,7 @@ def batches(num_images: int, size: int = BATCH) -> Iterator[slice]:
 
 def batch_of(shape: tuple[int, ...]) -> int:
     """The number of images (H, W, C) of a batch of at most 256 MB; BATCH up to 256 pixels per side."""
-    return max(1, min(BATCH, 2**28 // math.prod(shape)))
+    return max(1, min(BATCH, MAX_BATCH // math.prod(shape)))
 
 
 def as_vectors(images: Images) -> NDArray[np.float32]:
@@ -69,6 +71,19 @@ def thumbnails(images: Images) -> Images:
     if max(images.shape[1:3]) <= MAX_KEPT_SIDE:
         return images
     return np.rint(_averaged(images, MAX_KEPT_SIDE)).astype(np.uint8)
+
+
+def resized(images: Images, side: int | None) -> Images:
+    """The centre square of each image with `side` pixels, by PIL's Lanczos filter; unchanged if it is that already."""
+    num, height, width, channels = images.shape
+    if side is None or (height, width) == (side, side):
+        return images
+    square = min(height, width)
+    cut = _centre(images, square, square)
+    made = [
+        Image.fromarray(x[..., 0] if channels == 1 else x).resize((side, side), Image.Resampling.LANCZOS) for x in cut
+    ]
+    return np.stack([np.asarray(x) for x in made]).reshape(num, side, side, channels)
 
 
 def patches(images: Images) -> Images:

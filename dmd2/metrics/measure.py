@@ -14,37 +14,54 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from dmd2.config.protocols import PROTOCOLS
 from dmd2.metrics.distances import Device
 from dmd2.metrics.extractor import Extractor, Observed
 from dmd2.metrics.frechet import FeatureStats, Gaussian
-from dmd2.metrics.images import Images, Labels, Matrix, pixel_features
+from dmd2.metrics.images import Images, Labels, Matrix, pixel_features, resized
 from dmd2.metrics.reference import Reference
 
 
 class Batch:
-    """Samples [first, first + N) of a block, and what several measures compute of them, computed once."""
+    """Samples [first, first + N) of a block, and what several measures compute of them, computed once.
+
+    `whole` has one array of samples (N, H, W, C) for each protocol, `images` the same as the protocol resizes them.
+    """
 
     def __init__(
-        self, extractor: Extractor, images: Sequence[Images], labels: Labels, first: int = 0, *, detailed: bool = True
+        self,
+        extractor: Extractor,
+        whole: Sequence[Images],
+        labels: Labels,
+        first: int = 0,
+        protocols: Sequence[str] = ("edm",),
+        *,
+        detailed: bool = True,
     ) -> None:
-        self.extractor, self.labels, self.first, self.detailed = extractor, labels, first, detailed
-        self.images = images  # one array (N, H, W, C) for each protocol
+        self._extractor, self.labels, self.first, self._detailed = extractor, labels, first, detailed
+        self.whole, self._protocols = whole, [PROTOCOLS[name] for name in protocols]
+        self.images = [resized(x, protocol.side) for x, protocol in zip(whole, self._protocols, strict=True)]
 
     @cached_property
     def seen(self) -> Observed:
         """What the extractor observes of the first protocol's images."""
-        return self.extractor.observe(self.images[0], detailed=self.detailed)
+        return self._observed(self.images[0], 0, self._detailed)
 
     def features(self, protocol: int = 0) -> Matrix:
         """The features (N, D) of the images of a protocol."""
-        return (
-            self.extractor.observe(self.images[protocol], detailed=False).features if protocol else self.seen.features
-        )
+        return self._observed(self.images[protocol], protocol).features if protocol else self.seen.features
+
+    def features_of(self, images: Images) -> Matrix:
+        """The features of other images under the first protocol."""
+        return self._observed(images, 0).features
 
     @cached_property
     def pixels(self) -> Matrix:
         """The pixel features of the first protocol's images."""
         return pixel_features(self.images[0])
+
+    def _observed(self, images: Images, protocol: int, detailed: bool = False) -> Observed:
+        return self._extractor.observe(images, detailed=detailed, bicubic=self._protocols[protocol].bicubic)
 
 
 class Sums(Protocol):
@@ -85,6 +102,18 @@ class Rows:
     def merge(self, other: Rows) -> Rows:
         """The rows of both, in their order."""
         return Rows(np.concatenate([self.rows, other.rows]))
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images that are kept with their labels, of the first samples of a block."""
+
+    images: Images  # (N, H, W, C)
+    texts: NDArray[np.str_]  # (N,), labels as text
+
+    def merge(self, other: Labelled) -> Labelled:
+        """The images of both, in their order."""
+        return Labelled(np.concatenate([self.images, other.images]), np.concatenate([self.texts, other.texts]))
 
 
 class Kept:

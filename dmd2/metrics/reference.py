@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -35,9 +36,12 @@ from dmd2.metrics.images import (
 from dmd2.metrics.labels import numbered, targets
 
 MAX_KEPT = 10_000  # real images kept, as thumbnails, for neighbours, precision and recall, and resampling
+MAX_READ = 2**30  # bytes of kept images that are read at once
 OF_DATA = "data"
 Read = Callable[[Sequence[int] | range | np.ndarray], tuple[Images, Labels]]
 """The images and labels of the samples with the given ids, in their order."""
+Observe = Callable[..., Observed]
+_NO_CAPTIONS = np.zeros(0, np.str_)
 _GAUSSIANS = ("features", "pixels", "patches")
 _ARRAYS = ("images", "labels", "kept_features", "kept_probabilities", "radii", "correct", "class_variance")
 _LATER = ("captions", "kept_patches", "image_shape")  # arrays that files of class data may lack
@@ -73,6 +77,7 @@ class Reference:
         num_classes: int | None,
         *,
         with_patches: bool = False,
+        bicubic: bool = False,
         published: tuple[Gaussian, str] | None = None,
         max_kept: int = MAX_KEPT,
         seed: int = 0,
@@ -82,17 +87,19 @@ class Reference:
         """Computes the reference of a data set, which is read in batches; the moments are of all images.
 
         `num_classes` is None for captions as labels. `with_patches` adds what `patch_fid` needs, for a second pass of
-        the extractor. `published` replaces the moments of the features: (moments, description of their origin).
-        `progress` is called with the number of images of each batch. Raises ValueError for fewer than 2 images.
+        the extractor. `bicubic` is the protocol's (`Extractor.observe`). `published` replaces the moments of the
+        features: (moments, description of their origin). `progress` is called with the number of images of each batch.
+        Raises ValueError for fewer than 2 images.
         """
         if num_images < 2 or max_kept < 2:
             raise ValueError(f"a reference needs at least 2 images, got {num_images} with max_kept {max_kept}")
         ids = np.sort(np.random.default_rng(seed).permutation(num_images)[:max_kept])
-        kept = _keep(read, ids, extractor, with_patches)
+        observe = partial(extractor.observe, bicubic=bicubic)
+        kept = _keep(read, ids, observe, with_patches)
         vectors = as_vectors(kept.images)
-        captions = np.unique(kept.labels) if num_classes is None else np.zeros(0, np.str_)
-        groups = kept.labels if num_classes is not None else numbered(kept.labels, captions)
-        asked = (None if published else extractor, extractor if with_patches else None)
+        captions: NDArray[np.str_] = np.unique(kept.labels.astype(np.str_)) if num_classes is None else _NO_CAPTIONS
+        groups = numbered(kept.labels, captions) if num_classes is None else targets(kept.labels)
+        asked = (None if published else observe, observe if with_patches else None)
         moments = _moments(read, num_images, kept.image_shape, asked, progress)
         features, origin = published or (moments[0], OF_DATA)
         assert features is not None  # without published ones they were measured
@@ -130,7 +137,7 @@ class Reference:
     def load(cls, path: Path | str) -> Self:
         """Reads a file of `save`; nothing is unpickled. Raises UserError naming a missing or unsuitable file."""
         moments = [f"{name}_{part}" for name in _GAUSSIANS[:2] for part in ("mean", "covariance")]
-        a = {"captions": np.zeros(0, np.str_), "kept_patches": np.zeros((0, 0), np.float32)} | read_npz(path)
+        a = {"captions": _NO_CAPTIONS, "kept_patches": np.zeros((0, 0), np.float32)} | read_npz(path)
         require(a, ("extractor", "origin", "leave_one_out", *_ARRAYS, *moments), path)
         return cls(
             extractor=str(a["extractor"]),
@@ -165,20 +172,20 @@ class _Kept(NamedTuple):
     image_shape: tuple[int, ...]
 
 
-def _keep(read: Read, ids: NDArray[np.int64], extractor: Extractor, with_patches: bool) -> _Kept:
-    """Reads the images `ids` in parts of at most a gigabyte."""
+def _keep(read: Read, ids: NDArray[np.int64], observe: Observe, with_patches: bool) -> _Kept:
+    """Reads the images `ids` in parts of at most MAX_READ."""
     shape = read(ids[:1])[0].shape[1:]
     parts: list[tuple[Any, ...]] = []
-    for part in batches(len(ids), max(1, 2**30 // math.prod(shape))):
+    columns: list[Any]
+    for part in batches(len(ids), max(1, MAX_READ // math.prod(shape))):
         images, labels = read(ids[part])
         check_images(images, labels)
         labels = labels if labels.dtype.kind == "U" else labels.astype(np.int64)
-        seen = extractor.observe(images)
-        of_patches = extractor.observe(patches(images), detailed=False).features if with_patches else None
+        seen = observe(images)
+        of_patches = observe(patches(images), detailed=False).features if with_patches else None
         parts.append((thumbnails(images), labels, *seen, pixel_features(images), of_patches))
     columns = [None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)]
-    images, labels, *seen, pixels, of_patches = columns
-    return _Kept(images, labels, Observed(*seen), pixels, of_patches, shape)
+    return _Kept(*columns[:2], Observed(*columns[2:5]), *columns[5:], shape)
 
 
 def _or_empty(rows: Matrix | None) -> NDArray[np.float32]:
@@ -190,21 +197,21 @@ def _moments(
     read: Read,
     num_images: int,
     shape: tuple[int, ...],
-    asked: tuple[Extractor | None, Extractor | None],
+    asked: tuple[Observe | None, Observe | None],
     progress: Callable[[int], object] | None,
 ) -> list[Gaussian | None]:
     """Gaussians of the features, pixels and patches' features of all images, computed in batches.
 
-    `asked` are the extractors of features and of patches; without one, there is none.
+    `asked` observes the images and the patches; None where that is not asked for.
     """
     features, of_patches = asked
-    found: list[FeatureStats | None] = [None, None, None]
+    found: list[FeatureStats | None] = [None] * 3
     for part in batches(num_images, batch_of(shape)):
         images, _ = read(range(part.start, part.stop))
         seen = (
-            features and features.observe(images, detailed=False).features,
+            features and features(images, detailed=False).features,
             pixel_features(images),
-            of_patches and of_patches.observe(patches(images), detailed=False).features,
+            of_patches and of_patches(patches(images), detailed=False).features,
         )
         for i, rows in enumerate(seen):
             if rows is not None:
@@ -212,4 +219,4 @@ def _moments(
                 found[i] = stats if sofar is None else sofar.merge(stats)
         if progress is not None:
             progress(len(images))
-    return [stats and stats.gaussian() for stats in found]
+    return [None if stats is None else stats.gaussian() for stats in found]

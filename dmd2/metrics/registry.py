@@ -15,12 +15,16 @@ from dmd2.metrics.basic import (
     PrecisionRecall,
 )
 from dmd2.metrics.captioned import Alignment, PatchDistance, PromptDiversity
+from dmd2.metrics.clip_score import ClipScore
 from dmd2.metrics.context import Context
 from dmd2.metrics.measure import Measure
+from dmd2.metrics.perceptual_diversity import PerceptualDiversity
 
 MEASURES: dict[str, Callable[[Context], Measure]] = {
     "fid": FeatureDistance,
     "patch_fid": PatchDistance,
+    "clip_score": ClipScore,
+    "lpips_diversity": PerceptualDiversity,
     "pixel_fd": PixelDistance,
     "nearest_distance": NearestDistance,
     "diversity": ClassDiversity,

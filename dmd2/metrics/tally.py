@@ -22,12 +22,14 @@ from dmd2.metrics.diversity import ClassMoments
 from dmd2.metrics.extractor import Extractor
 from dmd2.metrics.frechet import FeatureStats, read_npz
 from dmd2.metrics.images import Images, Labels, check_images
-from dmd2.metrics.measure import Batch, Means, Rows, Sums
+from dmd2.metrics.measure import Batch, Labelled, Means, Rows, Sums
 from dmd2.metrics.reference import Reference
 from dmd2.metrics.registry import measures_of
 from dmd2.metrics.score import ScoreSums
 
-SUMS: dict[str, type[Any]] = {kind.__name__: kind for kind in (FeatureStats, ClassMoments, ScoreSums, Means, Rows)}
+SUMS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (FeatureStats, ClassMoments, ScoreSums, Means, Rows, Labelled)
+}
 """The kinds of sums, by the name in stored tallies."""
 
 
@@ -97,8 +99,8 @@ class Meter:
     def tally(self, images: Sequence[Images], labels: Labels, first: int) -> Tally:
         """The sums of samples [first, first + N) of a block; `images` has one array for each protocol."""
         check_images(images[0], labels)
-        self.reference.expect(self.extractor, images[0])
-        batch = Batch(self.extractor, images, labels, first, detailed=self.detailed)
+        batch = Batch(self.extractor, images, labels, first, self.protocols, detailed=self.detailed)
+        self.reference.expect(self.extractor, batch.images[0])
         sums = {name: measure.observe(batch) for name, measure in self._measures.items()}
         return Tally(len(labels), {name: found for name, found in sums.items() if found is not None})
 

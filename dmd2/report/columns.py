@@ -41,7 +41,7 @@ COLUMNS: dict[str, Column] = {
 """Columns by the name in the CSV and, but for `resolution`, in the metrics record."""
 
 OF_CLASSES = (
-    *("fid", *(f"fid_{name}" for name in PROTOCOLS), "inception_score", "pixel_fd"),
+    *("fid", "fid_edm", "fid_dmd2", "inception_score", "pixel_fd"),
     *("precision", "recall", "accuracy", "nearest_distance", "diversity"),
 )
 """The measured columns of a table that names none."""

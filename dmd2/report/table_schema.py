@@ -175,7 +175,7 @@ class MadeBy(_Read):
 class MetricsRecord(_Read):
     """The keys of a metrics record that a table reads; the floor's has no `nfe` or `model`."""
 
-    metrics: Measured  # type: ignore[valid-type]  # made from COLUMNS
+    metrics: Measured
     nfe: int | None = None
     num_samples: int
     num_blocks: int

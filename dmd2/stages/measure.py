@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dmd2.config import Evaluation, Runtime
-from dmd2.config.protocols import describe
+from dmd2.config.protocols import PROTOCOLS, describe
 from dmd2.datasets import ShardReader, read_manifest
 from dmd2.files import atomic, check_sha256, sha256, write_json
 from dmd2.lineage.records import provenance, read_record, write_record
@@ -83,7 +83,8 @@ def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runt
         published = read_published(file.path, extractor.dim), origin
 
     data = spec.need("data")
-    asked = chosen(spec.evaluation.measures if spec.evaluation else None, captions=data.captions is not None)
+    evaluation = spec.evaluation or Evaluation()
+    asked = chosen(evaluation.measures, captions=data.captions is not None)
 
     def read(ids: Sequence[int] | range | np.ndarray) -> tuple[Images, Labels]:
         content = reader.read(ids, ["image", data.label_field])
@@ -96,6 +97,7 @@ def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runt
         extractor,
         data.num_classes,
         with_patches="patch_fid" in asked,
+        bicubic=PROTOCOLS[evaluation.protocols[0]].bicubic,
         published=published,
         device=device,
         progress=Counter("reference", num),
