@@ -29,7 +29,7 @@ from dmd2.config import LoRA
 from dmd2.errors import UserError
 from dmd2.method.denoiser import Cond, Denoiser, Prediction
 from dmd2.teachers.diffusers_layers import Recomputed, replace_layers
-from dmd2.teachers.diffusers_unet import DiffusersDenoiser
+from dmd2.teachers.diffusers_unet import DiffusersDenoiser, Precision
 from dmd2.teachers.weights import check_state
 
 TEACHER = "teacher"
@@ -149,6 +149,11 @@ class Role(Denoiser):
         with self.shared.role(self.name) as network:
             network.precision = self.precision
             return network.output(scaled, time, cond)
+
+    def store(self, precision: Precision) -> Role:
+        """See `Denoiser`: the shared weights, for all roles; adapters stay float32."""
+        self.shared.network.store(precision)
+        return self
 
     def prepare(
         self, *, compile: bool = False, activation_checkpointing: bool = False, backend: str = "inductor"
