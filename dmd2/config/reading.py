@@ -129,7 +129,11 @@ def load_run(folder: Path | str, name: str, preset: Preset) -> Run:
     return Run(name=name, description=file.description, train=train, weights=file.weights)
 
 
-_KINDS = {"edm": TeacherConfig, "mixture": TeacherConfig, "diffusers": DiffusersTeacherConfig}
+_KINDS: dict[str, type[BaseModel]] = {
+    "edm": TeacherConfig,
+    "mixture": TeacherConfig,
+    "diffusers": DiffusersTeacherConfig,
+}
 """The kinds of teachers, which pydantic adds to the path of a problem in a teacher's keys."""
 
 

@@ -142,7 +142,7 @@ def same_operations(train: config.Train) -> config.Train:
     return config.Train.model_validate(train.model_dump(exclude=numbers) | fixed)
 
 
-def step_cost(teacher: config.TeacherConfig, data: config.Data, train: config.Train) -> StepCost:
+def step_cost(teacher: config.AnyTeacher, data: config.Data, train: config.Train) -> StepCost:
     """FLOPs of a step of `train`: the mean of an iteration that updates the generator and R - 1 that do not."""
     period = train.critic_steps_per_generator
     with_generator, without = _iterations(teacher, data, same_operations(train))
@@ -161,7 +161,7 @@ Counted = tuple[dict[str, int], int]
 
 @cache
 def _iterations(
-    teacher: config.TeacherConfig, data: config.Data, train: config.Train
+    teacher: config.AnyTeacher, data: config.Data, train: config.Train
 ) -> tuple[list[Counted], list[Counted]]:
     """The counts of an iteration that updates the generator, and of one that does not.
 

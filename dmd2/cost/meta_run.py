@@ -99,12 +99,16 @@ def meta_networks(teacher: config.AnyTeacher, data: config.Data) -> tuple[Teache
         return built, [built.copy_network(), built.copy_network()]
 
 
+def some_tokens(teacher: Teacher, num: int, rng: torch.Generator) -> Cond:
+    """Tokens of `num` random classes, or of empty prompts."""
+    drawn = teacher.conditioner.draw(num, rng)
+    return teacher.conditioner.tokenize([""] * num) if drawn is None else drawn
+
+
 def meta_batch(teacher: Teacher, num: int) -> tuple[Tensor, Cond]:
     """`num` samples with the tokens of their labels, inside `meta_tensors`."""
-    tokens = teacher.conditioner.draw(num, torch.Generator())
-    if tokens is None:
-        tokens = {name: value.to(META) for name, value in teacher.conditioner.tokenize([""] * num).items()}
-    return torch.empty((num, *teacher.sample_shape)), tokens
+    tokens = some_tokens(teacher, num, torch.Generator())
+    return torch.empty((num, *teacher.sample_shape)), {name: value.to(META) for name, value in tokens.items()}
 
 
 def _batch(x0: Tensor, cond: Cond, index: int) -> tuple[Tensor, Cond]:

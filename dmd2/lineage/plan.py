@@ -163,7 +163,12 @@ class Plan:
         """Noise-image pairs of the teacher."""
         preset = self.preset
         sampler = preset.samplers[preset.pairs.sampler]
-        sections = {"data": self._data, "teacher": self._teacher, "pairs": preset.pairs, "sampler": sampler}
+        sections: dict[str, Any] = {
+            "data": self._data,
+            "teacher": self._teacher,
+            "pairs": preset.pairs,
+            "sampler": sampler,
+        }
         sections["prompts"] = preset.prompts
         return Spec.of("pairs", "pairs", self._with_components({"teacher": self.teacher}), **sections)
 

@@ -5,7 +5,7 @@ Shapes: B samples of one micro-batch (see `training.micro_batches`), `...` the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,29 +17,13 @@ from dmd2.errors import UserError
 from dmd2.method import losses, sampling
 from dmd2.method.critic import Critic
 from dmd2.method.denoiser import Cond, Denoiser, Teacher, move
+from dmd2.method.diagnostics import describe
+from dmd2.method.inputs import Batches, Distance, Networks, PairBatches, Prompts
 from dmd2.method.noise import add_noise, expand
 from dmd2.training import sharding
 from dmd2.training.micro_batches import BatchReader, MicroBatches, means
 from dmd2.training.optimizer import EMA, FiniteGuard, Optimizer, warmup
 from dmd2.training.rng import normal, shared_choice
-
-Batches = Callable[[int], tuple[Tensor, Cond]]
-"""Batch number -> (x0, tokens) of this rank's share of real samples, the batch dimension first."""
-PairBatches = Callable[[int], tuple[Tensor, Tensor, Cond]]
-"""Batch number -> (noise, the teacher's x0, tokens) of this rank's share of pairs."""
-Prompts = Callable[[int], tuple[Tensor, Cond]]
-"""Batch number -> (numbers of the prompts (B,), their tokens) of this rank's share: labels to generate samples for."""
-Distance = Callable[[Tensor, Tensor], Tensor]
-"""The mean distance () of two batches of images (B, ...), differentiable in the first."""
-
-
-class Networks(NamedTuple):
-    """The networks of a run that trains adapters, in place of copies of the teacher's network."""
-
-    generator: Denoiser
-    fake: Denoiser
-    merged: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    """The state dict of the whole generator from its trained part."""
 
 
 class Generated(NamedTuple):
@@ -153,7 +137,7 @@ class Distillation:
                 if regresses:
                     metrics["regression_loss"] = self._add_regression(index, micro_batch)
                 in_pixels = self.teacher.codec.min_psnr is None
-                rows.append(metrics | _describe(made[micro_batch].x0, in_pixels=in_pixels))
+                rows.append(metrics | describe(made[micro_batch].x0, in_pixels=in_pixels))
         metrics = {}
         if moves_generator:
             metrics = self._update(self._generator_optimizer, index, means(rows), "generator_grad_norm")
@@ -323,23 +307,3 @@ def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool, h
         raise UserError(
             f"gan_taps is {train.gan_taps}, but this teacher's encoder has {num} level(s); use at most {num}"
         )
-
-
-def _describe(x0: Tensor, *, in_pixels: bool) -> dict[str, Tensor]:
-    """Statistics of generated samples x0 (B, ...), and a measure of mode collapse.
-
-    Of images: their mean (the paper's figure 8) and the fraction of |x0| > 1. Of latents: their mean and deviation.
-
-    `neighbour_ratio` is the mean distance to the nearest other sample of the batch over the mean distance of all
-    pairs: it falls towards 0 when a generator collapses to a few images.
-    """
-    distances = torch.cdist(x0.flatten(1), x0.flatten(1))
-    num = x0.shape[0]
-    if in_pixels:
-        health = {"brightness": x0.mean(), "saturated": (x0.abs() > 1).float().mean()}
-    else:
-        health = {"latent_mean": x0.mean(), "latent_std": x0.std()}
-    if num > 1:
-        nearest = (distances + torch.diag(torch.full((num,), float("inf"), device=x0.device))).min(dim=1).values
-        health["neighbour_ratio"] = nearest.mean() / (distances.sum() / (num * (num - 1))).clamp(min=1e-12)
-    return health

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmd2.config import DiffusersTraining, TeacherTraining
 from dmd2.method.denoiser import Cond, Teacher
-from dmd2.method.distillation import Batches
+from dmd2.method.inputs import Batches
 from dmd2.method.losses import critic_weight
 from dmd2.method.noise import add_noise, expand
 from dmd2.training import sharding

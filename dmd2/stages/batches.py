@@ -11,7 +11,7 @@ from dmd2.datasets.loader import Loader, to_batch, to_pairs
 from dmd2.datasets.prompts import PromptStream, load_prompts
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Cond, Teacher
-from dmd2.method.distillation import Batches, PairBatches, Prompts
+from dmd2.method.inputs import Batches, PairBatches, Prompts
 from dmd2.training import ranks
 
 

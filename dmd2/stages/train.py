@@ -21,7 +21,8 @@ from dmd2.files import atomic, write_json, write_text
 from dmd2.lineage.records import write_record
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Denoiser, Teacher
-from dmd2.method.distillation import Distance, Distillation, Networks
+from dmd2.method.distillation import Distillation
+from dmd2.method.inputs import Distance, Networks
 from dmd2.method.teacher_fit import TeacherFit
 from dmd2.metrics.perceptual import load_lpips
 from dmd2.report.table_schema import TRAINING

@@ -95,15 +95,16 @@ def load_diffusers(
     """
     config, _ = _settings(teacher, data)
     state: dict[str, Tensor] | None
+    where = str(weights)
     if weights is None and teacher.weights is not None:
         folder = resolve(teacher.weights)
         state = read_unet(folder, config, teacher.weights.variant)
-        components = components or folder
+        components, where = components or folder, str(folder / "unet")
     else:
         state = None if weights is None else read_weights(weights)
     codec, conditioner = latent_space(teacher, data, components)
     grid = noise_grid(teacher)
-    denoiser = _denoiser(config, grid, teacher.prediction, state, seed, str(weights))
+    denoiser = _denoiser(config, grid, teacher.prediction, state, seed, where)
     return Teacher(
         denoiser=denoiser.eval().requires_grad_(False),
         grid=grid,

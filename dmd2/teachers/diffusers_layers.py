@@ -59,25 +59,22 @@ class LayerNorm(nn.LayerNorm):
 class Recomputed(nn.Module):
     """A block with activation checkpointing, on if `recompute`.
 
-    `at_recompute` is called when the block runs and gives the context in which backward runs it again.
+    `at_recompute`, if set, is called when the block runs, and gives the context in which backward runs it again. A
+    compiled block does not need it: its backward has the weights of its forward.
     """
 
     recompute = False
-    at_recompute: Callable[[], AbstractContextManager[Any]] = nullcontext
+    at_recompute: Callable[[], AbstractContextManager[Any]] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward."""
-        if self.recompute and torch.is_grad_enabled():
+        if not (self.recompute and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.training}
+        if self.at_recompute is not None and not torch.compiler.is_compiling():
             contexts = (nullcontext(), self.at_recompute())
-            return checkpoint(
-                super().forward,
-                *args,
-                use_reentrant=False,
-                preserve_rng_state=self.training,
-                context_fn=lambda: contexts,
-                **kwargs,
-            )
-        return super().forward(*args, **kwargs)
+            options["context_fn"] = lambda: contexts
+        return checkpoint(super().forward, *args, **options, **kwargs)
 
 
 class RecomputedResnet(Recomputed, ResnetBlock2D):

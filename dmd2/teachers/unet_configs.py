@@ -95,10 +95,17 @@ def same_config(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str)
     parameters = inspect.signature(UNet2DConditionModel.__init__).parameters
     defaults = {name: value.default for name, value in parameters.items() if name not in ("self", "sample_size")}
     for key, default in defaults.items():
-        have, want = _plain(found.get(key, default)), _plain(wanted.get(key, default))
-        if have != want:
+        have, want = found.get(key, default), wanted.get(key, default)
+        if not _same(have, want):
             raise UserError(f"{where}: {key} is {have}, but teacher.network has {want}; correct `teacher.network`")
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values mean the same to diffusers: null is false, and one number stands for that of every level."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, list | tuple):
+        return all(_same(part, other) for part in one)
+    if isinstance(other, list | tuple):
+        return all(_same(one, part) for part in other)
+    return (one or False) == (other or False) if {one, other} & {None, False} else one == other

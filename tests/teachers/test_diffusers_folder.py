@@ -13,7 +13,7 @@ from tiny_pipelines import KINDS, LATENT, tiny_data, tiny_teacher, write_pipelin
 
 from dmd2 import config
 from dmd2.errors import UserError
-from dmd2.files import sha256, write_json
+from dmd2.files import read_json, sha256, write_json
 from dmd2.method.denoiser import guided
 from dmd2.teachers import load_space, load_teacher
 from dmd2.teachers.components import autoencoder_digest, link_components, read_record
@@ -123,6 +123,33 @@ def test_a_network_in_several_files_is_read_whole(kind: str, folder: Path) -> No
         load_teacher(tiny_teacher(kind, folder), tiny_data())
 
 
+def test_older_files_are_read(kind: str, folder: Path) -> None:
+    """Vocabularies as vocab.json and merges.txt, older names in the autoencoder, null for false and one for each."""
+    expected = load_teacher(tiny_teacher(kind, folder), tiny_data())
+    for home in folder.glob("tokenizer*"):
+        model = read_json(home / "tokenizer.json")["model"]
+        (home / "vocab.json").write_text(json.dumps(model["vocab"]))
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        (home / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+        (home / "tokenizer.json").unlink()
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(path)
+    for new, old in names.items():
+        state = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): v for name, v in state.items()}
+    assert any(".proj_attn." in name for name in state)
+    save_file(state, path, metadata={"format": "pt"})
+    change(folder / "unet" / "config.json", upcast_attention=None, attention_head_dim=[2, 2], layers_per_block=[1, 1])
+    found = load_teacher(tiny_teacher(kind, folder), tiny_data())
+    captions = ["a red cat!", "three", ""]
+    tokens = found.conditioner.tokenize(captions)
+    assert {k: v.tolist() for k, v in tokens.items()} == {
+        k: v.tolist() for k, v in expected.conditioner.tokenize(captions).items()
+    }
+    x0 = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
+    assert (found.codec.decode(x0) == expected.codec.decode(x0)).all()
+
+
 def remove(*names: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         for name in names:
@@ -203,6 +230,7 @@ def test_a_damaged_or_unsuitable_folder_is_named(
     damage(folder)
     with pytest.raises(UserError, match=message) as raised:
         load_teacher(tiny_teacher(kind, folder), tiny_data())
+    assert str(raised.value).startswith(str(folder))
     assert "\n" not in str(raised.value)
 
 
