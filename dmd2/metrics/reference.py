@@ -185,7 +185,8 @@ def _keep(read: Read, ids: NDArray[np.int64], observe: Observe, with_patches: bo
         of_patches = observe(patches(images), detailed=False).features if with_patches else None
         parts.append((thumbnails(images), labels, *seen, pixel_features(images), of_patches))
     columns = [None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)]
-    return _Kept(*columns[:2], Observed(*columns[2:5]), *columns[5:], shape)
+    images, labels, features, classes, probabilities, pixels, of_patches = columns
+    return _Kept(images, labels, Observed(features, classes, probabilities), pixels, of_patches, shape)
 
 
 def _or_empty(rows: Matrix | None) -> NDArray[np.float32]:

@@ -61,13 +61,13 @@ class Tally:
         """Reads a file of `save`; nothing is unpickled. Raises UserError naming a missing or damaged file."""
         arrays = read_npz(path)
         fields: dict[tuple[str, str], dict[str, Any]] = {}
-        for key, value in arrays.items():
-            if key != "count":
-                name, kind, field = key.split(".")
-                fields.setdefault((name, kind), {})[field] = value.item() if value.ndim == 0 else value
         try:
+            for key, value in arrays.items():
+                if key != "count":
+                    name, kind, field = key.split(".")
+                    fields.setdefault((name, kind), {})[field] = value.item() if value.ndim == 0 else value
             return cls(int(arrays["count"]), {name: SUMS[kind](**given) for (name, kind), given in fields.items()})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not the sums of samples ({error}); delete it and run again") from None
 
 
