@@ -150,7 +150,7 @@ def test_ranks_go_on_from_machine_to_machine():
             {"DMD2_NODES": "4", "SLURM_JOB_ID": "5", "DMD2_CPUS": "64"},
             [
                 "srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=1 "
-                "--cpus-per-task=64 python -m dmd2.training.launcher 8 train --spec {a b}"
+                "--cpus-per-task=64 python -P -m dmd2.training.launcher 8 train --spec {a b}"
             ],
         ),
         ("1", {"DMD2_NODES": "4", "DMD2_NODE": "2"}, ["python -P -m dmd2.training.launcher 1 train --spec {a b}"]),
