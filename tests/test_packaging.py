@@ -139,7 +139,7 @@ def test_launcher_starts_one_process_or_one_for_each_gpu(tmp_path: Path, gpus: i
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     *started, path = done.stdout.splitlines()
     module = {0: ["dmd2.commands.preloaded"], 1: ["dmd2"]}.get(gpus, ["dmd2.training.launcher", str(gpus)])
-    assert started == ["python", "-m", *module, *arguments]
+    assert started == ["python", "-P", "-m", *module, *arguments]
     assert path == f"PYTHONPATH={ROOT}:{ROOT}/kernels"  # also where the project is not installed
 
 

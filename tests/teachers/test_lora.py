@@ -107,7 +107,7 @@ def test_a_critic_with_heads_trains_its_adapters_and_heads() -> None:
 
 def test_the_frozen_weights_may_be_stored_in_bf16_and_computed_in_either() -> None:
     found = made()
-    network = found["teacher"].shared.network.store("bf16")
+    network = found["teacher"].store("bf16").shared.network
     kinds = {".lora_" in name: parameter.dtype for name, parameter in network.named_parameters()}
     assert kinds == {False: torch.bfloat16, True: torch.float32}
     x, sigma, cond = batch()

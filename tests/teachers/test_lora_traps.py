@@ -45,7 +45,7 @@ def _wrong_gradients(found: dict[str, Role], recompute: bool) -> list[str]:
     return wrong
 
 
-def _switch_without_flags(self: SharedNetwork, layers: Any, name: str) -> None:
+def _switch_by_peft(self: SharedNetwork, layers: Any, name: str) -> None:
     for layer in layers:
         layer.enable_adapters(name != "teacher")
         if name != "teacher":
@@ -53,16 +53,13 @@ def _switch_without_flags(self: SharedNetwork, layers: Any, name: str) -> None:
 
 
 def _switch_without_enabling(self: SharedNetwork, layers: Any, name: str) -> None:
-    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     for layer in layers:
         layer.enable_adapters(False) if name == "teacher" else layer.set_adapter(name)
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
 
 
 def test_trap_1_flags_that_stay_changed_lose_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     found = made()
-    monkeypatch.setattr(SharedNetwork, "_switch", _switch_without_flags)
+    monkeypatch.setattr(SharedNetwork, "_switch", _switch_by_peft)
     x, sigma, cond = batch()
     out = found["student"](x, sigma, cond)
     found["teacher"](x, sigma, cond)

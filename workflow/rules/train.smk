@@ -38,7 +38,7 @@ rule train:
         pairs=lambda wildcards, input: f"--pairs {input.pairs}" if input.pairs else "",
         start=lambda wildcards, input: f"--start {input.start}" if input.start else "",
     shell:
-        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} train --spec {params.spec:q}"
+        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} train --spec {params.spec:q}"
         " --teacher {input.teacher} --latents {input.latents} {params.components} {params.pairs} {params.start}"
         " --state {resources.state} --generator {output.generator} --networks {output.networks}"
         " --snapshots {output.snapshots} --train-log {output.train_log}"
@@ -59,7 +59,7 @@ rule import_student:
     params:
         spec=spec("train", "{run}"),
     shell:
-        "launch.sh 0 --log {log} import-student --spec {params.spec:q} --generator {output.generator}"
+        "bash {LAUNCH:q} 0 --log {log} import-student --spec {params.spec:q} --generator {output.generator}"
 
 
 rule import_networks:
@@ -76,4 +76,4 @@ rule import_networks:
     params:
         spec=spec("train", "{run}"),
     shell:
-        "launch.sh 0 --log {log} import-student --spec {params.spec:q} --networks {output.networks}"
+        "bash {LAUNCH:q} 0 --log {log} import-student --spec {params.spec:q} --networks {output.networks}"
