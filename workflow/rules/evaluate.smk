@@ -90,6 +90,18 @@ rule metrics:
                 f"{RESULTS}/{{model}}/{{sampler}}/metrics.json",
             )
         ),
+        clip=ancient(
+            supplied_key(
+                "evaluation.clip.weights.path",
+                f"{RESULTS}/{{model}}/{{sampler}}/metrics.json",
+            )
+        ),
+        perceptual=ancient(
+            supplied_key(
+                "evaluation.vgg_weights.path",
+                f"{RESULTS}/{{model}}/{{sampler}}/metrics.json",
+            )
+        ),
         reference=rules.reference.output.stats,
         extractor=rules.features.output.weights,
     output:
