@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkout import Checkout
+from checkout import Checkout, jobs_in
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,9 +21,8 @@ RUNS = ("dmd2_1step", "dmd2_4step_lora")
 def run(fresh: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     checkout = fresh.copy(tmp_path_factory.mktemp("text") / "dmd2")
     targets = [f"results/{PRESET}/{name}/student/metrics.json" for name in RUNS]
-    done = checkout.snakemake(
-        "--cores", "2", "--config", f"preset={PRESET}", "--", *targets, f"results/{PRESET}/teacher/ddim4/grid.png"
-    )
+    targets.append(f"results/{PRESET}/teacher/ddim4/grid.png")
+    done = checkout.snakemake(*targets, "--cores", "2", config=f"preset={PRESET}")
     assert done.returncode == 0, done.stdout
     return checkout
 
@@ -95,12 +94,25 @@ def test_students_are_exported_for_stock_pipelines(run: Checkout, tmp_path: Path
 
 
 def test_a_text_table_is_left_alone_by_a_preset_of_classes(run: Checkout):
-    planned = run.snakemake("-n", "--config", "preset=smoke")
+    planned = run.without_jobs("-n")
     assert planned.returncode == 0, planned.stdout
     assert "results/table1.csv" in planned.stdout
     assert "results/table2.csv" not in planned.stdout
-    asked = run.snakemake("--cores", "1", "--config", "preset=smoke", "--", "results/table2.csv")
+    asked = run.snakemake("results/table2.csv", "--cores", "1")
     assert asked.returncode == 0, asked.stdout
     rows = list(csv.DictReader((run.folder / "results/table2.csv").open()))
     assert {row["source"] for row in rows} == {"quoted", "pending"}
     assert all("selected preset" in row["note"] for row in rows if row["source"] == "pending")
+
+
+@pytest.mark.parametrize(("preset", "tables", "num_trained"), [("sdxl", (2, 4, 6), 7), ("sd15", (5,), 2)])
+def test_presets_at_paper_scale_plan_their_tables(
+    fresh: Checkout, preset: str, tables: tuple[int, ...], num_trained: int
+):
+    done = fresh.without_jobs("-n", config=f"preset={preset}")
+    assert done.returncode == 0, done.stdout
+    jobs = {job.removeprefix(f"{preset}: ") for job in jobs_in(done.stdout)}
+    assert {f"table table{number}" for number in range(1, 7)} & jobs == {f"table table{number}" for number in tables}
+    assert sum(job.startswith("train ") for job in jobs) == num_trained
+    assert {"components", "latents", "reference_shards"} <= jobs
+    assert any(job.startswith("download ") for job in jobs)
