@@ -93,7 +93,7 @@ class Server:
         try:
             _, files, _, _ = socket.recv_fds(caller, 1, NUM_FILES)
             if files and os.pread(files[0], 1 << 20, 0).find(TEXT_TO_IMAGE_OPTION) >= 0:
-                preload(TEXT_TO_IMAGE)
+                preload(TEXT_TO_IMAGE, Exception)  # a stage that needs a broken library will say so itself
             process = os.fork() if len(files) == NUM_FILES else None
         except OSError:
             process = None
@@ -142,13 +142,13 @@ def num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def preload(packages: Iterable[str] = PACKAGES) -> bool:
-    """Imports packages, but those that are not installed; whether this process can be forked."""
+def preload(packages: Iterable[str] = PACKAGES, passed_over: type[Exception] = ModuleNotFoundError) -> bool:
+    """Imports packages, but those that are not installed or raise `passed_over`; whether this process can be forked."""
     if all(name in sys.modules for name in packages):
         return True
     gc.disable()
     for name in packages:
-        with contextlib.suppress(Exception):  # a stage that needs it will say what is wrong
+        with contextlib.suppress(passed_over):
             importlib.import_module(name)
     if num_threads() > 1:  # OpenBLAS starts its threads when imported, and ends them before a fork, for good
         if (process := os.fork()) == 0:
