@@ -25,7 +25,7 @@ from dmd2.training import ranks
 RUNS = {"teacher": "Teacher", "dmd2_1step": "One step", "dmd2_4step": "Four steps"}
 SIDE = 320
 """Smaller images are enlarged to at least this many pixels."""
-DIGITS = ("a three left of a seven", "an eight right of a one", "a four left of a two")  # the last one is held out
+DIGITS = ("a three left of a seven", "a one right of an eight", "a four left of a two")  # the last one is held out
 OTHERS = ("a photo of a cat on a red sofa", "a lighthouse on a cliff at sunset, oil painting")
 UNSEEN = "No network was trained on this pair of digits: it is one of the 20 that are held out."
 
