@@ -51,8 +51,11 @@ def write_images(
     manifest_path = Path(manifest_path)
     log.info("shards: listing %s", data.path or data.source)  # a minute for ImageNet's archive
     source = open_source(data)
+    if passed_over := str(getattr(source, "passed_over", "")):
+        log.info("shards: passed over: %s", passed_over)
     labels = f"{len(source.classes)} classes" if data.captions is None else "captions"
     log.info("shards: %d images with %s, %d processes", len(source), labels, workers)
+    check_classes(source.labels, source.classes, "has no image")
     make = ImageMaker(source, f"image.{data.image_format}", data.label_field)
     missing = check_captions(source, data, manifest_path.with_name("missing_captions.json"))
     check_room(make, manifest_path.parent)
@@ -123,6 +126,7 @@ class _Unreadable:
         if kept.dtype.kind in "OU":
             captions = {"captions": len(set(kept.tolist())), "missing_captions": len(self.missing)}
             return {**captions, "unreadable": len(self.found)}
+        check_classes(kept, classes, "has no readable image")
         return {
             "classes": classes,
             "images_of_class": np.bincount(kept, minlength=len(classes)).tolist(),
@@ -146,6 +150,20 @@ class _Unreadable:
             files.write_json(self.path, {"unreadable": [item._asdict() for item in sorted(self.found)]})
         else:
             self.path.unlink(missing_ok=True)
+
+
+def check_classes(labels: np.ndarray, classes: Sequence[str], what: str) -> None:
+    """Raises UserError if a class has no image: samples of every class are compared with the images."""
+    if labels.dtype.kind in "OU":
+        return
+    counts = np.bincount(labels, minlength=len(classes))
+    if len(empty := np.flatnonzero(counts == 0)):
+        named = ", ".join(f"{number} ({classes[number]})" for number in empty[:NAMED])
+        more = f" and {len(empty) - NAMED} more" if len(empty) > NAMED else ""
+        raise UserError(
+            f"data.num_classes is {len(classes)}, but class {named}{more} {what}; correct data.num_classes, number the "
+            f"classes without gaps, or add images"
+        )
 
 
 def check_captions(source: Source, data: Data, path: Path) -> list[int]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmd2.config import Data
-from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of, is_image
-from dmd2.datasets.sources.folder import LISTERS
+from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of
+from dmd2.datasets.sources.folder import LISTERS, walk
+from dmd2.datasets.sources.listing import is_hidden, is_image
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
 from dmd2.datasets.sources.tars import expand, split_name
 from dmd2.datasets.texts import CAPTION_KEYS, tidy
@@ -50,7 +51,7 @@ class CaptionedFolder(EncodedImages):
         self.fingerprint = fingerprint_of((f"{n} {text}" for n, text in zip(names, captions, strict=True)), sizes)
 
     def read(self, number: int) -> bytes:
-        path = self._root / self.name(number)
+        path = self._root / self._names[number]
         try:
             return path.read_bytes()
         except OSError as error:
@@ -59,10 +60,11 @@ class CaptionedFolder(EncodedImages):
     def _list(self) -> tuple[list[str], list[Path]]:
         """The images of the tree, relative to its root, and its tables of metadata."""
         names, tables = [], []
-        for top, folders, files in os.walk(self._root):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+        for top, files in walk(self._root):
             below = Path(top).relative_to(self._root)
-            names += [(below / file).as_posix() for file in files if is_image(file)]
+            if is_hidden(below.as_posix().removeprefix(".")):
+                continue
+            names += [path for file in files if is_image(path := (below / file).as_posix())]
             found = [Path(top, name) for name in METADATA if name in files]
             if len(found) > 1:
                 raise UserError(f"{found[0]}: there is {found[1].name} as well; keep one of the two")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dmd2.config import Data
-from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of, is_image
+from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of
 from dmd2.datasets.sources.folder import LISTERS
+from dmd2.datasets.sources.listing import PassedOver, is_image, taken
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
 from dmd2.errors import UserError
 
@@ -28,10 +29,13 @@ class ImageNetTar(EncodedImages):
             raise UserError(f"{path}: contains no tar of a class; is it ILSVRC2012_img_train.tar?")
         with ThreadPoolExecutor(LISTERS) as pool:
             contents = list(pool.map(lambda member: tar_members(path, member.offset, member.size), inner))
-        found = [(label, m) for label, members in enumerate(contents) for m in sorted(members) if is_image(m.name)]
+        passed_over, found = PassedOver(), []
+        for label, members in enumerate(contents):
+            by_name = {member.name: member for member in sorted(members)}
+            found += [(label, by_name[name]) for name in taken(by_name, passed_over)]
         classes = [Path(member.name).stem for member in inner]
         names = [f"{classes[label]}.tar/{member.name}" for label, member in found]
-        super().__init__(data, names, [label for label, _ in found], classes)
+        super().__init__(data, names, [label for label, _ in found], classes, passed_over)
         offsets, sizes = [m.offset for _, m in found], [m.size for _, m in found]
         self._spans = Spans([str(path)], [0] * len(found), offsets, sizes)
         self.fingerprint = fingerprint_of(names, sizes)
