@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dmd2 import config
 from dmd2.errors import UserError
 from dmd2.metrics.extractor import Observed
-from dmd2.metrics.images import Images, Labels, batches, check_images
+from dmd2.metrics.images import Images, Labels, batches, check_images, check_varied
 from dmd2.metrics.labels import targets
 from dmd2.progress import Progress
 
@@ -183,7 +183,12 @@ def train_classifier(
     network, classes = network.to(device), targets(labels)
     _fit(network, as_input(images)[train].to(device), torch.from_numpy(classes)[train].to(device), features, rng)
     extractor = kind(network, device)
-    variance = extractor.observe(images).features.var(axis=0, ddof=1).mean()
+    variance = float(extractor.observe(images).features.var(axis=0, ddof=1).mean())
+    if not (math.isfinite(variance) and variance > 0):
+        raise UserError(
+            f"features: the classifier's features of the images have variance {variance}; it diverged or ignores the "
+            f"images: lower features.learning_rate, or check the data"
+        )
     network.scale.fill_(math.sqrt(variance))
     guessed = extractor.observe(images[held_out.numpy()]).classes
     facts = {
@@ -210,6 +215,7 @@ def _check(images: Images, labels: Labels, data: config.Data) -> None:
         )
     if data.num_classes is not None and not 0 <= labels.min() <= labels.max() < data.num_classes:
         raise UserError(f"data.num_classes is {data.num_classes} but labels reach {labels.max()}; set it above that")
+    check_varied(images)
 
 
 def _initialised(

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dmd2.errors import UserError
+
 Images = NDArray[np.uint8]  # (N, H, W, C), 0..255
 Labels = NDArray[np.int64] | NDArray[np.str_]  # (N,), classes or texts
 Matrix = NDArray[np.float64]  # (N, D)
@@ -35,6 +37,15 @@ def check_images(images: Images, labels: Labels | None = None) -> None:
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iuU"):
         raise ValueError(
             f"labels are {labels.dtype} {labels.shape}; expected integers or texts of shape ({len(images)},)"
+        )
+
+
+def check_varied(images: Images) -> None:
+    """Raises UserError if the images of a data set are all the same: nothing can be compared with them."""
+    if (images == images[:1]).all():
+        raise UserError(
+            f"the {len(images)} images of the data are all the same, so that no sample can be compared with them; "
+            f"check the images and data.path, and make the shards again"
         )
 
 

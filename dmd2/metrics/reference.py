@@ -29,6 +29,7 @@ from dmd2.metrics.images import (
     batch_of,
     batches,
     check_images,
+    check_varied,
     patches,
     pixel_features,
     thumbnails,
@@ -37,6 +38,7 @@ from dmd2.metrics.labels import numbered, targets
 
 MAX_KEPT = 10_000  # real images kept, as thumbnails, for neighbours, precision and recall, and resampling
 MAX_READ = 2**30  # bytes of kept images that are read at once
+ROUNDING = 1e-20  # variance that equal pixels may get
 OF_DATA = "data"
 Read = Callable[[Sequence[int] | range | np.ndarray], tuple[Images, Labels]]
 """The images and labels of the samples with the given ids, in their order."""
@@ -89,13 +91,15 @@ class Reference:
         `num_classes` is None for captions as labels. `with_patches` adds what `patch_fid` needs, for a second pass of
         the extractor. `bicubic` is the protocol's (`Extractor.observe`). `published` replaces the moments of the
         features: (moments, description of their origin). `progress` is called with the number of images of each batch.
-        Raises ValueError for fewer than 2 images.
+        Raises ValueError for fewer than 2 images, and UserError for images that are all the same or have features
+        that are not finite.
         """
         if num_images < 2 or max_kept < 2:
             raise ValueError(f"a reference needs at least 2 images, got {num_images} with max_kept {max_kept}")
         ids = np.sort(np.random.default_rng(seed).permutation(num_images)[:max_kept])
         observe = partial(extractor.observe, bicubic=bicubic)
         kept = _keep(read, ids, observe, with_patches)
+        check_varied(kept.images)
         vectors = as_vectors(kept.images)
         captions: NDArray[np.str_] = np.unique(kept.labels.astype(np.str_)) if num_classes is None else _NO_CAPTIONS
         groups = numbered(kept.labels, captions) if num_classes is None else targets(kept.labels)
@@ -104,7 +108,7 @@ class Reference:
         features, origin = published or (moments[0], OF_DATA)
         assert features is not None  # without published ones they were measured
         assert moments[1] is not None
-        return cls(
+        found = cls(
             extractor=extractor.name,
             origin=origin,
             features=features,
@@ -122,6 +126,27 @@ class Reference:
             patches=moments[2],
             kept_patches=_or_empty(kept.patches),
         )
+        found._check_finite()
+        return found
+
+    def _check_finite(self) -> None:
+        """Raises UserError for a moment or feature that is NaN or infinite."""
+        gaussians = {name: gaussian for name in _GAUSSIANS if (gaussian := getattr(self, name)) is not None}
+        values = {name: np.concatenate([mean, covariance.ravel()]) for name, (mean, covariance) in gaussians.items()}
+        values |= {name: getattr(self, name) for name in ("kept_features", "kept_probabilities", "kept_patches")}
+        if bad := [name for name, value in values.items() if not np.isfinite(value).all()]:
+            raise UserError(
+                f"statistics of the real images: `{bad[0]}` has values that are not finite; the weights of the "
+                f"extractor {self.extractor} are damaged or diverged: make or fetch them again, or check the images"
+            )
+
+    def check_classes(self) -> None:
+        """Raises UserError if no class has two different kept images, with which `diversity` is compared."""
+        if not np.nansum(self.class_variance) > ROUNDING:
+            raise UserError(
+                "no class of the data has two different images, which evaluation.measures `diversity` needs; add "
+                "images, or list the other measures in evaluation.measures"
+            )
 
     def save(self, path: Path | str) -> None:
         """Writes an .npz file of plain arrays, atomically."""

@@ -102,6 +102,8 @@ def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runt
         device=device,
         progress=Counter("reference", num),
     )
+    if "diversity" in asked:
+        found.check_classes()
     found.save(out)
     write_record(out, spec, num_samples=num, moments=found.origin)
 
