@@ -34,7 +34,7 @@ onstart:
 rule all:
     default_target: True
     input:
-        expand("results/{table}.csv", table=TARGETS.paper_tables),
+        expand("results/{table}.csv", table=TARGETS.built),
         [
             f"results/{preset}/{entry}/grid.png"
             for preset in TARGETS.in_use

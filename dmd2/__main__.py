@@ -49,6 +49,7 @@ for command in (*stages.COMMANDS, *planning.COMMANDS):
 
 def main() -> None:
     """Runs the command line; a UserError is one line and exit status 2, an interruption 128 + signal."""
+    os.environ["MPLBACKEND"] = "agg"  # figures are files; a notebook's backend may be left over
     gc.set_threshold(100_000, 20, 100)  # importing torch triggers hundreds of collections: 0.3 s per stage
     try:
         app()

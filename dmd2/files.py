@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,9 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmd2.errors import UserError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 
 @contextmanager
@@ -87,3 +91,23 @@ def check_sha256(
         raise UserError(f"{path}: no such file; put it there or correct the configured path")
     if (found := sha256(path)) != wanted:
         raise UserError(f"{path}: its SHA-256 is {found}, expected {wanted}; {remedy}")
+
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def take_lock(lock: BaseFileLock) -> BaseFileLock:
+    """Takes a lock without waiting and returns it.
+
+    Raises `filelock.Timeout` if another process holds it, and UserError where the file system has no locks.
+    """
+    try:
+        lock.acquire(timeout=0)
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+        raise UserError(
+            f"{lock.lock_file}: this file system has no locks ({error}), without which two processes could write the "
+            f"same files; put its folder on another disk (a link will do), or have it mounted with locks"
+        ) from None
+    return lock

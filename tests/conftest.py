@@ -24,7 +24,7 @@ SLOW = (
     "method/test_recovery.py",
     "stages/test_streamed.py",
     "teachers/test_full_size.py",
-    "teachers/test_prepare.py",
+    "teachers/test_prepare",
     "workflow/",
 )
 """Beginnings of the paths of tests that start workflows, ranks or compilers, or count large networks."""

@@ -69,8 +69,8 @@ class ToyDenoiser(Denoiser):
 class NullLabels(ClassConditioner):
     """Class labels whose last class means "no class"."""
 
-    def null(self, num: int) -> Cond:
-        return {"label": torch.full((num,), self.num_classes - 1)}
+    def null(self, cond: Cond) -> Cond:
+        return {"label": torch.full_like(cond["label"], self.num_classes - 1)}
 
 
 def toy_teacher(seed: int = 0, *, guidable: bool = False, dropout: float = 0.0, levels: int = 1) -> Teacher:

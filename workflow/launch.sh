@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts a stage: launch.sh NUM_GPUS|cpu:N ARGUMENTS... runs `python -m dmd2 ARGUMENTS...` once, or once for each GPU when
+# Starts a stage: launch.sh NUM_GPUS|cpu:N ARGUMENTS... runs `python -P -m dmd2 ARGUMENTS...` once, or once for each GPU when
 # there are several, or N times on CPU (`dmd2.training.launcher`). Works in an environment without this project installed.
 #
 # A stage without GPUs is a fork of a process that has imported torch (`dmd2.commands.preloaded`); DMD2_PRELOAD=0 asks for
@@ -23,6 +23,11 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
+# What a user's shell may have left over: rank variables would make a lone process wait for others, which only the
+# launcher sets; a notebook's backend has no place here; a folder for temporary files may be gone.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT
+export MPLBACKEND=agg
+if [ ! -w "${TMPDIR:-/tmp}" ]; then export TMPDIR=/tmp; fi
 gpus=$1
 shift
 nodes=${DMD2_NODES:-1}
@@ -47,7 +52,7 @@ take() {  # holds NUM free devices by locks that end with this process, and show
         for device in $(devices); do
             [[ " ${taken[*]-} " != *" $device "* ]] || continue
             [ "${#taken[@]}" -lt "$wanted" ] || break
-            exec {lock}>"${TMPDIR:-/tmp}/dmd2-gpu-$(id -u)-$device.lock"
+            exec {lock}>"${TMPDIR:-/tmp}/dmd2-gpu-$(id -u)-${device//\//_}.lock"
             if flock --nonblock "$lock"; then taken+=("$device"); else exec {lock}>&-; fi
         done
         [ "${#taken[@]}" -lt "$wanted" ] || break
@@ -66,13 +71,13 @@ if [ -z "${SLURM_JOB_ID:-}" ] && [ -n "$(devices)" ]; then
     take "$gpus"
 fi
 if [ "$processes" -eq 0 ] && [ "$nodes" -le 1 ] && [ -z "${SLURM_JOB_ID:-}" ]; then
-    exec python -m dmd2.commands.preloaded "$@"
+    exec python -P -m dmd2.commands.preloaded "$@"
 fi
 if [ "$processes" -eq 0 ] || { [ "$processes" -eq 1 ] && [ "$nodes" -le 1 ]; }; then
-    exec python -m dmd2 "$@"
+    exec python -P -m dmd2 "$@"
 fi
 if [ "$nodes" -gt 1 ] && [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${DMD2_NODE:-}" ]; then
     exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-        ${DMD2_CPUS:+--cpus-per-task="$DMD2_CPUS"} python -m dmd2.training.launcher "$processes" "$@"
+        ${DMD2_CPUS:+--cpus-per-task="$DMD2_CPUS"} python -P -m dmd2.training.launcher "$processes" "$@"
 fi
-exec python -m dmd2.training.launcher "$processes" "$@"
+exec python -P -m dmd2.training.launcher "$processes" "$@"

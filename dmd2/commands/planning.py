@@ -1,4 +1,4 @@
-"""Commands besides the stages: cost, planning, job times and external files."""
+"""Commands besides the stages: cost, planning, job times, external files, and images of finished runs."""
 
 from __future__ import annotations
 
@@ -134,4 +134,53 @@ def times(
     _tell(report, job_times.text(report), as_json)
 
 
-COMMANDS = (download, downloads, cost, plan, times)
+def generate(
+    weights: Annotated[Path, typer.Option(help="a run's folder such as results/digits-t2i/dmd2_4step, or its weights")],
+    prompt: Annotated[list[str] | None, typer.Option(help="repeatable; for a text-to-image model")] = None,
+    classes: Annotated[list[int] | None, typer.Option("--class", help="repeatable; for a model of classes")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the images")] = Path("generated"),
+    num: Annotated[int, typer.Option(min=1, help="images per prompt or class")] = 4,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="of a teacher; a student has its run's")] = 25,
+    guidance_scale: Annotated[float, typer.Option(min=1, help="of a text-to-image teacher")] = 2.0,
+) -> None:
+    """Write images of a student or teacher for prompts or classes."""
+    from dmd2.stages import generate as stage
+
+    if bool(prompt) == bool(classes):
+        raise UserError("name either --prompt or --class, once or several times")
+    stage.generate(
+        weights, prompt or classes or [], out, num=num, seed=seed, steps=steps, guidance_scale=guidance_scale
+    )
+
+
+def export(
+    weights: Annotated[
+        Path, typer.Option(help="the folder of a text-to-image run, such as results/digits-t2i/dmd2_4step")
+    ],
+    out: Annotated[Path, typer.Option(help="folder for the pipeline")],
+    lora: Annotated[bool, typer.Option("--lora", help="only the adapters of a run that trains them")] = False,
+) -> None:
+    """Write a text-to-image student as a folder that a stock DiffusionPipeline loads offline."""
+    from dmd2.stages import generate as stage
+
+    stage.export(weights, out, lora=lora)
+
+
+def demo(
+    results: Annotated[Path, typer.Option(help="a text-to-image preset's results")] = Path("results/digits-t2i"),
+    run: Annotated[
+        list[str] | None, typer.Option(help="repeatable; default: teacher, dmd2_1step and dmd2_4step")
+    ] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 serves other machines too")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: the first free one from 7860 on")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="of a teacher; a student has its run's")] = 25,
+    guidance_scale: Annotated[float, typer.Option(min=1, help="of a teacher")] = 2.0,
+) -> None:
+    """Serve a page that shows teacher and students side by side for a typed prompt (needs the extra `demo`)."""
+    from dmd2.stages import demo as stage
+
+    stage.serve(results, run or list(stage.RUNS), host=host, port=port, steps=steps, guidance_scale=guidance_scale)
+
+
+COMMANDS = (download, downloads, cost, plan, times, generate, export, demo)

@@ -24,7 +24,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,16 @@ PACKAGES = (
     *("matplotlib.pyplot", "matplotlib.backends.backend_agg"),
     *("PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "PIL.PpmImagePlugin"),
 )
+TEXT_TO_IMAGE = (
+    *(f"diffusers.models.{name}" for name in ("unets.unet_2d_condition", "autoencoders.autoencoder_kl")),
+    *(f"diffusers.schedulers.scheduling_{name}" for name in ("ddim", "ddpm", "euler_discrete", "lcm", "pndm")),
+    *(f"diffusers.schedulers.scheduling_{name}_multistep" for name in ("dpmsolver", "unipc")),
+    *(f"transformers.models.clip.{name}_clip" for name in ("modeling", "tokenization")),
+)
+"""What stages of text-to-image import besides: when the first of them comes, 6 s that no other stage waits for."""
 IDLE_S = 20.0
 NUM_FILES = 5
+TEXT_TO_IMAGE_OPTION = b"--components"
 STAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that may reach all processes of a user, and that the server leaves to its stages."""
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
@@ -84,6 +92,8 @@ class Server:
         files: list[int] = []
         try:
             _, files, _, _ = socket.recv_fds(caller, 1, NUM_FILES)
+            if files and os.pread(files[0], 1 << 20, 0).find(TEXT_TO_IMAGE_OPTION) >= 0:
+                preload(TEXT_TO_IMAGE, Exception)  # a stage that needs a broken library will say so itself
             process = os.fork() if len(files) == NUM_FILES else None
         except OSError:
             process = None
@@ -132,11 +142,13 @@ def num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def preload() -> bool:
-    """Imports `PACKAGES`, but those that are not installed; whether this process can be forked."""
+def preload(packages: Iterable[str] = PACKAGES, passed_over: type[Exception] = ModuleNotFoundError) -> bool:
+    """Imports packages, but those that are not installed or raise `passed_over`; whether this process can be forked."""
+    if all(name in sys.modules for name in packages):
+        return True
     gc.disable()
-    for name in PACKAGES:
-        with contextlib.suppress(ModuleNotFoundError):
+    for name in packages:
+        with contextlib.suppress(passed_over):
             importlib.import_module(name)
     if num_threads() > 1:  # OpenBLAS starts its threads when imported, and ends them before a fork, for good
         if (process := os.fork()) == 0:

@@ -199,7 +199,8 @@ def main() -> None:
         with contextlib.suppress(OSError):
             if (status := run(sys.argv[1:])) is not None:
                 _end_as(status)
-    os.execv(sys.executable, [sys.executable, "-m", "dmd2", *sys.argv[1:]])
+    safe = ["-P"] if sys.flags.safe_path else []
+    os.execv(sys.executable, [sys.executable, *safe, "-m", "dmd2", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -48,18 +48,37 @@ def shards(
     data.shards(_spec(spec, "shards"), manifest, source or None, max_unreadable, workers)
 
 
-def latents(spec: SpecOption, images: PathOption, manifest: PathOption, runtime: RuntimeOption = "{}") -> None:
-    """Write the images in the teacher's space, with conditions."""
+def components(spec: SpecOption, record: PathOption, images: OptionalPath = None) -> None:
+    """Train or copy the autoencoder and text encoders of a text-to-image teacher."""
+    from dmd2.stages import components as stage
+
+    stage.components(_spec(spec, "components"), images, record)
+
+
+def latents(
+    spec: SpecOption,
+    images: PathOption,
+    manifest: PathOption,
+    components: OptionalPath = None,
+    runtime: RuntimeOption = "{}",
+) -> None:
+    """Write the images in the teacher's space, with the tokens of their labels."""
     from dmd2.stages import data
 
-    data.latents(_spec(spec, "latents"), images, manifest, _runtime(runtime))
+    data.latents(_spec(spec, "latents"), images, manifest, _runtime(runtime), components)
 
 
-def pairs(spec: SpecOption, teacher: PathOption, manifest: PathOption, runtime: RuntimeOption = "{}") -> None:
+def pairs(
+    spec: SpecOption,
+    teacher: PathOption,
+    manifest: PathOption,
+    components: OptionalPath = None,
+    runtime: RuntimeOption = "{}",
+) -> None:
     """Write the teacher's noise-image pairs."""
     from dmd2.stages import data
 
-    data.pairs(_spec(spec, "pairs"), teacher, manifest, _runtime(runtime))
+    data.pairs(_spec(spec, "pairs"), teacher, manifest, _runtime(runtime), components)
 
 
 def teacher(
@@ -68,12 +87,13 @@ def teacher(
     weights: PathOption,
     train_log: PathOption,
     latents: OptionalPath = None,
+    components: OptionalPath = None,
     runtime: RuntimeOption = "{}",
 ) -> None:
     """Train the teacher on latents, or import its weights from the file that the spec names."""
     from dmd2.stages import train as stage
 
-    stage.teacher(_spec(spec, "teacher"), latents, state, weights, train_log, _runtime(runtime))
+    stage.teacher(_spec(spec, "teacher"), latents, state, weights, train_log, _runtime(runtime), components)
 
 
 def train(
@@ -87,13 +107,14 @@ def train(
     train_log: PathOption,
     pairs: OptionalPath = None,
     start: OptionalPath = None,
+    components: OptionalPath = None,
     runtime: RuntimeOption = "{}",
 ) -> None:
     """Train a student."""
     from dmd2.stages import train as stage
 
     out = stage.TrainOutputs(generator, networks, snapshots, train_log)
-    stage.train(_spec(spec, "train"), teacher, latents, pairs, start, state, out, _runtime(runtime))
+    stage.train(_spec(spec, "train"), teacher, latents, pairs, start, state, out, _runtime(runtime), components)
 
 
 def import_student(spec: SpecOption, generator: OptionalPath = None, networks: OptionalPath = None) -> None:
@@ -119,11 +140,17 @@ def reference(
     measure.reference(_spec(spec, "reference"), images, extractor, out, _runtime(runtime))
 
 
-def sample(spec: SpecOption, weights: PathOption, manifest: PathOption, runtime: RuntimeOption = "{}") -> None:
+def sample(
+    spec: SpecOption,
+    weights: PathOption,
+    manifest: PathOption,
+    components: OptionalPath = None,
+    runtime: RuntimeOption = "{}",
+) -> None:
     """Sample from the teacher or a student."""
     from dmd2.stages import sample as stage
 
-    stage.sample(_spec(spec, "sample"), weights, manifest, _runtime(runtime))
+    stage.sample(_spec(spec, "sample"), weights, manifest, _runtime(runtime), components)
 
 
 def metrics(
@@ -133,13 +160,14 @@ def metrics(
     out: PathOption,
     samples: OptionalPath = None,
     weights: OptionalPath = None,
+    components: OptionalPath = None,
     state: PathOption = Path("state"),
     runtime: RuntimeOption = "{}",
 ) -> None:
     """Measure a set of samples, or samples of a model's weights; without either the floor."""
     from dmd2.stages import measure
 
-    measured = measure.SampleSource(samples, weights)
+    measured = measure.SampleSource(samples, weights, components)
     measure.metrics(_spec(spec, "metrics"), measured, reference, extractor, state, out, _runtime(runtime))
 
 
@@ -149,13 +177,14 @@ def curve(
     reference: PathOption,
     extractor: PathOption,
     out: PathOption,
+    components: OptionalPath = None,
     state: PathOption = Path("state"),
     runtime: RuntimeOption = "{}",
 ) -> None:
     """Measure a run's snapshots."""
     from dmd2.stages import curves
 
-    curves.curve(_spec(spec, "curve"), snapshots, reference, extractor, state, out, _runtime(runtime))
+    curves.curve(_spec(spec, "curve"), snapshots, reference, extractor, state, out, _runtime(runtime), components)
 
 
 def select(
@@ -219,6 +248,6 @@ def table(
 
 
 COMMANDS = (
-    *(shards, latents, pairs, teacher, train, import_student, features, reference, sample, metrics, curve, select),
-    *(curves, grid, compare, configuration, table),
+    *(shards, components, latents, pairs, teacher, train, import_student, features, reference, sample, metrics),
+    *(curve, select, curves, grid, compare, configuration, table),
 )

@@ -6,22 +6,40 @@ Defaults are the paper's for ImageNet-64 (arXiv 2405.14867, appendix F.2) unless
 from __future__ import annotations
 
 from dmd2.config.base import Beta, Model, Precision, Seed, WeightsFile
-from dmd2.config.data import Data
-from dmd2.config.evaluation import Evaluation, Features, Pairs, Sampler
+from dmd2.config.data import Captions, Data, Prompts
+from dmd2.config.evaluation import ClipModel, Evaluation, Features, Pairs, Sampler
 from dmd2.config.preset import Preset, Run, RunFile
-from dmd2.config.teacher import Network, TeacherConfig, TeacherTraining
-from dmd2.config.train import Runtime, Train, largest_part
+from dmd2.config.teacher import (
+    AnyTeacher,
+    ComponentsTraining,
+    DiffusersTeacherConfig,
+    DiffusersTraining,
+    ModelFolder,
+    Network,
+    TeacherConfig,
+    TeacherTraining,
+)
+from dmd2.config.train import LoRA, Runtime, Train, largest_part
 
 __all__ = [
+    "AnyTeacher",
     "Beta",
+    "Captions",
+    "ClipModel",
+    "ComponentsTraining",
     "Data",
+    "DiffusersTeacherConfig",
+    "DiffusersTraining",
     "Evaluation",
     "Features",
+    "LoRA",
     "Model",
+    "ModelFolder",
     "Network",
     "Pairs",
     "Precision",
     "Preset",
+    "Prompts",
     "Run",
     "RunFile",
     "Runtime",

@@ -2,22 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import PurePath
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dmd2.config.base import Model
 
+COCO_ANNOTATIONS = "annotations_trainval2014.zip"
+Subset = Literal["all", "training"]
+"""All captions, or those of source digit_pairs without the held-out compositions, which measure generalisation."""
+
+
+class Captions(Model):
+    """Captions as the labels of images."""
+
+    max_missing: int = Field(0, ge=0, description="images that may be left out because they have no caption")
+    subset: Subset = Field("all", description="captions whose images become latents, which networks are trained on")
+
+
+class Prompts(Model):
+    """A list of prompts: those that a generator is trained on, or those of an evaluation."""
+
+    source: Literal["digit_pairs", "file", "coco10k"] = "file"
+    path: str | None = Field(
+        None,
+        description="file: .txt with a prompt per line, .jsonl or .parquet with `caption`; coco10k: COCO's annotations",
+    )
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    subset: Subset = "all"
+
+    @model_validator(mode="after")
+    def _files_have_a_path(self) -> Self:
+        if (self.source == "digit_pairs") != (self.path is None):
+            raise ValueError("`path` belongs to sources file and coco10k, and only there")
+        return self
+
 
 class Data(Model):
-    """A labelled image data set."""
+    """A labelled image data set: with classes or with captions."""
 
-    source: str = Field(description="key of datasets.SOURCES")
+    source: str = Field(description="key of datasets.SOURCES or, with captions, of datasets.CAPTIONED")
     path: str | None = Field(None, description="folder or archive, for sources that read one")
     resolution: int = Field(gt=0)
     channels: Literal[1, 3] = 3
-    num_classes: int = Field(gt=0)
+    num_classes: int | None = Field(None, gt=0, description="of a set with classes")
+    captions: Captions | None = Field(None, description="of a set with captions in place of classes")
     levels: int = Field(256, ge=2, le=256, description="grey levels of the source; samples are rounded to them")
     shard_size: int = Field(1000, gt=0, description="samples per shard")
     image_format: Literal["png", "webp"] = "webp"  # lossless either way
+    min_side: int | None = Field(
+        None, gt=0, description="images with a shorter side are left out as unreadable; none: they are enlarged"
+    )
     max_unreadable: int = Field(0, ge=0, description="images that may be left out because they cannot be read")
+
+    @model_validator(mode="after")
+    def _classes_or_captions(self) -> Self:
+        if (self.num_classes is None) == (self.captions is None):
+            raise ValueError("set either `num_classes` or `captions`: the kind of the images' labels")
+        return self
+
+    @property
+    def annotations(self) -> str | None:
+        """The file with the captions of sources coco and coco10k, which lies beside the images."""
+        if self.path is None or self.source not in ("coco", "coco10k"):
+            return None
+        return str(PurePath(self.path).with_name(COCO_ANNOTATIONS))
+
+    @property
+    def label_field(self) -> str:
+        """The field of shards with the images' labels: `cls` (class numbers) or `txt` (captions)."""
+        return "cls" if self.captions is None else "txt"
+
+    @property
+    def classes(self) -> int:
+        """The number of classes. Raises ValueError for a set with captions (a bug in the caller)."""
+        if self.num_classes is None:
+            raise ValueError(f"data set {self.source} has captions, not classes")
+        return self.num_classes

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from dmd2.config.base import Model, Precision, Seed, WeightsFile
+from dmd2.config.data import Prompts
+from dmd2.config.protocols import PROTOCOLS, MeasureName
 from dmd2.config.protocols import Name as ProtocolName
 
 
@@ -33,10 +35,13 @@ class Pairs(Model):
 
 
 class Sampler(Model):
-    """A sampler of the teacher (`heun`) or of a student (`few_step`, which has no settings)."""
+    """A sampler of the teacher (`heun`, or a scheduler of `diffusers`) or of a student (`few_step`)."""
 
-    kind: Literal["heun", "few_step"]
-    num_steps: int | None = Field(None, gt=1)
+    kind: Literal["heun", "few_step", "diffusers"]
+    num_steps: int | None = Field(None, gt=0)
+    scheduler: str | None = Field(None, description="diffusers: class such as EulerDiscreteScheduler")
+    options: dict[str, Any] | None = Field(None, description="diffusers: of the scheduler, such as timestep_spacing")
+    guidance_scale: float | None = Field(None, ge=1, description="classifier-free guidance; none: 1")
     s_churn: float = Field(0.0, ge=0)
     s_min: float = Field(0.0, ge=0)
     s_max: float | None = None
@@ -46,17 +51,36 @@ class Sampler(Model):
         "last", description="of a student: the last, the best snapshot by FID on the curve, or that of an iteration"
     )
 
+    @property
+    def of_teacher(self) -> bool:
+        """Whether it samples from a teacher, not from a student."""
+        return self.kind != "few_step"
+
     @model_validator(mode="after")
-    def _steps_belong_to_heun(self) -> Self:
-        if (self.kind == "heun") != (self.num_steps is not None):
-            raise ValueError("`num_steps` belongs to kind heun, and only there: a student's steps are its run's")
-        if self.kind == "few_step" and (self.s_churn, self.s_min, self.s_max, self.s_noise) != (0.0, 0.0, None, 1.0):
+    def _keys_fit_the_kind(self) -> Self:
+        if self.of_teacher != (self.num_steps is not None):
+            raise ValueError("`num_steps` belongs to a teacher's sampler, and only there: a student's are its run's")
+        if self.kind == "heun" and self.num_steps == 1:
+            raise ValueError("`num_steps` of kind heun must be at least 2")
+        if self.kind != "heun" and (self.s_churn, self.s_min, self.s_max, self.s_noise) != (0.0, 0.0, None, 1.0):
             raise ValueError("`s_churn`, `s_min`, `s_max` and `s_noise` belong to kind heun, and only there")
-        if self.kind == "heun" and self.checkpoint != "last":
+        if (self.kind == "diffusers") != (self.scheduler is not None) or (self.options and self.kind != "diffusers"):
+            raise ValueError("`scheduler` and `options` belong to kind diffusers, and only there")
+        if self.guidance_scale is not None and not self.of_teacher:
+            raise ValueError("`guidance_scale` belongs to a teacher's sampler: a student is not guided")
+        if self.of_teacher and self.checkpoint != "last":
             raise ValueError("`checkpoint` belongs to kind few_step: a teacher has one set of weights")
         if self.s_max is not None and self.s_max < self.s_min:
             raise ValueError(f"s_max {self.s_max} is below s_min {self.s_min}: no step would be stochastic")
         return self
+
+
+class ClipModel(Model):
+    """The CLIP network of `clip_score`, by its names in open_clip; the default is that of the published figures."""
+
+    model: str = "ViT-g-14"
+    pretrained: str = Field("laion2b_s12b_b42k", description="fetched from Hugging Face unless `weights` is set")
+    weights: WeightsFile | None = Field(None, description="its weights as a file: .safetensors, .bin or .pt")
 
 
 class Evaluation(Model):
@@ -75,9 +99,27 @@ class Evaluation(Model):
     )
     num_shown: int = Field(100, gt=0, description="stored samples of a streamed evaluation, for the sheets")
     curve_samples: int = Field(5_000, gt=0, description="samples per snapshot of the FID-against-training curve")
+    prompts: Prompts | None = Field(None, description="sample i has prompt i modulo their number; none: classes")
+    measures: tuple[MeasureName, ...] | None = Field(
+        None, min_length=1, description="keys of metrics.MEASURES; none: the default of the data's kind of labels"
+    )
+    clip: ClipModel | None = Field(None, description="network of clip_score; none: ViT-g-14 of open_clip")
+    vgg_weights: WeightsFile | None = Field(None, description="torchvision's VGG-16, for lpips_diversity")
+
+    def of_real_images(self) -> Evaluation | None:
+        """The keys on which the statistics of real images depend; None if those are the defaults."""
+        name = self.protocols[0]
+        changes: dict[str, Any] = {"measures": self.measures} if self.measures else {}
+        if PROTOCOLS[name].bicubic:
+            changes["protocols"] = (name,)
+        return Evaluation(**changes) if changes else None
 
     @model_validator(mode="after")
     def _protocols_differ(self) -> Self:
         if len(set(self.protocols)) < len(self.protocols):
             raise ValueError(f"protocols {list(self.protocols)}: one is listed twice")
+        if self.measures and len(set(self.measures)) < len(self.measures):
+            raise ValueError(f"measures {list(self.measures)}: one is listed twice")
+        if self.measures and "fid" not in self.measures:
+            raise ValueError(f"measures {list(self.measures)}: `fid` is missing, by which snapshots are chosen")
         return self

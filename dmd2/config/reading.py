@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dmd2.config import Preset, Run, RunFile, Train
+from dmd2.config import DiffusersTeacherConfig, Preset, Run, RunFile, TeacherConfig, Train
 from dmd2.errors import UserError, closest, suggestion
 
 M = TypeVar("M", bound=BaseModel)
@@ -129,9 +129,22 @@ def load_run(folder: Path | str, name: str, preset: Preset) -> Run:
     return Run(name=name, description=file.description, train=train, weights=file.weights)
 
 
+_KINDS: dict[str, type[BaseModel]] = {
+    "edm": TeacherConfig,
+    "mixture": TeacherConfig,
+    "diffusers": DiffusersTeacherConfig,
+}
+"""The kinds of teachers, which pydantic adds to the path of a problem in a teacher's keys."""
+
+
 def _explain(model: type[BaseModel], problem: Any) -> str:
     """One line for one pydantic problem, with a suggestion for a misspelt key."""
-    key = ".".join(str(part) for part in problem["loc"])
+    loc = problem["loc"]
+    shown = [part for before, part in zip(("", *loc), loc, strict=False) if before != "teacher" or part not in _KINDS]
+    key = ".".join(map(str, shown))
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kind = problem["input"].get("kind") if isinstance(problem["input"], Mapping) else None
+        return f"{key}.kind is {kind!r}; {suggestion(str(kind), list(_KINDS))}" if kind else f"missing key `{key}.kind`"
     if problem["type"] == "extra_forbidden":
         fields = _fields_at(model, problem["loc"][:-1])
         return f"unknown key `{key}`; {suggestion(str(problem['loc'][-1]), fields)}"
@@ -146,6 +159,9 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The keys of the model at `loc` below `model`."""
     for part in loc:
+        if part in _KINDS:
+            model = _KINDS[str(part)]
+            continue
         annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
         options = [annotation, *getattr(annotation, "__args__", ())]
         nested = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]

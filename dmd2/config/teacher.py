@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dmd2.config.base import Beta, Model, Seed, WeightsFile
+from dmd2.config.base import Beta, Model, Precision, Seed, WeightsFile
 
 
 class Network(Model):
@@ -59,9 +59,9 @@ class TeacherTraining(Model):
 
 
 class TeacherConfig(Model):
-    """The multi-step diffusion model that is distilled: trained here, or loaded from a file."""
+    """A class-conditional teacher in pixel space: trained here, or loaded from a file."""
 
-    kind: str = Field(description="key of teachers.TEACHERS")
+    kind: Literal["edm", "mixture"]
     network: Network = Network()
     num_levels: int = Field(1000, gt=1)
     sigma_min: float = Field(0.002, gt=0)
@@ -78,3 +78,94 @@ class TeacherConfig(Model):
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
         return self
+
+
+class ComponentsTraining(Model):
+    """How the autoencoder and the text encoder of a small text-to-image teacher are trained."""
+
+    seed: Seed = 0
+    autoencoder: dict[str, Any] = Field(description="configuration of diffusers' AutoencoderKL")
+    autoencoder_iterations: int = Field(gt=0)
+    autoencoder_batch_size: int = Field(64, gt=0)
+    autoencoder_learning_rate: float = Field(2e-3, gt=0)
+    kl_weight: float = Field(1e-4, ge=0)
+    text_encoder: dict[str, Any] = Field(description="configuration of transformers' CLIPTextModel")
+    text_iterations: int = Field(gt=0)
+    text_batch_size: int = Field(64, gt=0)
+    text_learning_rate: float = Field(2e-3, gt=0)
+
+
+class DiffusersTraining(TeacherTraining):
+    """How a small text-to-image teacher is trained inside the workflow: uniform levels, the epsilon loss."""
+
+    components: ComponentsTraining
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of captions replaced by the empty one")
+
+
+class ModelFolder(Model):
+    """A model in the layout of diffusers: a folder, or a repository of the hub at a revision."""
+
+    path: str = Field(description="folder, or hub id such as stabilityai/stable-diffusion-xl-base-1.0")
+    revision: str | None = Field(None, description="commit of the hub's repository; a folder has none")
+    variant: str | None = Field(None, description="variant of the weight files, such as fp16")
+
+
+class DiffusersTeacherConfig(Model):
+    """A latent text-to-image teacher with a U-Net of diffusers: trained here, or loaded from a folder.
+
+    Its noise levels are x = x0 + sigma * eps with sigma = sqrt((1 - abar) / abar) of its discrete schedule.
+    """
+
+    kind: Literal["diffusers"]
+    network: dict[str, Any] = Field(description="configuration of diffusers' UNet2DConditionModel, or {like: NAME}")
+    prediction: Literal["epsilon", "v_prediction", "sample", "flow"] = "epsilon"
+    num_levels: int = Field(1000, gt=1)
+    beta_start: float = Field(0.00085, gt=0)
+    beta_end: float = Field(0.012, gt=0)
+    latent_channels: int = Field(4, gt=0)
+    latent_factor: int = Field(8, gt=0, description="image pixels per latent, along one side")
+    storage: Precision = Field("fp32", description="of the frozen teacher's weights")
+    null: Literal["empty", "zeros"] = Field("empty", description="unconditional input: the empty prompt, or zeros")
+    min_psnr: float = Field(20.0, gt=0, description="dB; required of decoded latents against their images")
+    posterior_seed: Seed = Field(0, description="of the sample of the autoencoder's posterior that is stored")
+    training: DiffusersTraining | None = None
+    weights: ModelFolder | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # its mappings have no hash
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.training is not None) and (self.weights is not None):
+            raise ValueError("set `training` or `weights`, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        """Network, autoencoder and text encoder that are trained here; defaults are those of the libraries."""
+        if self.training is None:
+            return self
+        autoencoder, text = self.training.components.autoencoder, self.training.components.text_encoder
+        factor = 2 ** (len(autoencoder.get("block_out_channels", (64,))) - 1)
+        channels, width = autoencoder.get("latent_channels", 4), text.get("hidden_size", 512)
+        part = "components.autoencoder"
+        wanted = {
+            "latent_factor": (self.latent_factor, factor, f"the factor of {part}.block_out_channels"),
+            "latent_channels": (self.latent_channels, channels, f"{part}.latent_channels"),
+        }
+        of_network = {
+            "in_channels": (channels, f"{part}.latent_channels"),
+            "out_channels": (channels, f"{part}.latent_channels"),
+            "cross_attention_dim": (width, "components.text_encoder.hidden_size"),
+        }
+        for key, (other, name) in of_network.items():
+            if key in self.network:  # a job's record may hold no network
+                wanted[f"network.{key}"] = (self.network[key], other, name)
+        for key, (value, other, name) in wanted.items():
+            if value != other:
+                raise ValueError(f"{key} is {value}, but {name} is {other}; set one to the other")
+        return self
+
+
+AnyTeacher = Annotated[TeacherConfig | DiffusersTeacherConfig, Field(discriminator="kind")]
+"""The multi-step diffusion model that is distilled."""

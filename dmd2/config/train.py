@@ -9,6 +9,21 @@ from pydantic import Field, model_validator
 from dmd2.config.base import Beta, Model, Precision, Seed, WeightsFile
 
 
+class LoRA(Model):
+    """Low-rank adapters in place of the full weights (Hu et al. 2022); defaults of the released SDXL LoRA."""
+
+    rank: int = Field(64, gt=0)
+    alpha: float = Field(8.0, gt=0, description="the adapter's scale is alpha / rank")
+    targets: tuple[str, ...] = Field(
+        (
+            *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+            *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+        ),
+        min_length=1,
+        description="ends of the names of the adapted modules",
+    )
+
+
 class Train(Model):
     """One DMD2 run (paper, algorithm 1; released ImageNet script for the numbers)."""
 
@@ -30,6 +45,11 @@ class Train(Model):
     guidance_scale: float = Field(1.0, ge=1, description="of the real score")
 
     num_steps: int = Field(1, gt=0, description="generator steps")
+    student_levels: tuple[int, ...] | None = Field(
+        None, description="noise levels of the steps, descending; default: evenly spaced from the largest"
+    )
+    generator_lora: LoRA | None = Field(None, description="train adapters of the generator instead of all its weights")
+    critic_lora: LoRA | None = Field(None, description="the same for the fake score; not in the paper")
     backward_simulation: bool = True
     share_critic_pass: bool = Field(
         False,
@@ -63,16 +83,27 @@ class Train(Model):
         """Whether the run has a GAN loss, which needs real data."""
         return self.gan_generator_weight > 0
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether a loss needs the critic; without one the run only regresses on pairs."""
+        return self.matching_weight > 0 or self.has_gan
+
     @model_validator(mode="after")
     def _terms_fit_together(self) -> Self:
         if (self.gan_generator_weight > 0) != (self.gan_critic_weight > 0):
             raise ValueError("gan_generator_weight and gan_critic_weight must both be 0 or both be positive")
-        if self.matching_weight == 0 and not self.has_gan:
-            raise ValueError("matching_weight and gan_generator_weight are both 0: nothing trains the generator")
+        if self.matching_weight == 0 and not self.has_gan and self.regression_weight == 0:
+            raise ValueError(
+                "matching_weight, gan_generator_weight and regression_weight are all 0: nothing trains the generator"
+            )
         if self.share_critic_pass and self.has_gan and self.critic_levels != self.gan_levels:
             raise ValueError("share_critic_pass needs critic_levels and gan_levels to be equal")
         if self.share_levels and self.matching_levels != self.gan_levels:
             raise ValueError("share_levels needs matching_levels and gan_levels to be equal")
+        if self.init_run and (self.generator_lora or self.critic_lora):
+            raise ValueError("adapters start from the teacher: remove init_run, generator_lora or critic_lora")
+        if not self.has_critic and self.num_steps > 1:
+            raise ValueError("regression alone trains a one-step generator; set num_steps 1")
         if self.turns == "disjoint" and self.critic_steps_per_generator == 1:
             raise ValueError(
                 "turns disjoint needs critic_steps_per_generator above 1, else the critic is never updated"
@@ -83,10 +114,19 @@ class Train(Model):
             raise ValueError("r1_weight needs a GAN: set gan_generator_weight and gan_critic_weight")
         if self.num_snapshots > self.iterations:
             raise ValueError(f"num_snapshots {self.num_snapshots} exceeds iterations {self.iterations}")
+        return self
+
+    @model_validator(mode="after")
+    def _levels_are_in_order(self) -> Self:
         for name in ("matching_levels", "critic_levels", "gan_levels"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise ValueError(f"{name} must be [low, high] with 0 <= low <= high, got {[low, high]}")
+        if (levels := self.student_levels) is not None:
+            if len(levels) != self.num_steps:
+                raise ValueError(f"student_levels {list(levels)} must be as many as num_steps, {self.num_steps}")
+            if list(levels) != sorted(set(levels), reverse=True) or levels[-1] < 0:
+                raise ValueError(f"student_levels {list(levels)} must descend")
         return self
 
     def snapshot_steps(self) -> list[int]:

@@ -26,12 +26,14 @@ from torch import Tensor
 from dmd2.config import Train
 from dmd2.cost.bench_rows import Row, append, row_of, text_of
 from dmd2.cost.gpu_hours import num_images
+from dmd2.cost.meta_run import some_tokens
 from dmd2.cost.step_parts import DATA, observed
 from dmd2.datasets import write_shards
 from dmd2.datasets.loader import Loader, to_batch
 from dmd2.lineage.plan import Plan
 from dmd2.method.denoiser import Cond, Teacher, move
-from dmd2.method.distillation import Distance, Distillation
+from dmd2.method.distillation import Distillation
+from dmd2.method.inputs import Distance
 from dmd2.metrics.perceptual import distance_by, without_values
 from dmd2.teachers import load_teacher
 from dmd2.training import ranks
@@ -90,14 +92,14 @@ class Feed:
     def __init__(self, folder: Path, plan: Plan, teacher: Teacher, batch_size: int):
         self._codec = teacher.codec
         manifest, rng = folder / "manifest.json", np.random.default_rng(0)
-        classes = plan.preset.data.num_classes
+        classes = plan.preset.data.classes
 
         def make(ids: range) -> dict[str, Any]:
             x0 = torch.from_numpy(rng.uniform(-1, 1, (len(ids), *teacher.sample_shape)).astype(np.float32))
             labels = [i % classes for i in ids]
-            cond = teacher.conditioner.encode(labels)
+            cond = teacher.conditioner.tokenize(labels)
             fields = {f"cond.{name}.npy": value.numpy() for name, value in cond.items()}
-            return {"latent.npy": teacher.codec.encode(teacher.codec.decode(x0)), **fields, "cls": labels}
+            return {"latent.npy": teacher.codec.encode(teacher.codec.decode(x0), ids), **fields, "cls": labels}
 
         total = 4 * batch_size * ranks.world_size()
         write_shards(manifest, total, plan.preset.data.shard_size, make, plan.latents, batch_size=256)
@@ -133,7 +135,8 @@ class Feed:
 def bare_pass(run: Distillation, times: int) -> float:
     """Milliseconds, the median, of a forward and backward pass of the generator on as many samples as it is given."""
     num, rng, watch, found = run.micro_batches.size, step_rng(0, 0, device=run.device), Stopwatch(run.device), []
-    x, cond = normal((num, *run.teacher.sample_shape), rng), move(run.teacher.conditioner.draw(num, rng), run.device)
+    x = normal((num, *run.teacher.sample_shape), rng)
+    cond = run.teacher.conditioner.embed(move(some_tokens(run.teacher, num, rng), run.device))
     for _ in range(times):
         start = watch.now()
         run.generator(x, torch.ones(num, device=run.device), cond).square().mean().backward()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmd2.config import WeightsFile
+from dmd2.config import Data, DiffusersTeacherConfig, ModelFolder, Prompts, WeightsFile
 from dmd2.downloads.catalogue import FOLDER, load_catalogue
 from dmd2.lineage.jobs import Job
 from dmd2.lineage.plan import Plan
@@ -35,20 +35,26 @@ def supplies(plan: Plan, jobs: Iterable[Job]) -> list[Supply]:
     preset, catalogue = plan.preset, load_catalogue(plan.folder / "downloads.yaml")
     found: dict[str, Supply] = {}
 
-    def ask(what: str, file: WeightsFile | None) -> None:
-        if file is None:
+    def ask(what: str, file: WeightsFile | ModelFolder | Prompts | Data | None) -> None:
+        if file is None or file.path is None:
             return
-        path = Path(file.path)
+        path, sha256 = Path(file.path), getattr(file, "sha256", None)
         entry = catalogue.get(path.name) if path.parent == FOLDER else None
-        advice = f"put it at {path}" if entry is None else None if entry.url else entry.advice(path.name)
+        fetched = entry is not None and (entry.url or entry.hub)
+        advice = f"put it at {path}" if entry is None else None if fetched else entry.advice(path.name)
         size = None if entry is None else entry.bytes
-        supply = Supply(what, file.path, file.sha256, path.exists(), entry is not None, advice, size)
+        supply = Supply(what, file.path, sha256, path.exists(), entry is not None, advice, size)
         found.setdefault(file.path, supply)
 
     for job in jobs:
-        if job.spec.stage == "shards" and preset.data.path is not None:
-            ask(f"images ({preset.data.source})", WeightsFile(path=preset.data.path))
-        if job.spec.stage == "teacher":
+        if job.spec.stage == "shards":
+            data = preset.reference_data if job.spec.name == "reference_shards" else preset.data
+            ask(f"images ({data.source})" if data else "images", data)
+        if job.spec.stage in ("sample", "metrics"):
+            ask("prompts of the evaluation", preset.evaluation.prompts)
+        if job.spec.stage == "train":
+            ask("prompts of the training", preset.prompts)
+        if job.spec.stage in ("teacher", "components"):
             ask("teacher's weights", preset.teacher.weights)
         if job.spec.stage == "features":
             ask("feature extractor", preset.features.weights)
@@ -83,6 +89,10 @@ def disk(plan: Plan, jobs: Iterable[Job], images: int, networks: NetworkBytes) -
     """
     preset, runtime = plan.preset, plan.preset.runtime
     raw = preset.data.channels * preset.data.resolution**2
+    teacher, latent, numbers = preset.teacher, raw, raw
+    if isinstance(teacher, DiffusersTeacherConfig):
+        numbers = teacher.latent_channels * (preset.data.resolution // teacher.latent_factor) ** 2
+        latent = 2 * numbers  # half precision
     room: dict[str, dict[str, float]] = {"data": {}, "results": {}, "state": {}}
 
     def add(place: str, kind: str, size: float) -> None:
@@ -91,9 +101,9 @@ def disk(plan: Plan, jobs: Iterable[Job], images: int, networks: NetworkBytes) -
     for job in jobs:
         stage = job.spec.stage
         if stage in ("shards", "latents"):
-            add("data", stage, images * (raw + TAR_OVERHEAD))
+            add("data", stage, images * ((raw if stage == "shards" else latent) + TAR_OVERHEAD))
         elif stage == "pairs":
-            add("data", stage, preset.pairs.num_pairs * (2 * 4 * raw + TAR_OVERHEAD))
+            add("data", stage, preset.pairs.num_pairs * (2 * 4 * numbers + TAR_OVERHEAD))
         elif stage in ("teacher", "import", "select"):
             add("results", "weights", networks.generator)
         elif stage == "train":

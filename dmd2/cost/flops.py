@@ -115,11 +115,12 @@ def _counted(function: Callable[[], object]) -> int:
     return counter.total
 
 
-def pass_cost(teacher: config.TeacherConfig, data: config.Data) -> PassCost:
+def pass_cost(teacher: config.AnyTeacher, data: config.Data) -> PassCost:
     """FLOPs of a network of this architecture."""
     built, _ = meta_networks(teacher, data)
     with meta_tensors(), torch.no_grad():
-        (x, cond), sigma = meta_batch(built, BATCH), torch.ones(BATCH)
+        (x, tokens), sigma = meta_batch(built, BATCH), torch.ones(BATCH)
+        cond = built.conditioner.embed(tokens)
         features = built.denoiser.denoise_and_tap(x, sigma, cond, 0)[1]
         head = RealismHead(built.denoiser.feature_shapes[0])
         return PassCost(
@@ -141,7 +142,7 @@ def same_operations(train: config.Train) -> config.Train:
     return config.Train.model_validate(train.model_dump(exclude=numbers) | fixed)
 
 
-def step_cost(teacher: config.TeacherConfig, data: config.Data, train: config.Train) -> StepCost:
+def step_cost(teacher: config.AnyTeacher, data: config.Data, train: config.Train) -> StepCost:
     """FLOPs of a step of `train`: the mean of an iteration that updates the generator and R - 1 that do not."""
     period = train.critic_steps_per_generator
     with_generator, without = _iterations(teacher, data, same_operations(train))
@@ -160,7 +161,7 @@ Counted = tuple[dict[str, int], int]
 
 @cache
 def _iterations(
-    teacher: config.TeacherConfig, data: config.Data, train: config.Train
+    teacher: config.AnyTeacher, data: config.Data, train: config.Train
 ) -> tuple[list[Counted], list[Counted]]:
     """The counts of an iteration that updates the generator, and of one that does not.
 
@@ -178,8 +179,8 @@ def _iteration(run: Distillation, index: int, k: int) -> Counted:
     """The counts of iteration `index` with `k` simulated steps."""
     counter, simulate = FlopCounter(), sampling.simulate
 
-    def exactly(generator: Any, cond: Any, sigmas: Any, init_scale: float, _: int, noise: Any) -> Any:
-        return simulate(generator, cond, sigmas, init_scale, k, noise)
+    def exactly(generator: Any, cond: Any, steps: Any, _: int, noise: Any) -> Any:
+        return simulate(generator, cond, steps, k, noise)
 
     with patch.object(sampling, "simulate", exactly), observed(run, counter), counter:
         run.step(index)
@@ -203,6 +204,6 @@ def features_cost(features: config.Features, data: config.Data) -> float:
     if features.kind == "inception":
         return inception_cost()
     with meta_tensors(), torch.no_grad():
-        network = Classifier(data.channels, data.resolution, data.num_classes)
+        network = Classifier(data.channels, data.resolution, data.num_classes or 20)  # pairs: ten digits on two sides
         x = torch.zeros(1, data.channels, data.resolution, data.resolution)
         return float(_counted(lambda: network.hidden(x)))

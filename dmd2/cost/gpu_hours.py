@@ -13,10 +13,10 @@ from dmd2.lineage.jobs import Job
 from dmd2.lineage.plan import Plan
 from dmd2.lineage.spec import Spec
 
-NUM_IMAGES = {"digits": 1_797, "cifar10": 50_000}
+NUM_IMAGES = {"digits": 1_797, "cifar10": 50_000, "digit_pairs": 6_000, "coco": 40_504, "coco10k": 10_000}
 """Images of a source before its shards are there to be counted."""
-IMAGENET = 1_281_167
-"""What any other source is taken for."""
+IMAGENET, LAION = 1_281_167, 500_000
+"""What any other source is taken for: with classes, with captions (the paper's real images for the GAN)."""
 
 Work = Mapping[Precision, float]
 """FLOPs by the precision of the network."""
@@ -55,14 +55,18 @@ class Costs:
         return step_cost(self.preset.teacher, self.preset.data, train)
 
 
-def num_images(plan: Plan) -> int:
-    """Images of the data set."""
-    return NUM_IMAGES.get(plan.preset.data.source, IMAGENET)
+def num_images(plan: Plan, *, reference: bool = False) -> int:
+    """Images of the data set, or of the set that samples are compared with."""
+    data = (plan.preset.reference_data if reference else None) or plan.preset.data
+    return NUM_IMAGES.get(data.source, IMAGENET if data.captions is None else LAION)
 
 
 def passes(sampler: config.Sampler, train: config.Train | None) -> int:
-    """Network passes a sample: 2n - 1 for n Heun steps, one per step of a student."""
-    return 2 * sampler.num_steps - 1 if sampler.num_steps else (train.num_steps if train else 1)
+    """Network passes a sample: one per step of a student, 2n - 1 for n Heun steps; guidance doubles them."""
+    if sampler.num_steps is None:
+        return train.num_steps if train else 1
+    steps = 2 * sampler.num_steps - 1 if sampler.kind == "heun" else sampler.num_steps
+    return steps * (1 if (sampler.guidance_scale or 1) == 1 else 2)
 
 
 def work(job: Job, plan: Plan, costs: Costs) -> Work:
@@ -117,12 +121,12 @@ def _curve(spec: Spec, plan: Plan, costs: Costs) -> Work:
 
 
 def _reference(spec: Spec, plan: Plan, costs: Costs) -> Work:
-    return {"fp32": costs.features * num_images(plan)}
+    return {"fp32": costs.features * num_images(plan, reference=True)}
 
 
 def _features(spec: Spec, plan: Plan, costs: Costs) -> Work:
     features = spec.need("features")
-    return {} if features.weights else {"fp32": 3 * costs.features * features.epochs * num_images(plan)}
+    return {} if features.weights else {"fp32": 3 * costs.features * features.epochs * num_images(plan, reference=True)}
 
 
 _WORK = {

@@ -172,7 +172,7 @@ def sizes_around(samples: int) -> tuple[int, int]:
 
 
 def measure_memory(
-    teacher: config.TeacherConfig,
+    teacher: config.AnyTeacher,
     data: config.Data,
     train: config.Train,
     *,
@@ -197,7 +197,7 @@ def measure_memory(
 
 @cache
 def _measured(
-    teacher: config.TeacherConfig,
+    teacher: config.AnyTeacher,
     data: config.Data,
     train: config.Train,
     parts: int,

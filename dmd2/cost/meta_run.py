@@ -6,6 +6,7 @@ real one: FLOPs and bytes are counted there and not modelled.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -44,8 +45,9 @@ class _OnMeta(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, **_: Any) -> Tensor:
     """The fused attention of a GPU; on the meta device torch would take the plain one."""
+    assert attn_mask is None  # no network here masks its attention
     attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     return attended
 
@@ -80,26 +82,33 @@ class _Grid(NoiseGrid):
         return torch.empty(num)
 
 
-def meta_teacher(teacher: config.TeacherConfig, data: config.Data) -> Teacher:
+def meta_teacher(teacher: config.AnyTeacher, data: config.Data) -> Teacher:
     """The teacher that a configuration describes, without its weights."""
     bare = teacher.model_copy(update={"weights": None})
     with torch.device(META):
         built = load_teacher(bare, data)
-    grid = _Grid(built.grid.sigmas, built.grid.init_scale)
-    return Teacher(built.denoiser, grid, built.codec, built.conditioner, built.sample_shape, built.sigma_data)
+    grid = _Grid(built.grid.sigmas, built.grid.init_scale, built.grid.variance_preserving)
+    return dataclasses.replace(built, grid=grid)
 
 
 @cache
-def meta_networks(teacher: config.TeacherConfig, data: config.Data) -> tuple[Teacher, list[Denoiser]]:
+def meta_networks(teacher: config.AnyTeacher, data: config.Data) -> tuple[Teacher, list[Denoiser]]:
     """A teacher and two copies of its network, for the generator and the critic of one run after the other."""
     with meta_tensors():
         built = meta_teacher(teacher, data)
         return built, [built.copy_network(), built.copy_network()]
 
 
+def some_tokens(teacher: Teacher, num: int, rng: torch.Generator) -> Cond:
+    """Tokens of `num` random classes, or of empty prompts."""
+    drawn = teacher.conditioner.draw(num, rng)
+    return teacher.conditioner.tokenize([""] * num) if drawn is None else drawn
+
+
 def meta_batch(teacher: Teacher, num: int) -> tuple[Tensor, Cond]:
-    """`num` samples with their conditions, inside `meta_tensors`."""
-    return torch.empty((num, *teacher.sample_shape)), teacher.conditioner.draw(num, torch.Generator())
+    """`num` samples with the tokens of their labels, inside `meta_tensors`."""
+    tokens = some_tokens(teacher, num, torch.Generator())
+    return torch.empty((num, *teacher.sample_shape)), {name: value.to(META) for name, value in tokens.items()}
 
 
 def _batch(x0: Tensor, cond: Cond, index: int) -> tuple[Tensor, Cond]:
@@ -108,6 +117,10 @@ def _batch(x0: Tensor, cond: Cond, index: int) -> tuple[Tensor, Cond]:
 
 def _pairs(x0: Tensor, cond: Cond, index: int) -> tuple[Tensor, Tensor, Cond]:
     return x0, x0, cond
+
+
+def _prompts(num: int, cond: Cond, index: int) -> tuple[Tensor, Cond]:
+    return torch.empty(num), cond
 
 
 def meta_run(teacher: Teacher, train: config.Train, copies: Sequence[Denoiser] = (), **settings: Any) -> Distillation:
@@ -119,6 +132,8 @@ def meta_run(teacher: Teacher, train: config.Train, copies: Sequence[Denoiser] =
     data, pairs = partial(_batch, x0, cond), partial(_pairs, x0, cond)
     if train.regression_weight > 0 and train.regression_loss == "lpips":
         settings["regression_distance"] = distance_by(without_values().to(META))
+    if teacher.conditioner.draw(1, torch.Generator()) is None:
+        settings["prompts"] = partial(_prompts, train.batch_size, cond)
     unused = iter(copies)
     copy_network = (lambda _: next(unused)) if copies else Teacher.copy_network
     with patch.object(Teacher, "copy_network", copy_network):

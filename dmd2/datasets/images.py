@@ -25,6 +25,7 @@ BEYOND = 100
 """How many unreadable images above the limit are listed before the job stops."""
 NAMED = 3
 """How many of them the error message names."""
+NO_CAPTION = "no caption"
 PROBED = 32
 """Number of images encoded to estimate the size of all."""
 
@@ -37,22 +38,28 @@ def write_images(
     workers: int = 1,
     progress: Callable[[int], Callable[[int], object]] | None = None,
 ) -> dict[str, Any]:
-    """Writes the images of a source as shards with the fields `image` and `cls`; returns the manifest.
+    """Writes the images of a source as shards with the fields `image` and `cls` or `txt`; returns the manifest.
 
     The result does not depend on `workers`, the number of processes. `progress(total)` returns a function that is
     called with the number of images of each shard. Images that cannot be read are skipped and listed, with the
-    reasons, in `unreadable.json` next to the manifest.
+    reasons, in `unreadable.json` next to the manifest; images without a caption in `missing_captions.json`.
 
     Raises UserError if more than `data.max_unreadable` images cannot be read (finished shards are kept, so a higher
-    limit resumes from them), and before the start if the disk has too little space.
+    limit resumes from them), and before the start if more than `data.captions.max_missing` have no caption or the disk
+    has too little space.
     """
     manifest_path = Path(manifest_path)
     log.info("shards: listing %s", data.path or data.source)  # a minute for ImageNet's archive
     source = open_source(data)
-    log.info("shards: %d images of %d classes, %d processes", len(source), len(source.classes), workers)
-    make = ImageMaker(source, f"image.{data.image_format}")
+    if passed_over := str(getattr(source, "passed_over", "")):
+        log.info("shards: passed over: %s", passed_over)
+    labels = f"{len(source.classes)} classes" if data.captions is None else "captions"
+    log.info("shards: %d images with %s, %d processes", len(source), labels, workers)
+    check_classes(source.labels, source.classes, "has no image")
+    make = ImageMaker(source, f"image.{data.image_format}", data.label_field)
+    missing = check_captions(source, data, manifest_path.with_name("missing_captions.json"))
     check_room(make, manifest_path.parent)
-    report = _Unreadable(source, data.max_unreadable, manifest_path.with_name("unreadable.json"))
+    report = _Unreadable(source, data.max_unreadable, manifest_path.with_name("unreadable.json"), missing)
     return write_shards(
         manifest_path,
         len(source),
@@ -74,16 +81,20 @@ class ImageMaker:
 
     source: Source
     image: str
+    label: str
 
     def __call__(self, positions: range | Sequence[int]) -> Batch:
         images, labels, left_out = [], [], []
         for position in positions:
+            if self.label == "txt" and not self.source.labels[position]:
+                left_out.append(LeftOut(position, self.source.name(position), NO_CAPTION))
+                continue
             try:
                 images.append(self.source[position])
-                labels.append(int(self.source.labels[position]))
+                labels.append(self.source.labels[position])
             except Unreadable as reason:
                 left_out.append(LeftOut(position, self.source.name(position), str(reason)))
-        return Batch({self.image: images, "cls": labels}, left_out)
+        return Batch({self.image: images, self.label: labels}, left_out)
 
 
 @dataclass
@@ -93,11 +104,13 @@ class _Unreadable:
     source: Source
     limit: int
     path: Path
+    missing: Sequence[int]
+    """Positions of the images without a caption, which were counted before."""
     found: list[LeftOut] = field(default_factory=list)
 
     def add(self, items: Sequence[LeftOut]) -> None:
-        """Adds skipped images. Raises UserError if there are more than `limit` + BEYOND."""
-        self.found += items
+        """Adds skipped images. Raises UserError if there are more than `limit` + BEYOND unreadable ones."""
+        self.found += [item for item in items if item.reason != NO_CAPTION]
         if len(self.found) > self.limit + BEYOND:
             self._stop("at least ")
 
@@ -106,10 +119,14 @@ class _Unreadable:
         if len(self.found) > self.limit:
             self._stop("")
         self._write()
-        kept = np.delete(self.source.labels, [item.position for item in self.found])
+        kept = np.delete(self.source.labels, [*self.missing, *(item.position for item in self.found)])
         classes = list(self.source.classes)
         if not len(kept):
             raise UserError("none of the images can be read; check data.path")
+        if kept.dtype.kind in "OU":
+            captions = {"captions": len(set(kept.tolist())), "missing_captions": len(self.missing)}
+            return {**captions, "unreadable": len(self.found)}
+        check_classes(kept, classes, "has no readable image")
         return {
             "classes": classes,
             "images_of_class": np.bincount(kept, minlength=len(classes)).tolist(),
@@ -133,6 +150,42 @@ class _Unreadable:
             files.write_json(self.path, {"unreadable": [item._asdict() for item in sorted(self.found)]})
         else:
             self.path.unlink(missing_ok=True)
+
+
+def check_classes(labels: np.ndarray, classes: Sequence[str], what: str) -> None:
+    """Raises UserError if a class has no image: samples of every class are compared with the images."""
+    if labels.dtype.kind in "OU":
+        return
+    counts = np.bincount(labels, minlength=len(classes))
+    if len(empty := np.flatnonzero(counts == 0)):
+        named = ", ".join(f"{number} ({classes[number]})" for number in empty[:NAMED])
+        more = f" and {len(empty) - NAMED} more" if len(empty) > NAMED else ""
+        raise UserError(
+            f"data.num_classes is {len(classes)}, but class {named}{more} {what}; correct data.num_classes, number the "
+            f"classes without gaps, or add images"
+        )
+
+
+def check_captions(source: Source, data: Data, path: Path) -> list[int]:
+    """The positions of the images without a caption, which are listed in `path`; empty for a set with classes.
+
+    Raises UserError if there are more than `data.captions.max_missing`.
+    """
+    limit = 0 if data.captions is None else data.captions.max_missing
+    missing = [] if data.captions is None else [i for i, caption in enumerate(source.labels) if not caption]
+    if not missing:
+        path.unlink(missing_ok=True)
+        return []
+    names = [source.name(position) for position in missing]
+    files.write_json(path, {"missing_captions": names})
+    if len(missing) > limit or len(missing) == len(source):
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        raise UserError(
+            f"{len(missing)} of {len(source)} images have no caption, data.captions.max_missing is {limit}: "
+            f"{', '.join(names[:NAMED])}{more} (all in {path}); caption them, or raise the limit to leave them out"
+        )
+    log.warning("shards: %d of %d images have no caption and are left out: %s", len(missing), len(source), path)
+    return missing
 
 
 def check_room(make: ImageMaker, folder: Path) -> None:

@@ -54,7 +54,8 @@ class Loader:
     """The batches of one rank.
 
     `batch_size` is per rank; the global batch is batch_size * world. A set of at most `cache_bytes` decoded is cached
-    in memory as one array per name; of a larger one a background thread prefetches `prefetch` steps.
+    in memory as one array per name; of a larger one a background thread prefetches `prefetch` steps. Without `names` a
+    batch has everything but the captions, of which the set has the tokens.
 
     Raises UserError if the set has fewer samples than one global batch, or was written under another `digest`.
     """
@@ -79,11 +80,12 @@ class Loader:
                 f"{manifest}: {len(self.reader)} samples are fewer than one global batch of {self._global_batch} "
                 f"({batch_size} on each of {world} ranks); lower batch_size or supply more data"
             )
-        self._batch_size, self._rank, self._names = batch_size, rank, names
+        self._batch_size, self._rank = batch_size, rank
+        self._names = [name for name in self.reader.fields if name != "txt"] if names is None else names
         self._stream = EpochStream(len(self.reader), seed)
         self._cache: dict[str, np.ndarray] | None = None
-        if self.reader.num_bytes(names) <= cache_bytes:
-            self._cache = self.reader.read(range(len(self.reader)), names)
+        if self.reader.num_bytes(self._names) <= cache_bytes:
+            self._cache = self.reader.read(range(len(self.reader)), self._names)
             self.reader.close()
         self._prefetch = prefetch
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="loader")  # starts its thread when first used

@@ -1,8 +1,8 @@
 """One value of a sample as the bytes of one tar member, and back.
 
 A *field* is what follows the sample's key in the member's name, as WebDataset has it: `image.webp`, `latent.npy`,
-`cond.label.npy`, `cls`. Its last part says how it is stored; the *name* under which readers find the decoded arrays is
-the rest (`image`, `latent`, `cond.label`), or the whole where there is no rest (`cls`).
+`cond.label.npy`, `cls`, `txt`. Its last part says how it is stored; the *name* under which readers find the decoded
+arrays is the rest (`image`, `latent`, `cond.label`), or the whole where there is no rest (`cls`).
 
 Shapes: H, W, C height, width and channels of an image.
 """
@@ -21,6 +21,10 @@ Layout = Mapping[str, Any]
 """`dtype` (NumPy's name) and `shape` of a field's decoded value, as manifests store them."""
 
 
+TEXT = "text"
+"""The dtype of a caption in a layout: UTF-8 of any length, read as a str array."""
+
+
 def name_of(field: str) -> str:
     """The name under which readers find `field`: without the part that says how it is stored."""
     return field.rpartition(".")[0] or field
@@ -28,7 +32,14 @@ def name_of(field: str) -> str:
 
 def layout_of(value: np.ndarray) -> dict[str, Any]:
     """The layout of a value, ready for JSON."""
-    return {"dtype": value.dtype.name, "shape": list(value.shape)}
+    return {"dtype": TEXT if value.dtype.kind == "U" else value.dtype.name, "shape": list(value.shape)}
+
+
+def num_bytes(layout: Layout) -> int:
+    """The size of a decoded value in bytes; of a text, about that of a long caption."""
+    if layout["dtype"] == TEXT:
+        return 4 * 77
+    return np.dtype(layout["dtype"]).itemsize * int(np.prod(layout["shape"]))
 
 
 def encode(field: str, value: np.ndarray) -> bytes:
@@ -36,6 +47,8 @@ def encode(field: str, value: np.ndarray) -> bytes:
     kind = field.rpartition(".")[2]
     if kind not in _ENCODERS:
         raise ValueError(f"unknown way to store it; known: {', '.join(_ENCODERS)}")
+    if kind == "txt":
+        return _encode_text(value)
     if value.dtype.kind not in "biuf":
         raise ValueError(f"holds {value.dtype}, not numbers")
     if value.dtype.kind == "f" and not np.isfinite(value).all():
@@ -46,6 +59,8 @@ def encode(field: str, value: np.ndarray) -> bytes:
 def decode(field: str, data: bytes, layout: Layout) -> np.ndarray:
     """The value of `layout` in `data`. Raises ValueError if its shape or dtype is another one."""
     shape = tuple(layout["shape"])
+    if layout["dtype"] == TEXT:
+        return np.asarray(data.decode())
     value = _DECODERS[field.rpartition(".")[2]](data, np.dtype(layout["dtype"]), shape)
     if value.ndim == 3 and len(shape) == 3 and shape[2] == 1:
         value = value[..., :1]  # WebP has no grey images: it keeps them as three equal channels
@@ -56,6 +71,8 @@ def decode(field: str, data: bytes, layout: Layout) -> np.ndarray:
 
 def stack(field: str, values: Sequence[bytes], layout: Layout) -> np.ndarray:
     """Several decoded values as one array with the sample first."""
+    if layout["dtype"] == TEXT:
+        return np.asarray([data.decode() for data in values], dtype=str)
     out = np.empty((len(values), *layout["shape"]), np.dtype(layout["dtype"]))
     for i, data in enumerate(values):
         out[i] = decode(field, data, layout)
@@ -92,6 +109,12 @@ def _encode_class(value: np.ndarray) -> bytes:
     return b"%d" % int(value)
 
 
+def _encode_text(value: np.ndarray) -> bytes:
+    if value.shape != () or value.dtype.kind != "U":
+        raise ValueError(f"a caption is one text, got {value.dtype} of shape {value.shape}")
+    return str(value).encode()
+
+
 def _decode_image(data: bytes, kind: str) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=[kind]) as image:
         value = np.asarray(image)
@@ -119,6 +142,7 @@ _ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {
     "webp": _encode_webp,
     "npy": _encode_npy,
     "cls": _encode_class,
+    "txt": _encode_text,
 }
 _DECODERS: dict[str, Callable[[bytes, np.dtype[Any], tuple[int, ...]], np.ndarray]] = {
     "png": lambda data, *_: _decode_image(data, "PNG"),

@@ -61,7 +61,7 @@ class ShardReader:
     def num_bytes(self, names: Sequence[str] | None = None) -> int:
         """The size of all decoded samples in bytes."""
         layouts = [self.manifest["fields"][field] for field in self._chosen(names).values()]
-        return len(self) * sum(np.dtype(item["dtype"]).itemsize * int(np.prod(item["shape"])) for item in layouts)
+        return len(self) * sum(members.num_bytes(layout) for layout in layouts)
 
     def read(
         self, ids: Sequence[int] | range | np.ndarray, names: Sequence[str] | None = None

@@ -48,6 +48,7 @@ def write_shards(
     progress: Callable[[int], object] | None = None,
     left_out: Callable[[Sequence[LeftOut]], object] | None = None,
     facts: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+    notes: Callable[[], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Writes the samples at positions 0 .. num_samples-1 as shards beside `manifest_path`; returns their manifest.
 
@@ -57,7 +58,8 @@ def write_shards(
     shard in the manifest. With several ranks each writes every world-th shard, and `barrier` waits for all of them;
     with several `workers` as many processes write a shard each, for which `make` and `check` are pickled.
     `progress` is called with the sample count of each shard, `left_out` with the samples that `make` left out of it
-    (when shards are kept, too), `facts` when all are written; an error that they raise leaves no manifest.
+    (when shards are kept, too), `facts` when all are written; an error that they raise leaves no manifest. `notes` are
+    what may differ between sets of equal content, such as a speed, for `provenance.json`.
 
     Raises UserError naming the sample for a value that cannot be stored (NaN, infinity, another shape than the
     others'), and naming the file when the disk is full; finished shards stay. The manifest is written last.
@@ -78,7 +80,10 @@ def write_shards(
             left_out(done.left_out)
     wait()
     if rank == 0:
-        _write_manifest(manifest_path, plan, spec, origin, facts() if callable(facts) else facts or {})
+        found = facts() if callable(facts) else facts or {}
+        made = {**records.provenance(spec), **(notes() if notes is not None else {})}
+        files.write_json(manifest_path.with_name("provenance.json"), made)
+        _write_manifest(manifest_path, plan, spec, origin, found)
     wait()
     return read_manifest(manifest_path, spec.digest)
 
@@ -141,6 +146,5 @@ def _write_manifest(
         "shards": shards,
         "provenance": records.identity(spec),
     }
-    files.write_json(manifest_path.with_name("provenance.json"), records.provenance(spec))
     with new_file(manifest_path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")

@@ -13,12 +13,12 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dmd2 import files
-from dmd2.config import Model, Preset, Run, WeightsFile
+from dmd2.config import Data, Model, ModelFolder, Preset, Prompts, Run, WeightsFile
 from dmd2.config.reading import parse, read_yaml
 from dmd2.errors import UserError
 from dmd2.progress import Progress
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Download(Model):
-    """A file from outside. Without `url` it cannot be fetched, and `how` says what the user does instead."""
+    """A file or folder from outside. Without `url` or `hub` it cannot be fetched; `how` says what to do instead."""
 
     what: str
     page: str
@@ -39,6 +39,16 @@ class Download(Model):
     md5: str | None = Field(None, pattern="^[0-9a-f]{32}$")
     bytes: int | None = Field(None, gt=0)
     how: str | None = None
+    folder: bool = Field(False, description="a folder, of which the record has the number of files and their size")
+    hub: str | None = Field(None, description="repository of the Hugging Face hub that becomes the folder")
+    revision: str | None = Field(None, description="the repository's commit")
+    patterns: tuple[str, ...] = Field((), description="the repository's files that are needed; none: all")
+
+    @model_validator(mode="after")
+    def _a_repository_is_a_folder(self) -> Self:
+        if self.hub is not None and not (self.folder and self.revision):
+            raise ValueError("`hub` needs `folder: true` and a `revision`")
+        return self
 
     @property
     def pinned(self) -> bool:
@@ -54,7 +64,8 @@ class Download(Model):
         """What the user does where nothing can be fetched, on one line."""
         known = [f"{kind} {value}" for kind, value in (("SHA-256", self.sha256), ("MD5", self.md5)) if value]
         checked = f" ({known[0]})" if known else ""
-        where = f"{self.how}; see {self.page}" if self.how else f"fetch {self.url or self.page} elsewhere"
+        source = f"{self.hub} at revision {self.revision}" if self.hub else self.url or self.page
+        where = f"{self.how}; see {self.page}" if self.how else f"fetch {source} elsewhere"
         return f"{where.rstrip('.')}; put it at {FOLDER / name}{checked}"
 
 
@@ -95,22 +106,26 @@ def _is_pattern(path: str) -> bool:
 def needed_downloads(preset: Preset, runs: Iterable[Run] = ()) -> dict[str, list[str]]:
     """The paths from outside that a preset and runs on it name, each with the keys that name it."""
     found: dict[str, list[str]] = {}
-    if preset.data.path is not None:
-        found.setdefault(preset.data.path, []).append("data.path")
     for prefix, part in [("", preset), *((f"run {run.name}: ", run) for run in runs)]:
-        for key, file in _weights_files(part, prefix):
-            found.setdefault(file.path, []).append(key)
+        for key, path in _paths(part, prefix):
+            found.setdefault(path, []).append(key)
     return found
 
 
-def _weights_files(model: Model, prefix: str) -> Iterator[tuple[str, WeightsFile]]:
-    """Every file named in a model or in the models in it, with its key."""
+def _paths(model: Model, prefix: str) -> Iterator[tuple[str, str]]:
+    """Every path named in a model or in the models in it, with its key."""
     for name in type(model).model_fields:
         value = getattr(model, name)
-        if isinstance(value, WeightsFile):
-            yield f"{prefix}{name}", value
+        if isinstance(value, WeightsFile | ModelFolder | Prompts):
+            if value.path is not None:
+                yield f"{prefix}{name}", value.path
+        elif isinstance(value, Data):
+            if value.path is not None:
+                yield f"{prefix}{name}.path", value.path
+            if value.annotations is not None:
+                yield f"{prefix}{name}.annotations", value.annotations
         elif isinstance(value, Model):
-            yield from _weights_files(value, f"{prefix}{name}.")
+            yield from _paths(value, f"{prefix}{name}.")
 
 
 def state(path: str, catalogue: dict[str, Download]) -> str:
@@ -121,7 +136,8 @@ def state(path: str, catalogue: dict[str, Download]) -> str:
         return "there" if not listed or record_of(file.name).exists() else "there, not checked yet"
     if not listed:
         return "missing"
-    return "is fetched when needed" if catalogue[file.name].url else "to be supplied"
+    entry = catalogue[file.name]
+    return "is fetched when needed" if entry.url or entry.hub else "to be supplied"
 
 
 def provide(name: str, entry: Download, mirror: str | None = None, folder: Path = FOLDER) -> dict[str, Any]:
@@ -130,6 +146,8 @@ def provide(name: str, entry: Download, mirror: str | None = None, folder: Path 
     Raises UserError for a file that is not the published one, and where it cannot be fetched, with what to put where.
     """
     path, url = folder / name, None
+    if entry.folder:
+        return _provide_folder(path, name, entry)
     if path.exists():
         sha256 = _identify(path, entry, f"{path}: ", "replace it, or delete it to have it fetched")
     elif urls := entry.urls(name, mirror):
@@ -141,6 +159,37 @@ def provide(name: str, entry: Download, mirror: str | None = None, folder: Path 
         log.info("%s: SHA-256 %s, compared with nothing: no published one is known; pin it in the preset", path, sha256)
     files.write_json(path.with_name(f"{name}.json"), record)
     return record
+
+
+def _provide_folder(path: Path, name: str, entry: Download) -> dict[str, Any]:
+    """Fetches a folder from the hub unless it is there; writes its record and returns it."""
+    if not path.exists() and entry.hub is None:
+        raise UserError(f"{path} is missing and cannot be fetched by a program: {entry.advice(name)}")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, but {entry.what} is a folder; replace it")
+    if not path.exists():
+        _fetch_repository(path, name, entry)
+    sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file() and ".cache" not in file.parts]
+    if not sizes:
+        raise UserError(f"{path} is empty: {entry.advice(name)}")
+    record = {"folder": name, "files": len(sizes), "bytes": sum(sizes), "hub": entry.hub, "revision": entry.revision}
+    files.write_json(path.with_name(f"{name}.json"), record)
+    return record
+
+
+def _fetch_repository(path: Path, name: str, entry: Download) -> None:
+    """Fetches a repository of the hub; an interrupted one goes on in the folder NAME.part."""
+    from huggingface_hub import snapshot_download
+
+    log.info("%s: %s; licence: %s", name, entry.what, entry.licence)
+    part = path.with_name(f"{name}.part")
+    patterns = list(entry.patterns) or None
+    try:
+        snapshot_download(str(entry.hub), revision=entry.revision, local_dir=part, allow_patterns=patterns)
+    except Exception as error:  # the hub's client raises many types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: {entry.hub} could not be fetched ({reason}); {entry.advice(name)}") from None
+    part.rename(path)
 
 
 def _fetch(path: Path, name: str, entry: Download, urls: list[str]) -> tuple[str, str]:

@@ -19,6 +19,7 @@ import requests
 from filelock import FileLock, Timeout
 
 from dmd2.errors import UserError
+from dmd2.files import take_lock
 
 TIMEOUT_S = (15, 60)
 """To connect, and between two pieces."""
@@ -68,11 +69,12 @@ class Fetch:
         self._target.parent.mkdir(parents=True, exist_ok=True)
         lock = self._target.with_name(f".{self._target.name}.lock")
         try:
-            with FileLock(lock, timeout=0):
-                try:
-                    return self._first(urls)
-                finally:
-                    lock.unlink(missing_ok=True)
+            held = take_lock(FileLock(lock))
+            try:
+                return self._first(urls)
+            finally:
+                lock.unlink(missing_ok=True)
+                held.release()
         except Timeout:
             raise UserError(f"{self._target} is being fetched by another process; wait for it and run again") from None
 

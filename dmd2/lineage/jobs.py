@@ -79,6 +79,8 @@ class Jobs:
             candidates = [plan.train(parent) for parent in chain(plan, model)[:-1]]
         elif role == "curve":
             candidates = [plan.curve(model)]
+        elif role == "shards":
+            candidates = [plan.shards, plan.reference_shards]
         else:
             candidates = [getattr(plan, role)]
         found = [candidate for candidate in candidates if candidate.digest == spec.upstream[role]]

@@ -5,17 +5,33 @@ A *model* is `teacher` or the name of a run; an *entry* is `MODEL/SAMPLER`, one 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dmd2.config import Data, Evaluation, Features, Preset, Run, TeacherConfig, Train
+from dmd2.config import (
+    AnyTeacher,
+    Data,
+    DiffusersTeacherConfig,
+    DiffusersTraining,
+    Evaluation,
+    Features,
+    Preset,
+    Run,
+    TeacherConfig,
+    Train,
+)
 from dmd2.config.reading import load_preset, load_run
 from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
 
 APART = 2**31
 """Offset between the seed of a run's curve and that of its best snapshot's samples."""
+
+
+def _pathless(data: Data) -> Data:
+    return data.model_copy(update={"path": None, "max_unreadable": 0})
 
 
 class Plan:
@@ -52,7 +68,12 @@ class Plan:
     @cached_property
     def _data(self) -> Data:
         """The data section of all stages, without path and limit, which only the shards stage gets, as options."""
-        return self.preset.data.model_copy(update={"path": None, "max_unreadable": 0})
+        return _pathless(self.preset.data)
+
+    @cached_property
+    def _reference_data(self) -> Data:
+        """The data section of stages that compare samples with real images."""
+        return _pathless(self.preset.reference_data or self.preset.data)
 
     def _evaluation(self, *keys: str) -> Evaluation:
         """The evaluation keys that a stage reads; the others at their defaults, so that its digest ignores them."""
@@ -64,13 +85,46 @@ class Plan:
         return Spec.of("shards", "shards", data=self._data)
 
     @cached_property
-    def latents(self) -> Spec:
-        """The data set in the teacher's space, with its conditions."""
-        space = TeacherConfig(kind=self.preset.teacher.kind)  # codec and conditioner depend on nothing else
-        return Spec.of("latents", "latents", {"shards": self.shards}, data=self._data, teacher=space)
+    def reference_shards(self) -> Spec:
+        """Shards of the images that samples are compared with."""
+        if self.preset.reference_data is None:
+            return self.shards
+        return Spec.of("shards", "reference_shards", data=self._reference_data)
+
+    @property
+    def has_components(self) -> bool:
+        """Whether the teacher has an autoencoder and text encoders beside its denoiser."""
+        return isinstance(self.preset.teacher, DiffusersTeacherConfig)
 
     @cached_property
-    def _teacher(self) -> TeacherConfig:
+    def components(self) -> Spec:
+        """The autoencoder, tokenizers and text encoders of a text-to-image teacher: trained, or from its folder."""
+        teacher = self.preset.teacher
+        assert isinstance(teacher, DiffusersTeacherConfig)
+        # They do not depend on how the denoiser is made, sampled or stored.
+        keys = {"num_levels", "beta_start", "beta_end", "prediction", "latent_channels", "latent_factor"}
+        kept = teacher.model_dump(include=keys)
+        part = DiffusersTeacherConfig(kind="diffusers", network={}, weights=teacher.weights, **kept)
+        if (training := teacher.training) is None:
+            return Spec.of("components", "components", data=self._data, teacher=part)
+        own = DiffusersTraining(iterations=1, batch_size=1, components=training.components)
+        part = part.model_copy(update={"training": own})
+        return Spec.of("components", "components", {"shards": self.shards}, data=self._data, teacher=part)
+
+    def _with_components(self, upstream: Mapping[str, Spec]) -> dict[str, Spec]:
+        return {**upstream, "components": self.components} if self.has_components else dict(upstream)
+
+    @cached_property
+    def latents(self) -> Spec:
+        """The data set in the teacher's space, with its conditions' tokens."""
+        teacher, space = self.preset.teacher, self._teacher
+        if isinstance(teacher, TeacherConfig):
+            space = TeacherConfig(kind=teacher.kind)  # codec and conditioner depend on nothing else
+        upstream = self._with_components({"shards": self.shards})
+        return Spec.of("latents", "latents", upstream, data=self._data, teacher=space)
+
+    @cached_property
+    def _teacher(self) -> AnyTeacher:
         """The teacher section of stages that read its weights, whose origin is in the teacher stage's digest."""
         return self.preset.teacher.model_copy(update={"training": None, "weights": None})
 
@@ -85,20 +139,23 @@ class Plan:
     def features(self) -> Spec:
         """The feature extractor."""
         features = self.preset.features.model_copy(update={"reference": None})
-        upstream = {"shards": self.shards} if features.weights is None else {}
-        return Spec.of("features", "features", upstream, data=self._data, features=features)
+        upstream = {"shards": self.reference_shards} if features.weights is None else {}
+        return Spec.of("features", "features", upstream, data=self._reference_data, features=features)
 
     @cached_property
     def reference(self) -> Spec:
         """Statistics of the real images."""
-        upstream = {"shards": self.shards, "features": self.features}
+        upstream = {"shards": self.reference_shards, "features": self.features}
         features = self._features.model_copy(update={"reference": self.preset.features.reference})
-        return Spec.of("reference", "reference", upstream, data=self._data, features=features)
+        evaluation = self.preset.evaluation.of_real_images()
+        sections = {"data": self._reference_data, "features": features, "evaluation": evaluation}
+        return Spec.of("reference", "reference", upstream, **sections)
 
     @cached_property
     def teacher(self) -> Spec:
         """The teacher's weights: trained on the latents, or imported without them."""
         upstream = {} if self.preset.teacher.training is None else {"latents": self.latents}
+        upstream = self._with_components(upstream)
         return Spec.of("teacher", "teacher", upstream, data=self._data, teacher=self.preset.teacher)
 
     @cached_property
@@ -106,8 +163,14 @@ class Plan:
         """Noise-image pairs of the teacher."""
         preset = self.preset
         sampler = preset.samplers[preset.pairs.sampler]
-        sections = {"data": self._data, "teacher": self._teacher, "pairs": preset.pairs, "sampler": sampler}
-        return Spec.of("pairs", "pairs", {"teacher": self.teacher}, **sections)
+        sections: dict[str, Any] = {
+            "data": self._data,
+            "teacher": self._teacher,
+            "pairs": preset.pairs,
+            "sampler": sampler,
+        }
+        sections["prompts"] = preset.prompts
+        return Spec.of("pairs", "pairs", self._with_components({"teacher": self.teacher}), **sections)
 
     def train(self, run: str) -> Spec:
         """The training of a run, or the import of a released one."""
@@ -119,7 +182,9 @@ class Plan:
             upstream["pairs"] = self.pairs
         if train.init_run is not None:
             upstream["start"] = self.train(train.init_run)
-        return Spec.of("train", run, upstream, data=self._data, teacher=self._teacher, train=train)
+        upstream = self._with_components(upstream)
+        sections = {"data": self._data, "teacher": self._teacher, "prompts": self.preset.prompts}
+        return Spec.of("train", run, upstream, train=train, **sections)
 
     def select(self, entry: str) -> Spec:
         """The selection of an entry's snapshot: of an iteration, or the best by FID on the run's curve."""
@@ -138,18 +203,20 @@ class Plan:
         sampler, seed = self.preset.samplers[name], self.preset.evaluation.seed
         content: dict[str, Any] = {"data": self._data, "teacher": self._teacher, "sampler": sampler}
         if model == "teacher":
-            return content | {"upstream": {"model": self.teacher}, "seed": seed}
+            return content | {"upstream": self._with_components({"model": self.teacher}), "seed": seed}
         train = self.run(model).train
-        content["train"] = Train(num_steps=train.num_steps) if self.run(model).weights else train
+        steps = {"num_steps": train.num_steps, "student_levels": train.student_levels}
+        content["train"] = Train.model_validate(steps) if self.run(model).weights else train
         made = self.train(model) if sampler.checkpoint == "last" else self.select(entry)
         apart = APART if sampler.checkpoint == "best" else 0
-        return content | {"upstream": {"model": made}, "seed": (seed + apart) % 2**32}
+        upstream = self._with_components({"model": made})
+        return content | {"upstream": upstream, "seed": (seed + apart) % 2**32}
 
     def sample(self, entry: str) -> Spec:
         """The stored samples of an entry: all, or the `num_shown` of a streamed evaluation."""
         content = self._model(entry)
         keys = ("streamed", "num_shown") if self.preset.evaluation.streamed else ("num_samples", "num_blocks")
-        evaluation = self._evaluation("protocols", *keys).model_copy(update={"seed": content.pop("seed")})
+        evaluation = self._evaluation("protocols", "prompts", *keys).model_copy(update={"seed": content.pop("seed")})
         return Spec.of("sample", entry, content.pop("upstream"), evaluation=evaluation, **content)
 
     def metrics(self, entry: str) -> Spec:
@@ -158,12 +225,13 @@ class Plan:
         They depend on the entry's samples, or on its model if samples are streamed.
         """
         upstream = {"reference": self.reference, "features": self.features}
-        evaluation = self._evaluation("num_samples", "num_blocks")
+        evaluation = self._evaluation("num_samples", "num_blocks", "measures")
         sections: dict[str, Any] = {"data": self._data, "features": self._features}
         if entry == "floor":
             return Spec.of("metrics", entry, upstream, evaluation=evaluation, **sections)
         content = self._model(entry)
-        evaluation = self._evaluation("protocols", "num_samples", "num_blocks", "streamed")
+        keys = ("protocols", "num_samples", "num_blocks", "streamed", "prompts", "measures", "clip", "vgg_weights")
+        evaluation = self._evaluation(*keys)
         sections["evaluation"] = evaluation.model_copy(update={"seed": content.pop("seed")})
         if not evaluation.streamed:
             return Spec.of("metrics", entry, {**upstream, "samples": self.sample(entry)}, **sections)
@@ -172,7 +240,8 @@ class Plan:
     def curve(self, run: str) -> Spec:
         """The metrics of a run's snapshots, under the first protocol only."""
         upstream = {"model": self.train(run), "reference": self.reference, "features": self.features}
-        evaluation = self._evaluation("protocols", "curve_samples")
+        upstream = self._with_components(upstream)
+        evaluation = self._evaluation("protocols", "curve_samples", "prompts", "measures")
         return Spec.of(
             "curve",
             run,
@@ -196,10 +265,10 @@ class Plan:
                 f"entry {entry}: no sampler {name!r} in preset {self.preset.name}; known: "
                 f"{', '.join(self.preset.samplers)}; add it there, or give the row `only` with the presets that have it"
             )
-        kind = self.preset.samplers[name].kind
-        if (model == "teacher") != (kind == "heun"):
-            wanted = "a heun sampler" if model == "teacher" else "a few_step sampler"
-            raise UserError(f"entry {entry}: {model} needs {wanted}, but {name} is {kind}")
+        sampler = self.preset.samplers[name]
+        if (model == "teacher") != sampler.of_teacher:
+            wanted = "a sampler of a teacher" if model == "teacher" else "a few_step sampler"
+            raise UserError(f"entry {entry}: {model} needs {wanted}, but {name} is {sampler.kind}")
         if model == "teacher":
             return model, name
         run, checkpoint = self._asked(model, f"entry {entry}"), self.preset.samplers[name].checkpoint

@@ -24,7 +24,10 @@ PACKAGES = ("torch", "triton", "diffusers", "numpy", "webdataset", "clean-fid", 
 
 @cache
 def commit() -> str:
-    """The git commit of the code, with "+changes" if tracked files differ from it; "unknown" outside git."""
+    """The git commit of the code, with "+changes" if tracked files differ from it.
+
+    "unknown" outside git, and where the code was unpacked inside a repository of something else.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -34,6 +37,8 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parents[1].resolve():
+            return "unknown"
         head = git("rev-parse", "--short=12", "HEAD")
         return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

@@ -10,11 +10,12 @@ from typing import Any
 
 from pydantic import Field
 
-from dmd2.config import Data, Evaluation, Features, Model, Pairs, Sampler, TeacherConfig, Train, WeightsFile
+from dmd2.config import AnyTeacher, Data, Evaluation, Features, Model, Pairs, Prompts, Sampler, Train, WeightsFile
 from dmd2.config.reading import parse, read_mapping, read_yaml
 
 VERSIONS = {
     "shards": 2,
+    "components": 1,
     "latents": 1,
     "features": 1,
     "reference": 2,
@@ -42,11 +43,12 @@ class Spec(Model):
     name: str
     version: int
     data: Data | None = None
-    teacher: TeacherConfig | None = None
+    teacher: AnyTeacher | None = None
     features: Features | None = None
     pairs: Pairs | None = None
     sampler: Sampler | None = None
     evaluation: Evaluation | None = None
+    prompts: Prompts | None = None
     train: Train | None = None
     weights: WeightsFile | None = None
     upstream: dict[str, str] = Field({}, description="digests of the stages whose outputs this one reads")

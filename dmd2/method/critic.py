@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.errors import UserError
-from dmd2.method.denoiser import Cond, Denoiser
+from dmd2.method.denoiser import Cond, Denoiser, Prediction, first
 from dmd2_kernels import GroupNormSiLU
 
 
@@ -72,22 +72,30 @@ class Critic(nn.Module):
         num_denoise: int,
         logits_from: int | None = None,
         features: Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """x0 estimates of samples [:num_denoise] and logits of samples [logits_from:].
+    ) -> tuple[Prediction, Tensor | None]:
+        """Predictions of samples [:num_denoise] and logits of samples [logits_from:].
 
-        x (B, ...), sigma (B,) -> x0_fake (num_denoise, ...), logits (B - logits_from, num_taps) or None. With
+        x (B, ...), sigma (B,) -> prediction of (num_denoise, ...), logits (B - logits_from, num_taps) or None. With
         `features` of another network the heads get those instead of the fake score's own: logits (N, num_taps).
         Raises ValueError if logits are requested from a critic without heads.
         """
         if logits_from is None and features is None:
-            return self.fake(x[:num_denoise], sigma[:num_denoise], cond), None
+            return self._predict(x, sigma, cond, num_denoise), None
         if not self.heads:
             raise ValueError("this critic was built without a realism head")
         if features is not None:
-            x0_fake = self.fake(x[:num_denoise], sigma[:num_denoise], cond) if num_denoise else x[:0].detach()
-            return x0_fake, self._judge(features)
-        x0_fake, own = self.fake.denoise_and_tap(x, sigma, cond, num_denoise, len(self.heads))
-        return x0_fake, self._judge([feature[logits_from:] for feature in own])
+            return self._predict(x, sigma, cond, num_denoise), self._judge(features)
+        prediction, own = self.fake.predict_and_tap(x, sigma, cond, num_denoise, len(self.heads))
+        return prediction, self._judge([feature[logits_from:] for feature in own])
+
+    def _predict(self, x: Tensor, sigma: Tensor, cond: Cond, num: int) -> Prediction:
+        """The fake score's prediction of the first `num` samples."""
+        if num == 0:
+            return Prediction(x[:0].detach())
+        x, sigma, cond = x[:num], sigma[:num], first(cond, num)
+        if self.fake.predicts_x0:
+            return Prediction(self.fake(x, sigma, cond))
+        return self.fake.predict_and_tap(x, sigma, cond, num, num_taps=0)[0]
 
     def _judge(self, features: Sequence[Tensor]) -> Tensor:
         return torch.stack([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1)

@@ -9,19 +9,31 @@ import abc
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmd2.method.noise import NoiseGrid
+from dmd2.method.noise import NoiseGrid, expand
+from dmd2_kernels import LinearHead
 
 VARIANTS = 64
 """Most compiled variants of one block (batch size, with or without gradients). A step needs about five."""
 
 Cond = Mapping[str, Tensor]
 """Conditions of a batch by name, each tensor with the batch dimension first. Only adapters look inside."""
+
+
+class Prediction(NamedTuple):
+    """A network's output (B, ...) and its conversion to x0 = a * x + k * out; without a head `out` is x0 itself."""
+
+    out: Tensor
+    head: LinearHead | None = None
+
+    def x0(self, x: Tensor) -> Tensor:
+        """The x0 estimate (B, ...) at the network's input x (B, ...)."""
+        return self.out if self.head is None else expand(self.head.a, x) * x + expand(self.head.k, x) * self.out.float()
 
 
 class Denoiser(nn.Module, abc.ABC):
@@ -35,6 +47,11 @@ class Denoiser(nn.Module, abc.ABC):
     precision: Literal["fp32", "bf16"] = "fp32"
     """The network's compute precision, if it supports several; may be changed between calls."""
 
+    shardable: bool = True
+    """Whether layout "shard" applies: not to one that shares its weights with others."""
+    predicts_x0: bool = True
+    """Whether `predict_and_tap` gives x0 itself, or a raw output with a linear head, for the loss kernels."""
+
     @abc.abstractmethod
     def denoise_and_tap(
         self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
@@ -44,6 +61,19 @@ class Denoiser(nn.Module, abc.ABC):
         x (B, ...), sigma (B,) -> x0 (num_denoise, ...), features[i] (B, *feature_shapes[i]). With num_denoise = 0
         the decoder is not run. Raises ValueError if num_taps > len(feature_shapes).
         """
+
+    def predict_and_tap(
+        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
+    ) -> tuple[Prediction, list[Tensor]]:
+        """As `denoise_and_tap`, with the network's own prediction in place of x0."""
+        x0, features = self.denoise_and_tap(x, sigma, cond, num_denoise, num_taps)
+        return Prediction(x0), features
+
+    def store(self, precision: Literal["fp32", "bf16"]) -> Denoiser:
+        """Itself, with a frozen network's weights stored in a type. Raises ValueError if it supports only float32."""
+        if precision != "fp32":
+            raise ValueError(f"{type(self).__name__} is stored in fp32 only")
+        return self
 
     def blocks(self) -> list[nn.Module]:
         """The units of compilation, activation checkpointing and sharding; empty for a small network.
@@ -83,8 +113,17 @@ class Denoiser(nn.Module, abc.ABC):
 class Codec(Protocol):
     """Converts between 8-bit images, a compact storage form and the network's space."""
 
-    def encode(self, images: np.ndarray) -> np.ndarray:
-        """uint8 images (B, H, W, C) -> stored latents (B, ...), in the codec's storage dtype."""
+    min_psnr: float | None
+    """Required PSNR in dB of decoded latents against their images; None: they must be equal."""
+
+    def to(self, device: torch.device | str) -> Codec:
+        """The same codec with its networks, if it has any, on `device`."""
+
+    def encode(self, images: np.ndarray, ids: Sequence[int] | range) -> np.ndarray:
+        """uint8 images (B, H, W, C) -> stored latents (B, ...), in the codec's storage dtype.
+
+        A codec with a random encoding seeds it with the samples' `ids` (B,), so that it does not depend on the batch.
+        """
 
     def load(self, stored: np.ndarray) -> Tensor:
         """Stored latents (B, ...) -> float32 x0 (B, ...)."""
@@ -94,16 +133,25 @@ class Codec(Protocol):
 
 
 class Conditioner(Protocol):
-    """Converts the labels of a data set (classes, prompts) to the network's conditions."""
+    """Converts the labels of a data set (classes, captions) to the network's conditions, in two steps.
 
-    def encode(self, labels: Sequence[Any]) -> Cond:
-        """The conditions of a batch of B labels or prompts."""
+    *Tokens* are small integer tensors, which data sets store; *conditions* are what the network takes.
+    """
 
-    def draw(self, num: int, rng: torch.Generator) -> Cond:
-        """`num` random conditions to generate samples for in training (uniform over classes)."""
+    def to(self, device: torch.device | str) -> Conditioner:
+        """The same conditioner with its networks, if it has any, on `device`."""
 
-    def null(self, num: int) -> Cond | None:
-        """`num` unconditional inputs for classifier-free guidance, or None if the teacher has none."""
+    def tokenize(self, labels: Sequence[Any]) -> Cond:
+        """The tokens of B class numbers or captions, on the CPU. Raises UserError for an unsuitable label."""
+
+    def embed(self, tokens: Cond) -> Cond:
+        """The network's conditions of a batch of tokens, on their device, without gradient."""
+
+    def draw(self, num: int, rng: torch.Generator) -> Cond | None:
+        """Tokens of `num` uniformly random classes to generate samples for in training; None: prompts are needed."""
+
+    def null(self, cond: Cond) -> Cond | None:
+        """The unconditional inputs for classifier-free guidance of a batch of conditions; None if there are none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +165,8 @@ class Teacher:
     sample_shape: tuple[int, ...]
     sigma_data: float | None
     """EDM's data scale; None for epsilon-prediction teachers, whose critic weight is sigma^-2."""
+    storage: Literal["fp32", "bf16"] = "fp32"
+    """The type in which a training stores the frozen network's weights."""
 
     def copy_network(self) -> Denoiser:
         """A trainable copy of the denoiser in training mode: initialises a generator or a critic."""
@@ -124,8 +174,14 @@ class Teacher:
         return network.train().requires_grad_(True)
 
     def to(self, device: torch.device | str) -> Teacher:
-        """The same teacher with its network and grid on `device`."""
-        return dataclasses.replace(self, denoiser=self.denoiser.to(device), grid=self.grid.to(device))
+        """The same teacher with its networks and grid on `device`."""
+        return dataclasses.replace(
+            self,
+            denoiser=self.denoiser.to(device),
+            grid=self.grid.to(device),
+            codec=self.codec.to(device),
+            conditioner=self.conditioner.to(device),
+        )
 
 
 def move(cond: Cond, device: torch.device | str) -> dict[str, Tensor]:
@@ -136,6 +192,11 @@ def move(cond: Cond, device: torch.device | str) -> dict[str, Tensor]:
 def concat(conds: Sequence[Cond]) -> dict[str, Tensor]:
     """Concatenates batches of conditions; all must have the same names."""
     return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
+
+
+def first(cond: Cond, num: int) -> dict[str, Tensor]:
+    """The conditions of the first `num` samples."""
+    return {name: value[:num] for name, value in cond.items()}
 
 
 def guided(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, null: Cond | None, scale: float) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: B samples of one micro-batch (see `training.micro_batches`), `...` the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,18 +17,13 @@ from dmd2.errors import UserError
 from dmd2.method import losses, sampling
 from dmd2.method.critic import Critic
 from dmd2.method.denoiser import Cond, Denoiser, Teacher, move
+from dmd2.method.diagnostics import describe
+from dmd2.method.inputs import Batches, Distance, Networks, PairBatches, Prompts
 from dmd2.method.noise import add_noise, expand
 from dmd2.training import sharding
 from dmd2.training.micro_batches import BatchReader, MicroBatches, means
 from dmd2.training.optimizer import EMA, FiniteGuard, Optimizer, warmup
 from dmd2.training.rng import normal, shared_choice
-
-Batches = Callable[[int], tuple[Tensor, Cond]]
-"""Batch number -> (x0, conditions) of this rank's share of real samples, the batch dimension first."""
-PairBatches = Callable[[int], tuple[Tensor, Tensor, Cond]]
-"""Batch number -> (noise, the teacher's x0, conditions) of this rank's share of pairs."""
-Distance = Callable[[Tensor, Tensor], Tensor]
-"""The mean distance () of two batches of images (B, ...), differentiable in the first."""
 
 
 class Generated(NamedTuple):
@@ -42,7 +37,9 @@ class Generated(NamedTuple):
 class Distillation:
     """A student in training: generator, critic, their optimizers and the generator's EMA.
 
-    `data` and `pairs` are read only if a loss term needs them. `start` are the networks of another run to initialise
+    `data` and `pairs` are read only if a loss term needs them. `prompts` are the labels to generate samples for;
+    without them the teacher's conditioner draws classes. `networks` are trained in place of copies of the teacher's.
+    `start` are the networks of another run to initialise
     from (`generator.*`, `critic.fake.*`), with new optimizers and realism heads. `micro_batch_size` enables gradient
     accumulation. Raises UserError for a configuration that needs inputs that are missing.
     """
@@ -54,35 +51,46 @@ class Distillation:
         *,
         data: Batches | None = None,
         pairs: PairBatches | None = None,
+        prompts: Prompts | None = None,
+        networks: Networks | None = None,
         regression_distance: Distance = torch.nn.functional.mse_loss,
         start: Mapping[str, Tensor] | None = None,
         micro_batch_size: int | None = None,
         layout: sharding.Layout = "replicate",
         device: torch.device | str = "cpu",
     ):
-        _check(teacher, train, has_data=data is not None, has_pairs=pairs is not None)
+        _check(teacher, train, has_data=data is not None, has_pairs=pairs is not None, has_prompts=prompts is not None)
         self.train = train
         self.device = torch.device(device)
         self.teacher = teacher.to(self.device)
         self.micro_batches = MicroBatches.of(train.batch_size, micro_batch_size)
         self._data = BatchReader(data, self.micro_batches, self.device) if data is not None else None
         self._pairs = BatchReader(pairs, self.micro_batches, self.device) if pairs is not None else None
+        self._prompts = BatchReader(prompts, self.micro_batches, self.device) if prompts is not None else None
         self._regression_distance = regression_distance
-        self._sigmas = teacher.grid.student_steps(train.num_steps)
-        self._sigma_table = torch.tensor(self._sigmas, device=self.device)
+        self.steps = teacher.grid.student_steps(train.num_steps, train.student_levels)
+        self._sigma_table = torch.tensor(self.steps.sigmas, device=self.device)
         with torch.random.fork_rng(devices=[]):  # the realism heads' initial weights
             torch.manual_seed(train.seed)
             # eval(): DMD2 uses no dropout, even if the teacher was trained with it.
-            self.generator: Denoiser = teacher.copy_network().to(self.device).eval()
+            # One network after the other is sharded, so that a device never holds three whole ones.
+            generator = teacher.copy_network() if networks is None else networks.generator
+            self.generator: Denoiser = generator.to(self.device).eval()
+            if start is not None:
+                self.generator.load_state_dict(_part(start, "generator."))
+            sharding.place(self.generator, layout if self.generator.shardable else "replicate")
             num_taps = train.gan_taps if train.has_gan else 0
-            self.critic = Critic(teacher.copy_network(), num_taps=num_taps).to(self.device).eval()
+            fake = teacher.copy_network() if networks is None else networks.fake
+            self.critic = Critic(fake, num_taps=num_taps).to(self.device).eval()
+            if start is not None:
+                self.critic.fake.load_state_dict(_part(start, "critic.fake."))
+            sharding.place(self.critic, layout if fake.shardable else "replicate")
         for denoiser in (self.teacher.denoiser, self.generator, self.critic.fake):
             denoiser.precision = train.precision
-        if start is not None:
-            self._load_networks(start)
-        for network in (self.generator, self.critic):
-            sharding.place(network, layout)
-        sharding.place(self.teacher.denoiser, layout, entry_points=("denoise_and_tap",))
+        self._merged = None if networks is None else networks.merged
+        if self.teacher.denoiser.shardable:
+            self.teacher.denoiser.store(teacher.storage)
+            sharding.place(self.teacher.denoiser, layout, entry_points=("denoise_and_tap", "predict_and_tap"))
         self.ema = EMA(self.generator, train.ema_decay)
         self.guard = FiniteGuard(self.device)
         self._generator_optimizer = self._optimizer(self.generator, train.generator_learning_rate)
@@ -106,6 +114,8 @@ class Distillation:
         updated when the generator is. Returns scalars () for the log, on the device, means over the micro-batches; a
         function of (seed, index, rank) and the networks, so that a resumed run repeats it exactly.
         """
+        if not self.train.has_critic:
+            return self._regression_step(index)
         moves_generator = index % self.train.critic_steps_per_generator == 0
         moves_critic = self.train.turns == "both" or not moves_generator
         regresses = self.train.regression_weight > 0
@@ -126,7 +136,8 @@ class Distillation:
                     x0.backward(grad / self.micro_batches.num)
                 if regresses:
                     metrics["regression_loss"] = self._add_regression(index, micro_batch)
-                rows.append(metrics | _describe(made[micro_batch].x0))
+                in_pixels = self.teacher.codec.min_psnr is None
+                rows.append(metrics | describe(made[micro_batch].x0, in_pixels=in_pixels))
         metrics = {}
         if moves_generator:
             metrics = self._update(self._generator_optimizer, index, means(rows), "generator_grad_norm")
@@ -141,6 +152,15 @@ class Distillation:
             metrics |= self._lag(index, metrics["denoising_loss"])
         return metrics
 
+    def _regression_step(self, index: int) -> dict[str, Tensor]:
+        """An iteration of a run that only regresses on pairs: every R-th updates the generator; the critic stays."""
+        if index % self.train.critic_steps_per_generator:
+            return {}
+        rows = [{"regression_loss": self._add_regression(index, number)} for number in range(self.micro_batches.num)]
+        metrics = self._update(self._generator_optimizer, index, means(rows), "generator_grad_norm")
+        self.ema.update()
+        return metrics
+
     def _update(self, optimizer: Optimizer, index: int, metrics: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
         """Optimizer step, skipped if a loss or the gradient is not finite; returns `metrics` with the gradient norm."""
         terms = {name: value for name, value in metrics.items() if name.endswith("_loss")}
@@ -149,14 +169,23 @@ class Distillation:
     def _generator_input(self, index: int, micro_batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
         """(x, sigma, conditions): pure noise for a one-step student; else the student's own input at a step index
         that is the same on all ranks and micro-batches."""
-        train, grid = self.train, self.teacher.grid
+        train = self.train
         shape = (self.micro_batches.size, *self.teacher.sample_shape)
         if train.num_steps > 1 and not train.backward_simulation:
             return self._noised_real_input(index, micro_batch, rng)
-        cond = move(self.teacher.conditioner.draw(self.micro_batches.size, rng), self.device)
+        cond = self._drawn(index, micro_batch, rng)
         k = shared_choice(train.seed, index, train.num_steps)
-        x, sigma = sampling.simulate(self.generator, cond, self._sigmas, grid.init_scale, k, lambda: normal(shape, rng))
+        x, sigma = sampling.simulate(self.generator, cond, self.steps, k, lambda: normal(shape, rng))
         return x, sigma, cond
+
+    def _drawn(self, index: int, micro_batch: int, rng: torch.Generator) -> Cond:
+        """Conditions to generate samples for: of the next prompts, or of random classes."""
+        if self._prompts is not None:
+            _, tokens = self._prompts(index, micro_batch)
+            return self.teacher.conditioner.embed(tokens)
+        drawn = self.teacher.conditioner.draw(self.micro_batches.size, rng)
+        assert drawn is not None  # checked at the start
+        return self.teacher.conditioner.embed(move(drawn, self.device))
 
     def _noised_real_input(self, index: int, micro_batch: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
         """Without backward simulation: noised real samples with their own conditions, at a random step per sample;
@@ -165,7 +194,7 @@ class Distillation:
         eps = normal(x0.shape, rng)
         k = torch.randint(self.train.num_steps, (x0.shape[0],), generator=rng, device=self.device)
         sigma = self._sigma_table[k]
-        pure = self.teacher.grid.init_scale * eps
+        pure = self.steps.init_scale * eps
         return torch.where(expand(k == 0, x0), pure, add_noise(x0, sigma, eps)), sigma, cond
 
     def _generator_gradient(self, made: Generated) -> tuple[Tensor, dict[str, Tensor]]:
@@ -189,9 +218,9 @@ class Distillation:
     def _add_regression(self, index: int, micro_batch: int) -> Tensor:
         """The regression loss of DMD on pairs: accumulates its gradient; returns the unweighted loss ()."""
         assert self._pairs is not None
-        noise, target, cond = self._pairs(index, micro_batch)
-        sigma = torch.full((noise.shape[0],), self._sigmas[0], device=self.device)
-        x0 = self.generator(self.teacher.grid.init_scale * noise, sigma, cond)
+        noise, target, tokens = self._pairs(index, micro_batch)
+        sigma = torch.full((noise.shape[0],), self.steps.sigmas[0], device=self.device)
+        x0 = self.generator(self.steps.init_scale * noise, sigma, self.teacher.conditioner.embed(tokens))
         loss = self._regression_distance(x0, target)
         with self._generator_optimizer.accumulating(last=self.micro_batches.is_last(micro_batch)):
             (self.train.regression_weight / self.micro_batches.num * loss).backward()
@@ -212,8 +241,8 @@ class Distillation:
 
     def _real(self, index: int, micro_batch: int) -> tuple[Tensor, Cond]:
         assert self._data is not None
-        x0, cond = self._data(index, micro_batch)
-        return x0, cond
+        x0, tokens = self._data(index, micro_batch)
+        return x0, self.teacher.conditioner.embed(tokens)
 
     def _lag(self, index: int, denoising: Tensor) -> dict[str, Tensor]:
         """The critic's loss at its first and last update between two generator updates."""
@@ -226,7 +255,8 @@ class Distillation:
 
     def export(self) -> dict[str, Tensor]:
         """The generator to sample with: its EMA weights, or its weights if the run has no EMA."""
-        return self.ema.weights()
+        weights = self.ema.weights()
+        return weights if self._merged is None else self._merged(weights)
 
     def networks(self) -> dict[str, Tensor]:
         """State dicts of generator and critic, for a run that starts from this one."""
@@ -234,13 +264,6 @@ class Distillation:
             **{f"generator.{k}": v for k, v in self.generator.state_dict().items()},
             **{f"critic.{k}": v for k, v in self.critic.state_dict().items()},
         }
-
-    def _load_networks(self, start: Mapping[str, Tensor]) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in start.items() if k.startswith(prefix)}
-
-        self.generator.load_state_dict(part("generator."))
-        self.critic.fake.load_state_dict(part("critic.fake."))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs except the step number."""
@@ -254,20 +277,29 @@ class Distillation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; every key must match."""
         networks = state["networks"]
-        self.generator.load_state_dict({k[10:]: v for k, v in networks.items() if k.startswith("generator.")})
-        self.critic.load_state_dict({k[7:]: v for k, v in networks.items() if k.startswith("critic.")})
+        self.generator.load_state_dict(_part(networks, "generator."))
+        self.critic.load_state_dict(_part(networks, "critic."))
         self.ema.load_state_dict(state["average"])
         self._generator_optimizer.load_state_dict(state["generator_optimizer"])
         self._critic_optimizer.load_state_dict(state["critic_optimizer"])
 
 
-def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool) -> None:
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with names that start with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool, has_prompts: bool) -> None:
     """Raises UserError for a configuration that needs inputs that are missing or that the teacher does not support."""
     if not has_data and (train.has_gan or (train.num_steps > 1 and not train.backward_simulation)):
         raise UserError("this run needs real data: it has a GAN, or several steps without backward simulation")
     if not has_pairs and train.regression_weight > 0:
         raise UserError("regression_weight > 0 needs the teacher's noise-image pairs")
-    if train.guidance_scale != 1 and teacher.conditioner.null(1) is None:
+    drawn = teacher.conditioner.draw(1, torch.Generator())
+    if drawn is None and not has_prompts:
+        raise UserError("this teacher takes prompts: set `prompts` of the preset to those to train on")
+    has_null = drawn is None or teacher.conditioner.null(teacher.conditioner.embed(drawn)) is not None
+    if train.guidance_scale != 1 and not has_null:
         raise UserError(
             f"guidance_scale is {train.guidance_scale}, but this teacher has no unconditional input; set it to 1"
         )
@@ -275,18 +307,3 @@ def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool) -
         raise UserError(
             f"gan_taps is {train.gan_taps}, but this teacher's encoder has {num} level(s); use at most {num}"
         )
-
-
-def _describe(x0: Tensor) -> dict[str, Tensor]:
-    """Statistics of generated images x0 (B, ...): mean, fraction of |x0| > 1, and a measure of mode collapse.
-
-    `neighbour_ratio` is the mean distance to the nearest other sample of the batch over the mean distance of all
-    pairs: it falls towards 0 when a generator collapses to a few images.
-    """
-    distances = torch.cdist(x0.flatten(1), x0.flatten(1))
-    num = x0.shape[0]
-    health = {"brightness": x0.mean(), "saturated": (x0.abs() > 1).float().mean()}
-    if num > 1:
-        nearest = (distances + torch.diag(torch.full((num,), float("inf"), device=x0.device))).min(dim=1).values
-        health["neighbour_ratio"] = nearest.mean() / (distances.sum() / (num * (num - 1))).clamp(min=1e-12)
-    return health

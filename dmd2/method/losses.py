@@ -17,12 +17,13 @@ from torch import Tensor
 
 from dmd2.config import Train
 from dmd2.method.critic import Critic
-from dmd2.method.denoiser import Cond, Teacher, concat, guided, move
+from dmd2.method.denoiser import Cond, Prediction, Teacher, concat, guided
 from dmd2.method.noise import NoiseGrid, add_noise
 from dmd2.training.rng import normal
 from dmd2_kernels import (
     DenoisingLoss,
     GanCriticLoss,
+    LinearHead,
     MatchingLoss,
     denoising_loss,
     gan_critic_loss,
@@ -60,7 +61,7 @@ def matching_gradient(
     mean per sample: the critic's estimate minus the teacher's, in units of the teacher's correction.
     """
     part = noised(x0, cond, teacher.grid, train.matching_levels, rng)
-    return matching_loss_and_grad(x0, _real_estimate(part, teacher, train), _fake_estimate(part, critic))
+    return _matching(x0, part, _real_prediction(part, teacher, train), _fake_prediction(part, critic), train)
 
 
 def gan_gradient(
@@ -101,32 +102,69 @@ def shared_gradients(
     leaf = x0.detach().requires_grad_()
     part = noised(leaf, cond, teacher.grid, train.matching_levels, rng)
     if train.gan_features == "critic":
-        x0_real = _real_estimate(part, teacher, train)
-        x0_fake, logits = critic(*part, num_denoise=num, logits_from=0)
+        real = _real_prediction(part, teacher, train)
+        fake, logits = critic(*part, num_denoise=num, logits_from=0)
     else:
         if train.guidance_scale == 1:
-            x0_real, features = teacher.denoiser.denoise_and_tap(*part, num, train.gan_taps)
+            estimate, features = teacher.denoiser.predict_and_tap(*part, num, train.gan_taps)
+            real = Guided(estimate, None)
         else:
-            x0_real, features = _real_estimate(part, teacher, train), _teachers_features(part, teacher, train)
-        x0_fake = _fake_estimate(part, critic)
+            real, features = _real_prediction(part, teacher, train), _teachers_features(part, teacher, train)
+        fake = _fake_prediction(part, critic)
         _, logits = critic(*part, num_denoise=0, features=features)
-    matching = matching_loss_and_grad(x0, x0_real.detach(), x0_fake.detach())
+    matching = _matching(x0, part, real, fake, train)
     return matching, _gan_gradient(logits, leaf, train)
 
 
-@torch.no_grad()
-def _real_estimate(part: Noised, teacher: Teacher, train: Train) -> Tensor:
-    null = teacher.conditioner.null(part.x.shape[0]) if train.guidance_scale != 1 else None
-    return guided(teacher.denoiser, *part, null and move(null, part.x.device), train.guidance_scale)
+class Guided(NamedTuple):
+    """The teacher's prediction; with `uncond` (B, ...), its unconditional output, guidance is left to the kernel."""
+
+    cond: Prediction
+    uncond: Tensor | None
+
+
+def _matching(x0: Tensor, part: Noised, real: Guided, fake: Prediction, train: Train) -> tuple[MatchingLoss, Tensor]:
+    """The matching loss and gradient: the kernel converts raw outputs to x0 and guides them as it reads them."""
+    head = real.cond.head
+    return matching_loss_and_grad(
+        x0,
+        real.cond.out.detach(),
+        fake.out.detach(),
+        x=None if head is None else part.x.detach(),
+        head=head,
+        real_uncond=real.uncond,
+        guidance_scale=1.0 if real.uncond is None else train.guidance_scale,
+    )
 
 
 @torch.no_grad()
-def _fake_estimate(part: Noised, critic: Critic) -> Tensor:
+def _real_prediction(part: Noised, teacher: Teacher, train: Train) -> Guided:
+    denoiser, num = teacher.denoiser, part.x.shape[0]
+    null = teacher.conditioner.null(part.cond) if train.guidance_scale != 1 else None
+    if denoiser.predicts_x0:
+        return Guided(Prediction(guided(denoiser, *part, null, train.guidance_scale)), None)
+    if null is None:
+        return Guided(denoiser.predict_and_tap(*part, num, 0)[0], None)
+    both = concat([null, part.cond])
+    out, head = denoiser.predict_and_tap(torch.cat([part.x] * 2), torch.cat([part.sigma] * 2), both, 2 * num, 0)[0]
+    assert head is not None
+    uncond, cond = out.chunk(2)
+    return Guided(Prediction(cond, LinearHead(head.a[:num], head.k[:num])), uncond)
+
+
+@torch.no_grad()
+def _fake_prediction(part: Noised, critic: Critic) -> Prediction:
     return critic(*part, num_denoise=part.x.shape[0])[0]
 
 
+def _denoising(prediction: Prediction, part: Noised, x0: Tensor, weight: Tensor) -> DenoisingLoss:
+    """The denoising loss of a prediction at `part`, as raw output with its head if it has one."""
+    x = None if prediction.head is None else part.x
+    return denoising_loss(prediction.out, x0, weight, x=x, head=prediction.head)
+
+
 def _teachers_features(part: Noised, teacher: Teacher, train: Train) -> list[Tensor]:
-    return teacher.denoiser.denoise_and_tap(*part, 0, train.gan_taps)[1]
+    return teacher.denoiser.predict_and_tap(*part, 0, train.gan_taps)[1]
 
 
 def _gan_gradient(logits: Tensor, leaf: Tensor, train: Train) -> tuple[Tensor, Tensor]:
@@ -161,14 +199,14 @@ def critic_losses(
     score = noised(x0, cond, teacher.grid, train.critic_levels, rng)
     weight = _denoising_weight(score.sigma, teacher, train)
     if not train.has_gan:
-        denoising = denoising_loss(critic(*score, num_denoise=x0.shape[0])[0], x0, weight)
+        denoising = _denoising(critic(*score, num_denoise=x0.shape[0])[0], score, x0, weight)
         return CriticLosses(denoising.loss, denoising, None)
 
     gen = score if train.share_critic_pass else noised(x0, cond, teacher.grid, train.gan_levels, rng)
     judged = [gen, *_noised_for_discriminator(*data(), teacher, train, rng)]
-    x0_fake, logits = _critic_pass(score, judged, teacher, critic, train)
+    fake, logits = _critic_pass(score, judged, teacher, critic, train)
     gen_logits, data_logits, *perturbed = (part.reshape(-1) for part in logits.split([len(part.x) for part in judged]))
-    denoising = denoising_loss(x0_fake, x0, weight)
+    denoising = _denoising(fake, score, x0, weight)
     gan = gan_critic_loss(
         gen_logits,
         data_logits,
@@ -194,8 +232,8 @@ def _noised_for_discriminator(
 
 def _critic_pass(
     score: Noised, judged: Sequence[Noised], teacher: Teacher, critic: Critic, train: Train
-) -> tuple[Tensor, Tensor]:
-    """The fake score's x0 of `score`, and the logits of all `judged` batches, of which the first may be `score`."""
+) -> tuple[Prediction, Tensor]:
+    """The fake score's prediction of `score`, and the logits of all `judged` batches; the first may be `score`."""
     num = score.x.shape[0]
     if train.gan_features == "teacher":
         with torch.no_grad():

@@ -5,15 +5,25 @@ Shapes: B batch, T grid size, `...` the shape of one sample.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+class StudentSteps(NamedTuple):
+    """The steps of a student, descending; `init_scale * eps` is the input of the first one ("pure noise")."""
+
+    levels: tuple[int, ...]  # grid indices
+    sigmas: tuple[float, ...]
+    init_scale: float
+
+
+@dataclasses.dataclass(frozen=True)
 class NoiseGrid:
     """A teacher's noise levels `sigmas`, ascending, (T,) float32, and the scale of its students' initial noise.
 
@@ -23,6 +33,8 @@ class NoiseGrid:
 
     sigmas: Tensor
     init_scale: float
+    variance_preserving: bool = False
+    """Whether initial noise below the largest sigma is also scaled by sqrt(1 + sigma^2), or by sigma."""
 
     @classmethod
     def karras(
@@ -38,27 +50,34 @@ class NoiseGrid:
         betas = np.linspace(beta_start**0.5, beta_end**0.5, num_levels, dtype=np.float64) ** 2
         alpha_bar = np.cumprod(1.0 - betas)
         sigmas = np.sqrt((1.0 - alpha_bar) / alpha_bar)
-        return cls(torch.from_numpy(sigmas).float(), math.sqrt(1.0 + float(sigmas[-1]) ** 2))
+        return cls(torch.from_numpy(sigmas).float(), math.sqrt(1.0 + float(sigmas[-1]) ** 2), variance_preserving=True)
 
     def __len__(self) -> int:
         return self.sigmas.shape[0]
 
     def to(self, device: torch.device | str) -> NoiseGrid:
         """The same grid with its table on `device`."""
-        return NoiseGrid(self.sigmas.to(device), self.init_scale)
+        return dataclasses.replace(self, sigmas=self.sigmas.to(device))
 
     def draw(self, num: int, low: int, high: int, rng: torch.Generator) -> Tensor:
         """Sigmas (num,) at indices drawn uniformly from [low, high], both included."""
         index = torch.randint(low, high + 1, (num,), generator=rng, device=self.sigmas.device)
         return self.sigmas[index]
 
-    def student_steps(self, num_steps: int) -> list[float]:
-        """The descending sigmas of a student's steps: indices T-1, T-1 - T // num_steps, ...
+    def student_steps(self, num_steps: int, levels: Sequence[int] | None = None) -> StudentSteps:
+        """The steps of a student at `levels` (descending grid indices), by default T-1, T-1 - T // num_steps, ...
 
-        999, 749, 499 and 249 for 1,000 levels and four steps (paper, section 4.4).
+        The default is 999, 749, 499 and 249 for 1,000 levels and four steps (paper, section 4.4). A one-step SDXL
+        student starts at 399 (released code). Raises ValueError unless there are `num_steps` levels.
         """
-        stride = len(self) // num_steps
-        return [float(self.sigmas[len(self) - 1 - i * stride]) for i in range(num_steps)]
+        last = len(self) - 1
+        chosen = tuple(levels or (last - i * (len(self) // num_steps) for i in range(num_steps)))
+        if len(chosen) != num_steps:
+            raise ValueError(f"{num_steps} steps, but levels {list(chosen)}")
+        first = float(self.sigmas[chosen[0]])
+        scale = math.sqrt(1 + first**2) if self.variance_preserving else first
+        scale = self.init_scale if chosen[0] == last else scale
+        return StudentSteps(chosen, tuple(float(self.sigmas[level]) for level in chosen), scale)
 
 
 def expand(per_sample: Tensor, like: Tensor) -> Tensor:

@@ -7,38 +7,36 @@ tensor; the caller chooses the generators (one per training step, or one per sam
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dmd2.method.denoiser import Cond, Denoiser, guided
-from dmd2.method.noise import NoiseGrid, add_noise
+from dmd2.method.noise import NoiseGrid, StudentSteps, add_noise
 
 Noise = Callable[[], Tensor]
 
 
-def simulate(
-    generator: Denoiser, cond: Cond, sigmas: Sequence[float], init_scale: float, k: int, noise: Noise
-) -> tuple[Tensor, Tensor]:
+def simulate(generator: Denoiser, cond: Cond, steps: StudentSteps, k: int, noise: Noise) -> tuple[Tensor, Tensor]:
     """The student's input at its sampling step `k`: (x (B, ...), sigma (B,)), detached.
 
     Backward simulation (paper, section 4.5): runs the first k steps as at inference, so that training and
-    sampling cannot differ. k = 0 is pure noise at the largest sigma.
+    sampling cannot differ. k = 0 is pure noise at the first step's sigma.
     """
     with torch.no_grad():
-        x = init_scale * noise()
-        for i in range(k):
-            x0 = generator(x, _level(sigmas[i], x), cond)
-            x = add_noise(x0, _level(sigmas[i + 1], x), noise())
-        return x, _level(sigmas[k], x)
+        x = steps.init_scale * noise()
+        for sigma, sigma_next in itertools.pairwise(steps.sigmas[: k + 1]):
+            x0 = generator(x, _level(sigma, x), cond)
+            x = add_noise(x0, _level(sigma_next, x), noise())
+        return x, _level(steps.sigmas[k], x)
 
 
-def few_step(generator: Denoiser, cond: Cond, sigmas: Sequence[float], init_scale: float, noise: Noise) -> Tensor:
-    """Samples of a student with len(sigmas) steps, the sigmas descending: x0 (B, ...)."""
+def few_step(generator: Denoiser, cond: Cond, steps: StudentSteps, noise: Noise) -> Tensor:
+    """Samples of a student: x0 (B, ...)."""
     with torch.no_grad():
-        x, sigma = simulate(generator, cond, sigmas, init_scale, len(sigmas) - 1, noise)
+        x, sigma = simulate(generator, cond, steps, len(steps.sigmas) - 1, noise)
         return generator(x, sigma, cond)
 
 

@@ -1,4 +1,9 @@
-"""Trains a small EDM teacher (Karras et al. 2022, section 5) for data sets that have no released one."""
+"""Trains a small teacher for data sets that have no released one.
+
+A class-conditional one as EDM (Karras et al. 2022, section 5): log-normal sigma and EDM's weights. A text-to-image
+one as Stable Diffusion (Rombach et al. 2022): uniform levels, the epsilon loss, and some captions replaced by the null
+input.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmd2.config import TeacherTraining
-from dmd2.method.denoiser import Teacher
-from dmd2.method.distillation import Batches
+from dmd2.config import DiffusersTraining, TeacherTraining
+from dmd2.method.denoiser import Cond, Teacher
+from dmd2.method.inputs import Batches
 from dmd2.method.losses import critic_weight
-from dmd2.method.noise import add_noise
+from dmd2.method.noise import add_noise, expand
 from dmd2.training import sharding
 from dmd2.training.micro_batches import BatchReader, MicroBatches, means
 from dmd2.training.optimizer import EMA, FiniteGuard, Optimizer, warmup_decay
@@ -36,6 +41,8 @@ class TeacherFit:
         self.device = torch.device(device)
         self.micro_batches = MicroBatches.of(training.batch_size, micro_batch_size)
         self._data = BatchReader(data, self.micro_batches, self.device)
+        on_device = teacher.to(self.device)
+        self._conditioner, self._grid = on_device.conditioner, on_device.grid
         self.sigma_data = teacher.sigma_data
         self.network = teacher.copy_network().to(self.device)
         sharding.place(self.network, layout)
@@ -65,13 +72,26 @@ class TeacherFit:
         rng = self.micro_batches.rng(training.seed, index, micro_batch, self.device)
         # The network's dropout draws from torch's global generator; its stream must not be that of the noise.
         torch.manual_seed(rng.initial_seed() ^ 0x5DEECE66D)
-        x0, cond = self._data(index, micro_batch)
-        sigma = (training.p_mean + training.p_std * normal((x0.shape[0],), rng)).exp()
+        x0, tokens = self._data(index, micro_batch)
+        cond = self._conditioner.embed(tokens)
+        if isinstance(training, DiffusersTraining):
+            sigma = self._grid.draw(x0.shape[0], 0, len(self._grid) - 1, rng)
+            cond = self._with_nulls(cond, torch.rand(x0.shape[0], generator=rng, device=self.device))
+        else:
+            sigma = (training.p_mean + training.p_std * normal((x0.shape[0],), rng)).exp()
         x = add_noise(x0, sigma, normal(x0.shape, rng))
         loss = denoising_loss(self.network(x, sigma, cond), x0, critic_weight(sigma, self.sigma_data)).loss
         with self._optimizer.accumulating(last=self.micro_batches.is_last(micro_batch)):
             (loss / self.micro_batches.num).backward()
         return {"denoising_loss": loss.detach()}
+
+    def _with_nulls(self, cond: Cond, draws: Tensor) -> Cond:
+        """The conditions with the null input where a uniform draw (B,) is below the caption dropout."""
+        assert isinstance(self.training, DiffusersTraining)
+        null = self._conditioner.null(cond)
+        assert null is not None  # text-to-image teachers have one
+        dropped = draws < self.training.caption_dropout
+        return {name: torch.where(expand(dropped, value), null[name], value) for name, value in cond.items()}
 
     def export(self) -> dict[str, Tensor]:
         """The EMA weights: the teacher."""

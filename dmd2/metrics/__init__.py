@@ -1,6 +1,6 @@
 """Feature extractors, Frechet distances and other metrics of a set of samples.
 
-Images are uint8 (N, H, W, C), labels int64 (N,).
+Images are uint8 (N, H, W, C), labels int64 classes or str prompts (N,).
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from dmd2.metrics.frechet import FeatureStats, frechet_distance, read_published
 from dmd2.metrics.images import pixel_features
 from dmd2.metrics.inception import load_inception
 from dmd2.metrics.reference import Reference
+from dmd2.metrics.registry import MEASURES, chosen
 from dmd2.metrics.tally import Meter, Tally
 
 __all__ = [
     "EXTRACTORS",
+    "MEASURES",
     "Extractor",
     "FeatureStats",
     "Make",
     "Meter",
     "Reference",
     "Tally",
+    "chosen",
     "frechet_distance",
     "load_extractor",
     "measure_blocks",
@@ -42,6 +45,7 @@ __all__ = [
 
 EXTRACTORS: dict[str, Callable[..., Extractor]] = {
     "classifier": load_classifier,
+    "pair_classifier": load_classifier,
     "inception": load_inception,
 }
 

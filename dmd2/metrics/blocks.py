@@ -1,4 +1,4 @@
-"""All metrics of a set of samples, per block, and the score of the data itself (the floor).
+"""All measures of a set of samples, per block, and the score of the data itself (the floor).
 
 Shapes: N samples in S blocks. A result is the content of the `metrics` record of a run:
 `{"metrics": {name: {"mean", "sd", "blocks"}}, "num_samples": per block, "num_blocks": S}`.
@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from dmd2.metrics.distances import NEIGHBOURS, Device, precision_recall, to_nearest
-from dmd2.metrics.diversity import ClassMoments, relative_diversity
-from dmd2.metrics.frechet import FeatureStats, frechet_distance
-from dmd2.metrics.images import Images, Labels, batches, pixel_features
+from dmd2.config import Evaluation
+from dmd2.metrics.context import Context
+from dmd2.metrics.distances import Device
+from dmd2.metrics.images import Images, Labels, batch_of, batches
+from dmd2.metrics.measure import Draw, Kept
 from dmd2.metrics.reference import Reference
-from dmd2.metrics.score import ScoreSums
+from dmd2.metrics.registry import measures_of
 from dmd2.metrics.tally import Meter, Tally
 
 Make = Callable[[range], tuple[Sequence[Images], Labels]]
@@ -26,7 +27,8 @@ Make = Callable[[range], tuple[Sequence[Images], Labels]]
 
 def tally_range(meter: Meter, make: Make, ids: range) -> Tally:
     """The tally of the samples `ids`, all of one block, generated in batches."""
-    parts = [range(ids.start + part.start, ids.start + part.stop) for part in batches(len(ids))]
+    size = batch_of(meter.reference.image_shape)
+    parts = [range(ids.start + part.start, ids.start + part.stop) for part in batches(len(ids), size)]
     return reduce(Tally.merge, (meter.tally(*make(part), part.start % meter.num_samples) for part in parts))
 
 
@@ -42,44 +44,31 @@ def measure_blocks(meter: Meter, make: Make, num_blocks: int = 1) -> dict[str, A
 
 
 def resample_floor(
-    reference: Reference, num_samples: int, draws: int = 3, seed: int = 0, device: Device = "cpu"
+    reference: Reference,
+    num_samples: int,
+    draws: int = 3,
+    seed: int = 0,
+    device: Device = "cpu",
+    evaluation: Evaluation | None = None,
 ) -> dict[str, Any]:
-    """The metrics of `num_samples` images drawn with replacement from the data against the data, over `draws` draws.
+    """The values of `num_samples` images drawn with replacement from the data against the data, over `draws` draws.
 
-    This is the floor: a perfect model's score, due to sampling noise alone. Two metrics are replaced, as they are
+    This is the floor: a perfect model's score, due to sampling noise alone. Two measures are replaced, as they are
     meaningless for images from the data: the nearest distance is the mean leave-one-out distance of the data, and
     precision and recall compare two random halves of the data. With more than `MAX_KEPT` real images only the kept ones
     are used.
     """
     rng, halves = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-    num_kept = len(reference.images)
-    features = reference.kept_features.astype(np.float64)
-    pixels = pixel_features(reference.images)
-    of_all = FeatureStats.of(features).gaussian(), FeatureStats.of(pixels).gaussian()
+    num_kept, kept = len(reference.images), Kept(reference, device)
+    measures = measures_of(Context(reference, num_samples, ("edm",), device, evaluation or Evaluation()))
     blocks = []
     for _ in range(draws):
-        drawn = rng.integers(num_kept, size=num_samples)
-        moments = ClassMoments.of(pixels[drawn], reference.labels[drawn], len(reference.class_variance))
-        values = {
-            "fid": frechet_distance(FeatureStats.of(features[drawn]).gaussian(), of_all[0]),
-            "pixel_fd": frechet_distance(FeatureStats.of(pixels[drawn]).gaussian(), of_all[1]),
-            "nearest_distance": reference.leave_one_out,
-            "diversity": relative_diversity(moments.variance(), reference.class_variance),
-        }
-        if len(reference.correct):
-            values["accuracy"] = float(reference.correct[drawn].mean())
-        values |= _half_against_half(features[halves.permutation(num_kept)], device)
-        if reference.kept_probabilities.shape[1]:
-            probabilities = reference.kept_probabilities[drawn].astype(np.float64)
-            values["inception_score"] = ScoreSums.of(probabilities, np.arange(num_samples), num_samples).score()
+        draw = Draw(kept, rng.integers(num_kept, size=num_samples), halves.permutation(num_kept))
+        values: dict[str, float] = {}
+        for measure in measures.values():
+            values |= measure.floor(draw)
         blocks.append(values)
     return summary(blocks, num_samples)
-
-
-def _half_against_half(features: np.ndarray, device: Device) -> dict[str, float]:
-    samples, data = features[: len(features) // 2], features[len(features) // 2 :]
-    radii = to_nearest(data, data, k=NEIGHBOURS, own=False, device=device)
-    return dict(zip(("precision", "recall"), precision_recall(samples, data, radii, device=device), strict=True))
 
 
 def summary(blocks: Sequence[dict[str, float]], num_samples: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A small convolutional classifier whose last hidden layer is the feature space of small images.
 
 It replaces Inception, and is determined by seed, data and settings, so that anyone can train the same one in seconds.
+Kind `pair_classifier` is the same network with a left and a right digit at its end, for source digit_pairs.
 Shapes: B batch, C channels, R resolution, D = 64 features, K classes.
 """
 
@@ -20,10 +21,12 @@ from torch.nn import functional as F
 from dmd2 import config
 from dmd2.errors import UserError
 from dmd2.metrics.extractor import Observed
-from dmd2.metrics.images import Images, Labels, batches, check_images
+from dmd2.metrics.images import Images, Labels, batches, check_images, check_varied
+from dmd2.metrics.labels import targets
 from dmd2.progress import Progress
 
 DIM = 64
+DIGITS = 10
 FORWARD_BATCH = 256
 MIN_RESOLUTION = 8
 
@@ -58,6 +61,21 @@ class Classifier(nn.Module):
         return self.logits(self.hidden(x))
 
 
+class PairClassifier(Classifier):
+    """A classifier of compositions, K = 100, that names the left and the right digit independently.
+
+    It therefore knows each digit from 20 compositions and can name those that are missing in its training data.
+    """
+
+    def __init__(self, channels: int, resolution: int) -> None:
+        super().__init__(channels, resolution, 2 * DIGITS)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits (B, 100) of 10 * left + right: sums of the digits' own, so that probabilities are products."""
+        left, right = super().logits(hidden).split(DIGITS, dim=1)
+        return (left[:, :, None] + right[:, None, :]).flatten(1)
+
+
 class ClassifierExtractor:
     """Features, classes and class probabilities of a trained `Classifier`."""
 
@@ -71,8 +89,9 @@ class ClassifierExtractor:
         self.device, self.batch_size = device, batch_size
 
     @torch.no_grad()
-    def observe(self, images: Images, *, detailed: bool = True) -> Observed:
+    def observe(self, images: Images, *, detailed: bool = True, bicubic: bool = False) -> Observed:
         """The hidden layer (N, 64) divided by `scale`, the most probable class, and the softmax."""
+        del bicubic  # the images are of the network's size
         check_images(images)
         parts = [self._forward(images[part]) for part in batches(len(images), self.batch_size)]
         features, classes, probabilities = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -86,6 +105,12 @@ class ClassifierExtractor:
         hidden = self.network.hidden(as_input(images).to(self.device))
         logits = self.network.logits(hidden)
         return hidden / self.network.scale, logits.argmax(1), logits.double().softmax(1)
+
+
+class PairExtractor(ClassifierExtractor):
+    """The same of a trained `PairClassifier`; the classes are those of `labels.targets`."""
+
+    name = "pair_classifier"
 
 
 def as_input(images: Images) -> Tensor:
@@ -112,7 +137,7 @@ def load_classifier(
         raise UserError(f"{weights}: no such file; run the rule `features`") from None
     except SafetensorError as error:
         raise UserError(f"{weights}: not a safetensors file ({error}); delete it and run the workflow again") from None
-    network = Classifier(data.channels, data.resolution, data.num_classes)
+    extractor, network = _of_kind(features, data)
     wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     if wanted != found:
@@ -122,7 +147,18 @@ def load_classifier(
             f"delete it and run the workflow again"
         )
     network.load_state_dict(state)
-    return ClassifierExtractor(network, device, batch_size)
+    return extractor(network, device, batch_size)
+
+
+def _of_kind(features: config.Features, data: config.Data) -> tuple[type[ClassifierExtractor], Classifier]:
+    """The extractor's class and its network. Raises UserError if the data's labels are not those of the kind."""
+    if features.kind == PairExtractor.name:
+        if data.source != "digit_pairs":
+            raise UserError(f"features.kind pair_classifier belongs to source digit_pairs, not {data.source}")
+        return PairExtractor, PairClassifier(data.channels, data.resolution)
+    if data.num_classes is None:
+        raise UserError("features.kind classifier needs data with classes; use inception, or pair_classifier")
+    return ClassifierExtractor, Classifier(data.channels, data.resolution, data.num_classes)
 
 
 def train_classifier(
@@ -132,7 +168,7 @@ def train_classifier(
     data: config.Data,
     device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Trains a classifier on the labelled images; returns its weights and facts about it.
+    """Trains the classifier `features.kind` on the labelled images; returns its weights and facts about it.
 
     Weights, split and batch order depend on `features.seed` only; the global generator is not used.
     """
@@ -143,16 +179,22 @@ def train_classifier(
     held_out, train = order[:num_held_out], order[num_held_out:]
     if len(train) == 0:
         raise UserError(f"features.held_out {features.held_out} leaves none of {len(images)} images; lower it")
-    network = _initialised(data, rng).to(device)
-    _fit(network, as_input(images)[train].to(device), torch.from_numpy(labels)[train].to(device), features, rng)
-    extractor = ClassifierExtractor(network, device)
-    variance = extractor.observe(images).features.var(axis=0, ddof=1).mean()
+    kind, network = _initialised(features, data, rng)
+    network, classes = network.to(device), targets(labels)
+    _fit(network, as_input(images)[train].to(device), torch.from_numpy(classes)[train].to(device), features, rng)
+    extractor = kind(network, device)
+    variance = float(extractor.observe(images).features.var(axis=0, ddof=1).mean())
+    if not (math.isfinite(variance) and variance > 0):
+        raise UserError(
+            f"features: the classifier's features of the images have variance {variance}; it diverged or ignores the "
+            f"images: lower features.learning_rate, or check the data"
+        )
     network.scale.fill_(math.sqrt(variance))
     guessed = extractor.observe(images[held_out.numpy()]).classes
     facts = {
         "kind": extractor.name,
         "dim": DIM,
-        "held_out_accuracy": float((guessed == labels[held_out.numpy()]).mean()),
+        "held_out_accuracy": float((guessed == classes[held_out.numpy()]).mean()),
         "num_train": len(train),
         "num_held_out": num_held_out,
         "scale": float(network.scale),
@@ -171,21 +213,24 @@ def _check(images: Images, labels: Labels, data: config.Data) -> None:
         raise UserError(
             f"data.resolution {data.resolution} is below {MIN_RESOLUTION}, the classifier's minimum; increase it"
         )
-    if labels.min() < 0 or labels.max() >= data.num_classes:
+    if data.num_classes is not None and not 0 <= labels.min() <= labels.max() < data.num_classes:
         raise UserError(f"data.num_classes is {data.num_classes} but labels reach {labels.max()}; set it above that")
+    check_varied(images)
 
 
-def _initialised(data: config.Data, rng: torch.Generator) -> Classifier:
-    """A classifier with Kaiming-uniform weights drawn from `rng`."""
+def _initialised(
+    features: config.Features, data: config.Data, rng: torch.Generator
+) -> tuple[type[ClassifierExtractor], Classifier]:
+    """A classifier with Kaiming-uniform weights drawn from `rng`, and its extractor's class."""
     with torch.device("meta"):  # no random numbers are drawn there
-        network = Classifier(data.channels, data.resolution, data.num_classes)
+        kind, network = _of_kind(features, data)
     network.to_empty(device="cpu")
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_uniform_(module.weight, nonlinearity="relu", generator=rng)
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     network.scale.fill_(1)
-    return network
+    return kind, network
 
 
 def _fit(network: Classifier, x: Tensor, y: Tensor, features: config.Features, rng: torch.Generator) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dmd2.metrics.images import Labels, Matrix
+from dmd2.metrics.images import Matrix
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class ClassMoments:
     squares: Matrix  # (K,), sum over the class of |f - mean|^2
 
     @classmethod
-    def of(cls, features: Matrix, labels: Labels, num_classes: int) -> Self:
+    def of(cls, features: Matrix, labels: NDArray[np.int64], num_classes: int) -> Self:
         """The moments of one batch, (N, D) and (N,). Raises ValueError for a label outside 0 .. K-1."""
         if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
             raise ValueError(f"labels span {labels.min()}..{labels.max()}; there are {num_classes} classes")

@@ -30,8 +30,9 @@ class Extractor(Protocol):
     def dim(self) -> int:
         """The number of features."""
 
-    def observe(self, images: Images, *, detailed: bool = True) -> Observed:
+    def observe(self, images: Images, *, detailed: bool = True, bicubic: bool = False) -> Observed:
         """The features of the images, and their classes if the extractor was trained on the data's classes.
 
-        `detailed`: also the class probabilities for the inception score, if the extractor has any.
+        `detailed`: also the class probabilities for the inception score, if the extractor has any. `bicubic`: resize
+        images to the network's input as clean-fid does, where that is another size (`config.protocols`).
         """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -101,22 +102,27 @@ def read_published(path: Path | str, dim: int) -> Gaussian:
     return Gaussian(mean, covariance)
 
 
-def read_npz(path: Path | str, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Reads the arrays `keys` of an .npz file, without pickle.
+def read_npz(path: Path | str, keys: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
+    """Reads the arrays `keys` of an .npz file, or all, without pickle.
 
     Raises UserError naming the file if it is missing, not such an archive, or lacks a key.
     """
     path = Path(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
-            found = {key: archive[key] for key in keys if key in archive.files}
+            found = {key: archive[key] for key in archive.files if keys is None or key in keys}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the rule that writes it, or restore it") from None
     except _UNREADABLE as error:
         raise UserError(f"{path}: not an .npz archive of plain arrays ({error}); delete it and run again") from None
-    if missing := [key for key in keys if key not in found]:
-        raise UserError(f"{path}: contains no array `{missing[0]}`; delete it and run the workflow again")
+    require(found, keys or (), path)
     return found
+
+
+def require(arrays: Mapping[str, np.ndarray], keys: tuple[str, ...], path: Path | str) -> None:
+    """Raises UserError naming the file `path` if one of the arrays `keys` is missing."""
+    if missing := [key for key in keys if key not in arrays]:
+        raise UserError(f"{path}: contains no array `{missing[0]}`; delete it and run the workflow again")
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:

@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from dmd2 import config
 from dmd2.errors import UserError
 from dmd2.files import check_sha256, sha256
 from dmd2.metrics.extractor import Observed
-from dmd2.metrics.images import Images, batches, check_images
+from dmd2.metrics.images import PATCH, Images, batches, check_images
 
 SOURCE = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 FORWARD_BATCH = 64
@@ -50,24 +52,37 @@ class InceptionExtractor:
             raise TypeError("its outputs with no_output_bias=True are not probabilities")
 
     @torch.no_grad()
-    def observe(self, images: Images, *, detailed: bool = True) -> Observed:
+    def observe(self, images: Images, *, detailed: bool = True, bicubic: bool = False) -> Observed:
         """Features of images of any size, and class probabilities; grey images are repeated to three channels.
 
+        `bicubic` resizes them to 299 x 299 with clean-fid's filter; the network's own then leaves them as they are.
         `classes` is None: the network's classes are not the data's.
         """
         check_images(images)
         features, probabilities = [], []
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as NVIDIA's metrics, for accuracy
             for part in batches(len(images), self.batch_size):
-                x = self._input(images[part])
+                x = self._input(to_input(images[part]) if bicubic else images[part])
                 features.append(self.network(x, return_features=True).flatten(1).double().cpu().numpy())
                 if detailed and self._scores:
                     probabilities.append(self.network(x, no_output_bias=True).flatten(1).double().cpu().numpy())
         return Observed(np.concatenate(features), None, np.concatenate(probabilities) if probabilities else None)
 
-    def _input(self, images: Images) -> torch.Tensor:
+    def _input(self, images: NDArray) -> torch.Tensor:
         x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # (N, C, H, W)
         return x.expand(-1, 3, -1, -1).to(self.device, torch.float32)  # 0..255
+
+
+def to_input(images: Images) -> NDArray[np.float32]:
+    """Images (N, H, W, C) of 0..255 as (N, 299, 299, C), by PIL's antialiased bicubic filter without rounding.
+
+    As clean-fid's mode `clean`: each channel on its own in float32, and clipped.
+    """
+    size = (PATCH, PATCH)
+    channels = np.moveaxis(images, 3, 1).reshape(-1, *images.shape[1:3]).astype(np.float32)
+    made = [np.asarray(Image.fromarray(channel).resize(size, Image.Resampling.BICUBIC)) for channel in channels]
+    resized = np.stack(made).clip(0, 255).reshape(len(images), -1, *size)
+    return np.moveaxis(resized, 1, 3)
 
 
 def load_inception(

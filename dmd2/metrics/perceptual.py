@@ -33,7 +33,15 @@ def load_lpips(weights: WeightsFile, device: torch.device | str = "cpu") -> Call
     Grey images are repeated to three channels. `weights` is torchvision's VGG-16. Raises UserError if the file is
     missing, has another SHA-256 than the one set, or other content; nothing in it is executed.
     """
-    return distance_by(_build(_read(weights), weights.path).to(device))
+    return distance_by(load_network(weights, device))
+
+
+def load_network(weights: WeightsFile, device: torch.device | str = "cpu", key: str = "train.vgg_weights") -> nn.Module:
+    """The LPIPS network of two batches (B, 3, H, W) in [-1, 1] of at least 16 pixels, frozen: (B, 1, 1, 1).
+
+    Raises UserError as `load_lpips`, naming `key`.
+    """
+    return _build(_read(weights, key), weights.path).to(device)
 
 
 def distance_by(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -52,11 +60,11 @@ def _prepared(x0: Tensor) -> Tensor:
     return F.interpolate(x0, size=(RESOLUTION, RESOLUTION), mode="bilinear", align_corners=False)
 
 
-def _read(weights: WeightsFile) -> dict[str, Any]:
+def _read(weights: WeightsFile, key: str) -> dict[str, Any]:
     path = Path(weights.path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file (train.vgg_weights.path); fetch {SOURCE} and put it there")
-    check_sha256(path, weights.sha256, f"fetch {SOURCE} again, or correct train.vgg_weights.sha256")
+        raise UserError(f"{path}: no such file ({key}.path); fetch {SOURCE} and put it there")
+    check_sha256(path, weights.sha256, f"fetch {SOURCE} again, or correct {key}.sha256")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:

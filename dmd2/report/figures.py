@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def curves_figure(runs: Mapping[str, Path | str], out: Path | str) -> None:
     shown = [name for name in CURVES if _has(logs, name) and (name != "num_nonfinite" or _any_nonzero(logs, name))]
     if not shown:
         raise UserError(f"none of {', '.join(map(str, runs.values()))} has a known curve; let training log once")
-    with mpl.rc_context(STYLE):
+    with _style():
         columns = min(3, len(shown))
         figure, axes = _panels(len(shown), columns)
         for i, (axis, name) in enumerate(zip(axes, shown, strict=True)):
@@ -152,7 +153,7 @@ def fid_curve_figure(curves: Mapping[str, Path | str], out: Path | str) -> None:
     if not shown:
         raise UserError(f"none of {', '.join(map(str, curves.values()))} has a distance; evaluate a snapshot first")
     abscissae = {"step": "iteration (critic updates)", "generator_updates": "generator updates"}
-    with mpl.rc_context(STYLE):
+    with _style():
         figure, axes = _panels(2 * len(shown), 2)
         for i, axis in enumerate(axes):
             name, x = shown[i // 2], list(abscissae)[i % 2]
@@ -167,18 +168,31 @@ def fid_curve_figure(curves: Mapping[str, Path | str], out: Path | str) -> None:
 
 
 def brightness_figure(logs: Mapping[str, Path | str], out: Path | str, data_brightness: float | None = None) -> None:
-    """Plots the mean brightness of samples over iterations (the paper's figure 8), and the data's if given."""
+    """Plots the mean brightness of samples over iterations (the paper's figure 8), and the data's if given.
+
+    For runs in latent space, where brightness means nothing, it plots the latents' standard deviation.
+    """
     content = {name: read_log(path) for name, path in logs.items()}
-    if not _has(content, "brightness"):
+    latent = _has(content, "latent_std") and not _has(content, "brightness")
+    if not latent and not _has(content, "brightness"):
         raise UserError(f"none of {', '.join(map(str, logs.values()))} has `brightness`; let training log once")
-    with mpl.rc_context(STYLE):
+    with _style():
         figure, axes = _panels(1, 1, size=(4.4, 2.6))
-        _draw(axes[0], content, "step", "brightness", smooth=False)
+        _draw(axes[0], content, "step", "latent_std" if latent else "brightness", smooth=False)
         axes[0].set_xlabel("iteration")
-        axes[0].set_ylabel("mean brightness of samples, in [-1, 1]")
-        if data_brightness is not None:
+        axes[0].set_ylabel("standard deviation of latents" if latent else "mean brightness of samples, in [-1, 1]")
+        if data_brightness is not None and not latent:
             axes[0].axhline(data_brightness, color="0.5", linewidth=0.8, zorder=1, label="data")
         _finish(figure, axes, out)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """The figures' style over matplotlib's defaults: a user's own settings have no say here."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(STYLE)
+        yield
 
 
 def _panels(count: int, columns: int, size: tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:

@@ -6,8 +6,9 @@ Images are uint8 (N, H, W, C) with C 1 or 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dmd2.files import atomic
 
 Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
+Labels = NDArray[Any]  # (N,), class numbers or captions
 
 SIDE = 40  # minimum width of an enlarged image in pixels
 GAP = 3  # pixels between images
@@ -81,6 +82,42 @@ def compare_png(panels: Mapping[str, Images], out: Path | str, columns: int = 10
         whole.paste(sheet, (left, MARGIN + HEAD))
         left += width + gap
     _save(whole, out)
+
+
+def prompts_png(panels: Mapping[str, tuple[Images, Labels]], out: Path | str, rows: int = 12, each: int = 4) -> None:
+    """Writes samples of several sets for the same prompts: a row per prompt with its text, at most `each` per set.
+
+    `panels` maps titles to images and captions (N,) str. The prompts are evenly spaced among those that all sets have,
+    at most `rows`. Raises ValueError if there are none.
+    """
+    common = set.intersection(*(set(map(str, captions)) for _, captions in panels.values()))
+    if not common:
+        raise ValueError("the sets of samples have no prompt in common; pass sets of the same prompts")
+    ordered = sorted(common)
+    prompts = [ordered[i] for i in np.linspace(0, len(ordered) - 1, min(rows, len(ordered))).round().astype(int)]
+    found = {title: _of_prompts(images, captions, prompts, each) for title, (images, captions) in panels.items()}
+    left, gap = MARGIN + max(map(_length, prompts)) + MARGIN, 3 * MARGIN
+    widths = []
+    for title, picked in found.items():
+        factor = _factor(picked[0])
+        widths.append(max(max(map(len, picked)) * (picked[0].shape[2] * factor + GAP), _length(title)))
+    tall = max(picked[0].shape[1] * _factor(picked[0]) for picked in found.values()) + GAP
+    size = (left + sum(widths) + gap * (len(widths) - 1) + MARGIN, len(prompts) * tall + HEAD + 2 * MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    for i, prompt in enumerate(prompts):
+        _write(sheet, prompt, MARGIN, MARGIN + HEAD + i * tall + (tall - TITLE) // 2)
+    for (title, picked), width in zip(found.items(), widths, strict=True):
+        _write(sheet, title, left, MARGIN)
+        for i, images in enumerate(picked):
+            sheet.paste(_mosaic(images, len(images), _factor(images)), (left, MARGIN + HEAD + i * tall))
+        left += width + gap
+    _save(sheet, out)
+
+
+def _of_prompts(images: Images, captions: Labels, prompts: Sequence[str], each: int) -> list[Images]:
+    """The first `each` images of every prompt."""
+    _check(images)
+    return [images[np.flatnonzero(captions == prompt)[:each]] for prompt in prompts]
 
 
 def _check(images: Images) -> None:

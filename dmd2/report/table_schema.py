@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from dmd2.config import Model
-from dmd2.config.protocols import PROTOCOLS
-
-Metric = Literal["resolution", "latency_s", "fid", "patch_fid", "clip", "diversity"]  # in the order of columns
+from dmd2.errors import suggestion
+from dmd2.report.columns import COLUMNS, OF_CLASSES, PaperMetric
 
 FLOOR = "floor"  # `measure: floor` is the score of the real images themselves
-FURTHER_FIDS = tuple(f"fid_{name}" for name in PROTOCOLS)  # of further protocols
-WITH_SD = ("fid", *FURTHER_FIDS, "inception_score", "pixel_fd")
-PLAIN = ("precision", "recall", "accuracy", "nearest_distance", "diversity")
 TRAINING = ("train_cpu_s", "train_wall_s", "gpu_s")  # training cost in a model's record, in seconds
 Entry = Annotated[str, Field(pattern=r"^(floor|[A-Za-z0-9_-]+/[A-Za-z0-9_-]+)$")]
 
@@ -33,12 +29,13 @@ class Row(Model):
     group: str
     method: str
     nfe: int | None = Field(None, gt=0, description="forward passes, as the paper counts them")
-    paper: dict[Metric, float] = Field(default_factory=dict)
+    paper: dict[PaperMetric, float] = Field(default_factory=dict)
     ticks: tuple[str, ...] = ()
     measure: Entry | None = Field(None, description="MODEL/SAMPLER, or floor")
     seeds: tuple[int, ...] = Field((), description="training seeds to average over; none: the run's own")
     instead: dict[str, Entry] = Field({}, description="presets on which another entry is measured")
     only: tuple[str, ...] = Field((), description="presets that have this row; none: all")
+    measured_on: tuple[str, ...] = Field((), description="presets that measure this row, which others quote; none: all")
     pending: str | None = Field(None, description="why this project cannot measure the row yet")
     panel: str | None = Field(None, description="title of the row's samples in the side-by-side sheet; none: not shown")
 
@@ -56,6 +53,8 @@ class Row(Model):
 
     def entry(self, preset: str | None) -> str | None:
         """The entry measured for the row on `preset`: MODEL/SAMPLER, `floor` or None; without seeds, see `entries`."""
+        if self.measured_on and preset not in self.measured_on:
+            return None
         return self.instead.get(preset or "", self.measure)
 
     def entries(self, preset: str | None) -> list[str]:
@@ -75,8 +74,18 @@ class Table(Model):
     preset: str | None = Field(None, description="default preset of the table; none: all rows are quoted")
     paper_data: PaperData | None = None
     ticks: tuple[str, ...] = Field((), description="yes/no columns")
+    measured: tuple[str, ...] = Field(OF_CLASSES, min_length=1, description="keys of columns.COLUMNS, in their order")
     compute: bool = Field(False, description="whether the Markdown shows the training cost of each row")
     rows: tuple[Row, ...] = Field(min_length=1)
+
+    @field_validator("measured")
+    @classmethod
+    def _columns_exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in COLUMNS]:
+            raise ValueError(f"no column {unknown[0]!r}; {suggestion(unknown[0], COLUMNS)}")
+        if len(set(names)) < len(names) or "fid" not in names:
+            raise ValueError("a column is listed twice, or `fid` is not listed")
+        return names
 
     @model_validator(mode="after")
     def _rows_belong_here(self) -> Self:
@@ -97,15 +106,15 @@ class Table(Model):
 
     def paper_metrics(self) -> list[str]:
         """The metrics that any row quotes."""
-        return [metric for metric in get_args(Metric) if any(metric in row.paper for row in self.rows)]
+        return [metric for metric in get_args(PaperMetric) if any(metric in row.paper for row in self.rows)]
 
     def columns(self) -> list[str]:
         """The columns of the CSV."""
         paper = [f"paper_{metric}" for metric in self.paper_metrics()]
-        measured = [name for metric in WITH_SD for name in (metric, f"{metric}_sd")]
+        measured = [column for name in self.measured for column in (name, *([f"{name}_sd"] * COLUMNS[name].spread))]
         return [
             *("row_id", "group", "method", *self.ticks, "paper_nfe", "nfe"),
-            *(*paper, *measured, *PLAIN, "source", "preset", "dataset"),
+            *(*paper, *measured, "source", "preset", "dataset"),
             *("run", "iterations", "generator_updates", "checkpoint_step", "selection"),
             *("num_samples", "num_blocks", "training_seeds", "seeds", *TRAINING, "protocol", "features", "reference"),
             *("config_digest", "commit", "note"),
@@ -129,19 +138,9 @@ class Measure(_Read):
     sd: float | None = None
 
 
-class Measured(_Read):
-    """The metrics of a set of samples; only the Frechet distance is required."""
-
-    fid: Measure
-    fid_edm: Measure | None = None
-    fid_dmd2: Measure | None = None
-    inception_score: Measure | None = None
-    pixel_fd: Measure | None = None
-    precision: Measure | None = None
-    recall: Measure | None = None
-    accuracy: Measure | None = None
-    nearest_distance: Measure | None = None
-    diversity: Measure | None = None
+_OPTIONAL: dict[str, Any] = {name: (Measure | None, None) for name in COLUMNS if name not in ("fid", "resolution")}
+Measured = create_model("Measured", __base__=_Read, fid=(Measure, ...), **_OPTIONAL)
+"""The metrics of a set of samples; only the Frechet distance is required."""
 
 
 class FeaturesUsed(_Read):

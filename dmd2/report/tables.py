@@ -19,29 +19,10 @@ from dmd2.config import Data
 from dmd2.config.reading import parse, read_yaml
 from dmd2.errors import UserError
 from dmd2.files import read_json, write_text
-from dmd2.report.table_schema import FLOOR, PLAIN, WITH_SD, Measure, MetricsRecord, Table
+from dmd2.report.columns import COLUMNS, TICK_TITLES
+from dmd2.report.table_schema import FLOOR, Measure, MetricsRecord, Table
 
 Cells = dict[str, Any]
-
-TITLES = {
-    "fid": "FID",
-    "fid_edm": "FID, protocol edm",
-    "fid_dmd2": "FID, protocol dmd2",
-    "inception_score": "inception score",
-    "precision": "precision",
-    "recall": "recall",
-    "patch_fid": "patch FID",
-    "clip": "CLIP",
-    "resolution": "resolution",
-    "latency_s": "latency (s)",
-    "pixel_fd": "pixel FD",
-    "accuracy": "accuracy",
-    "nearest_distance": "nearest real image",
-    "diversity": "diversity",
-    "ttur": "TTUR",
-    "gan": "GAN",
-}
-PAPER_DECIMALS = {"fid": 2, "patch_fid": 2, "clip": 3, "diversity": 2, "latency_s": 2}
 
 
 def load_table(path: Path | str) -> Table:
@@ -58,7 +39,8 @@ def check_presets(table: Table, presets: Sequence[str], where: str) -> None:
     """Raises UserError, starting with `where`, for an unknown preset in a table or row."""
     named = [("`preset`", [table.preset] if table.preset else [])]
     for row in table.rows:
-        named += [(f"row {row.id}: `only`", list(row.only)), (f"row {row.id}: `instead`", list(row.instead))]
+        keys = {"only": row.only, "instead": row.instead, "measured_on": row.measured_on}
+        named += [(f"row {row.id}: `{key}`", list(names)) for key, names in keys.items()]
     for key, names in named:
         if unknown := [name for name in names if name not in presets]:
             raise UserError(f"{where}: {key}: no preset {unknown[0]!r}; known: {', '.join(sorted(presets))}")
@@ -88,7 +70,8 @@ def rows(
         if record is not None
     }
     columns = table.columns()
-    where = {"preset": preset, "dataset": data and f"{data.source} {data.resolution}x{data.resolution}"}
+    side = data and data.resolution
+    where = {"preset": preset, "dataset": data and f"{data.source} {side}x{side}", "resolution": side}
     return [{column: cells.get(column) for column in columns} for cells in _cells(table, parsed, where)]
 
 
@@ -100,7 +83,8 @@ def _cells(table: Table, records: Mapping[str, MetricsRecord], where: Cells) -> 
         entries = row.entries(where["preset"])
         missing = [entry for entry in entries if entry not in records]
         if missing:
-            cells |= {"source": "pending", "note": f"no metrics of {', '.join(missing)}"} | where
+            note = f"no metrics of {', '.join(missing)}" if where["preset"] else "the selected preset has other tables"
+            cells |= {"source": "pending", "note": note} | where
         elif entries:
             cells |= {"source": "measured"} | where | _measured([records[entry] for entry in entries])
         elif row.pending:
@@ -114,8 +98,9 @@ def _measured(records: Sequence[MetricsRecord]) -> Cells:
     """The measured columns of a row from the records of its training seeds; all but the metrics are the first's."""
     record = records[0]
     cells: Cells = {}
-    for name in (*WITH_SD, *PLAIN):
-        cells[name], cells[f"{name}_sd"] = _over_seeds([getattr(each.metrics, name) for each in records])
+    for name in COLUMNS:
+        if name != "resolution":  # the data's, not a metric
+            cells[name], cells[f"{name}_sd"] = _over_seeds([getattr(each.metrics, name) for each in records])
     made, model = record.provenance, record.model
     seeds = f"samples {record.seed}"
     trained = [each.model.seed for each in records if each.model is not None and each.model.seed is not None]
@@ -185,15 +170,14 @@ def _markdown_columns(table: Table, table_rows: Sequence[Cells], has_measured: b
     columns = [
         ("", "group"),
         ("Method", "method"),
-        *((TITLES.get(tick, tick.replace("_", " ")), tick) for tick in table.ticks),
+        *((TICK_TITLES.get(tick, tick.replace("_", " ")), tick) for tick in table.ticks),
     ]
     if table.number and any(row.nfe for row in table.rows):
         columns.append(("passes (paper)", "paper_nfe"))
-    columns += [(f"{TITLES[metric]} (paper)", f"paper_{metric}") for metric in table.paper_metrics()]
+    columns += [(f"{COLUMNS[metric].title} (paper)", f"paper_{metric}") for metric in table.paper_metrics()]
     if has_measured:
-        measures = (*WITH_SD, *PLAIN)
-        shown = [name for name in measures if name == "fid" or any(row[name] is not None for row in table_rows)]
-        columns += [("passes", "nfe"), *((TITLES[name], name) for name in shown)]
+        shown = [name for name in table.measured if name == "fid" or any(row[name] is not None for row in table_rows)]
+        columns += [("passes", "nfe"), *((COLUMNS[name].title, name) for name in shown)]
         chosen = any(row["selection"] not in (None, "last") for row in table_rows)
         columns += [("checkpoint", "selection")] if chosen else []
         columns += [("iterations", "iterations"), ("generator updates", "generator_updates")] if table.compute else []
@@ -252,17 +236,22 @@ def _text(row: Cells, column: str) -> str:
     if column == "source":
         return _source(row)
     value = row[column]
-    if column in (*WITH_SD, *PLAIN):
+    if column in COLUMNS and column != "resolution":
         if row["source"] == "pending":
             return "pending"
         return "" if value is None else rounded(value, row.get(f"{column}_sd"))
     if value is None:
         return ""
     if column.startswith("paper_"):
-        return f"{value:.{PAPER_DECIMALS.get(column.removeprefix('paper_'), 0)}f}"
+        return f"{value:.{_paper_decimals(column)}f}"
     if column == "train_cpu_s":
         return f"{value:,.0f}"
     return {"yes": "✓", "no": ""}.get(value, str(value)) if isinstance(value, str) else f"{value:,}"
+
+
+def _paper_decimals(column: str) -> int:
+    metric = COLUMNS.get(column.removeprefix("paper_"))
+    return (metric and metric.decimals) or 0
 
 
 def rounded(mean: float, sd: float | None = None) -> str:

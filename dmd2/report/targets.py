@@ -43,6 +43,12 @@ def names_in(folder: Path, reserved: frozenset[str] = frozenset()) -> list[str]:
     return names
 
 
+def fills(folder: Path, preset: str, table: str, default: str) -> bool:
+    """Whether a preset lists a table in `tables`; without a list: whether `default`, the table's preset, has none."""
+    listed, default_listed = (read_chain(folder / "presets", name).get("tables") for name in (preset, default))
+    return table in listed if listed is not None else default_listed is None
+
+
 class Targets:
     """The tables, presets and runs of a workflow folder under one configuration of Snakemake.
 
@@ -84,9 +90,14 @@ class Targets:
         return Plan(self.folder, preset, merge(over, self._over_by_name.get(preset) or {}))
 
     def preset_of(self, table: str) -> str | None:
-        """The preset of a table: the selected one, or the table's default; None for a table that is only quoted."""
+        """The preset of a table: the selected one, or the table's default.
+
+        None for a table that is only quoted, or that the selected preset does not fill.
+        """
         default = self.tables[table].preset
-        return default and (self._chosen or default)
+        if default is None or self._chosen is None:
+            return default
+        return self._chosen if fills(self.folder, self._chosen, table, default) else None
 
     def entries(self, table: str) -> list[str]:
         """The entries that a table reads."""
@@ -104,14 +115,22 @@ class Targets:
         return [name for name, table in self.tables.items() if table.number is not None]
 
     @cached_property
+    def built(self) -> list[str]:
+        """The paper's tables that the selected preset fills; without one, all."""
+        return [name for name in self.paper_tables if self._chosen is None or self.preset_of(name)]
+
+    @cached_property
     def in_use(self) -> list[str]:
         """The presets of the paper's tables, unique."""
         return list(dict.fromkeys(preset for table in self.paper_tables if (preset := self.preset_of(table))))
 
     def _tables_on(self, preset: str) -> list[str]:
-        """The paper's tables on a preset; for a preset of no table, all tables that have one."""
+        """The paper's tables on a preset; for a preset that no table uses now, all that it fills."""
         own = [name for name in self.paper_tables if self.preset_of(name) == preset]
-        return own or [name for name in self.paper_tables if self.tables[name].preset]
+        defaults = {name: self.tables[name].preset for name in self.paper_tables}
+        return own or [
+            name for name, default in defaults.items() if default and fills(self.folder, preset, name, default)
+        ]
 
     def sampled(self, preset: str) -> list[str]:
         """The entries MODEL/SAMPLER of a preset's tables, sorted."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dmd2.datasets.loader import Loader, to_batch, to_pairs
+from dmd2.datasets.prompts import PromptStream, load_prompts
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Cond, Teacher
-from dmd2.method.distillation import Batches, PairBatches
+from dmd2.method.inputs import Batches, PairBatches, Prompts
 from dmd2.training import ranks
 
 
@@ -35,6 +36,21 @@ def pair_batches(spec: Spec, manifest: Path, batch_size: int, seed: int, device:
         noise, x0, cond = to_pairs(loader.batch(index))
         staged = {name: _staged(value, device) for name, value in cond.items()}
         return _staged(noise, device), _staged(x0, device), staged
+
+    return batch
+
+
+def prompt_batches(spec: Spec, teacher: Teacher, batch_size: int, seed: int, device: torch.device) -> Prompts | None:
+    """Batches of prompts to generate samples for, shuffled with `seed` + 2; None for a teacher of classes."""
+    if spec.prompts is None:
+        return None
+    share = ranks.local_share(batch_size)
+    tokenize = teacher.conditioner.tokenize
+    stream = PromptStream(load_prompts(spec.prompts), tokenize, share, seed + 2, ranks.rank(), ranks.world_size())
+
+    def batch(index: int) -> tuple[Tensor, Cond]:
+        ids, tokens = stream(index)
+        return _staged(ids, device), {name: _staged(value, device) for name, value in tokens.items()}
 
     return batch
 

@@ -28,21 +28,29 @@ OF_THE_FILE = ("artifact", "sha256", "bytes", "provenance")
 
 
 def curve(
-    spec: Spec, snapshots: Path, reference: Path, extractor_weights: Path, state: Path, out: Path, runtime: Runtime
+    spec: Spec,
+    snapshots: Path,
+    reference: Path,
+    extractor_weights: Path,
+    state: Path,
+    out: Path,
+    runtime: Runtime,
+    components: Path | None = None,
 ) -> None:
     """Writes the metrics of a run's snapshots over training as CSV (paper, figure 9); each rank measures its share."""
     evaluation = spec.need("evaluation")
     checked_record(reference, spec.upstream["reference"])
     device = ranks.device_of(runtime.device)
     extractor, real = open_extractor(spec, extractor_weights, runtime, device), Reference.load(reference)
-    meter = Meter(real, extractor, evaluation.curve_samples, evaluation.protocols, detailed=False, device=device)
+    size, protocols = evaluation.curve_samples, evaluation.protocols
+    meter = Meter(real, extractor, size, protocols, detailed=False, device=device, evaluation=evaluation)
     listed = read_json(snapshots)["snapshots"]
     files = [snapshots.parent / item["file"] for item in listed]
     contents = [read_record(path)["sha256"] for path in (reference, extractor_weights, *files)]
     shares = ResumableFiles(state, spec, contents, [f"row-{item['step']:08d}.json" for item in listed])
     count = Counter(f"curve {spec.name}", -(-len(listed) // ranks.world_size()))
     for number, path in shares.mine(read_json):
-        model = open_model(spec, files[number], STUDENT, device)
+        model = open_model(spec, files[number], STUDENT, device, components)
         make = maker(spec, model, STUDENT, runtime.sample_batch_size, shares.beat)
         found = meter.measures(tally_range(meter, make, range(evaluation.curve_samples)))
         write_json(path, {**_position(spec, listed[number]["step"]), **found})

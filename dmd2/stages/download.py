@@ -11,6 +11,7 @@ from dmd2.errors import UserError
 from dmd2.lineage.plan import Plan
 from dmd2.report.table_schema import FLOOR
 from dmd2.report.tables import load_table, measured_entries
+from dmd2.report.targets import fills
 
 
 def download(name: str, entry: str, record: Path, mirror: str | None) -> None:
@@ -62,7 +63,12 @@ def _needed(workflow: Path, preset: str, over: Path | None) -> dict[str, list[st
 
 def _runs(plan: Plan, workflow: Path) -> list[Run]:
     """The runs in the tables of a preset, and those that initialise them (`init_run`)."""
-    tables = [load_table(path) for path in sorted((workflow / "tables").glob("*.yaml"))]
+    paths = sorted((workflow / "tables").glob("*.yaml"))
+    tables = [
+        table
+        for path in paths
+        if (table := load_table(path)).preset and fills(workflow, plan.preset.name, path.stem, table.preset)
+    ]
     models = [entry.partition("/")[0] for table in tables for entry in measured_entries(table, plan.preset.name)]
     names = [model for model in dict.fromkeys(models) if model not in ("teacher", FLOOR)]
     for name in names:  # grows by the parents while iterating

@@ -13,7 +13,7 @@ from dmd2.config import Preset, Run
 from dmd2.config.reading import parse
 from dmd2.datasets import ShardReader
 from dmd2.files import write_text
-from dmd2.report.sheets import by_class, compare_png, grid_png
+from dmd2.report.sheets import by_class, compare_png, grid_png, prompts_png
 
 ROWS, COLUMNS = 8, 10
 """Of a sheet: images per class, and classes."""
@@ -39,9 +39,11 @@ def _brightness(manifest: Path) -> float:
 
 
 def grid(manifest: Path, out: Path) -> None:
-    """Writes a sheet of the first samples of each class, or of the first samples if most classes have few."""
+    """Writes a sheet of the first samples of each class or prompt, or of the first samples if most classes have few."""
     images, labels = _first(manifest)
-    if _too_thin(labels):
+    if labels.dtype.kind == "U":
+        prompts_png({"samples": (images, labels)}, out, each=COLUMNS)
+    elif _too_thin(labels):
         compare_png({f"the first {ROWS * COLUMNS}, of classes in turn": images[: ROWS * COLUMNS]}, out, columns=COLUMNS)
     else:
         grid_png(images, labels, out, rows=ROWS)
@@ -51,6 +53,9 @@ def compare(sets: Mapping[str, Path], out: Path) -> None:
     """Writes sheets of several sets side by side with their titles."""
     panels, columns = {}, COLUMNS
     content = {title: _first(manifest) for title, manifest in sets.items()}
+    if any(labels.dtype.kind == "U" for _, labels in content.values()):
+        prompts_png(content, out)
+        return
     thin = any(_too_thin(labels) for _, labels in content.values())
     for title, (images, labels) in content.items():
         picked, classes = by_class(images, labels, columns=COLUMNS, rows=ROWS)
@@ -68,10 +73,11 @@ def _too_thin(labels: np.ndarray) -> bool:
 def _first(manifest: Path, num: int = 2000) -> tuple[np.ndarray, np.ndarray]:
     """The first samples, or evenly spaced ones if the first are of few classes because the set is sorted."""
     reader = ShardReader(manifest)
-    content = reader.read(range(min(len(reader), num)), ["image", "cls"])
-    if len(reader) > num and len(np.unique(content["cls"])) < COLUMNS:
-        content = reader.read(np.linspace(0, len(reader) - 1, ROWS * COLUMNS).astype(np.int64), ["image", "cls"])
-    return content["image"], content["cls"]
+    label = "cls" if "cls" in reader.fields else "txt"
+    content = reader.read(range(min(len(reader), num)), ["image", label])
+    if label == "cls" and len(reader) > num and len(np.unique(content[label])) < COLUMNS:
+        content = reader.read(np.linspace(0, len(reader) - 1, ROWS * COLUMNS).astype(np.int64), ["image", label])
+    return content["image"], np.asarray(content[label])
 
 
 def configuration(preset: str, runs: str, out: Path) -> None:

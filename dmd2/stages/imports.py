@@ -14,7 +14,7 @@ from dmd2.lineage.records import write_record
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Denoiser
 from dmd2.teachers import outline
-from dmd2.teachers.weights import read_network
+from dmd2.teachers.weights import read_network, weight_file
 from dmd2.training.checkpoint_store import save_weights
 
 GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"
@@ -52,11 +52,7 @@ def student(spec: Spec, generator: Path | None, networks: Path | None) -> None:
 
 def _identified(weights: WeightsFile) -> tuple[Path, str]:
     """The file to read and its SHA-256. Raises UserError if it is missing or its SHA-256 is not the configured one."""
-    source = Path(weights.path)
-    if source.is_dir():
-        source /= GENERATOR
-    if not source.is_file():
-        raise UserError(f"{source}: no such weight file; put it there or correct the configured path")
+    source = weight_file(Path(weights.path))
     check_sha256(source, weights.sha256)
     return source, weights.sha256 or sha256(source)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dmd2.config import Evaluation, Runtime
-from dmd2.config.protocols import describe
+from dmd2.config.protocols import PROTOCOLS, describe
 from dmd2.datasets import ShardReader, read_manifest
 from dmd2.files import atomic, check_sha256, sha256, write_json
 from dmd2.lineage.records import provenance, read_record, write_record
@@ -22,6 +22,7 @@ from dmd2.metrics import (
     Meter,
     Reference,
     Tally,
+    chosen,
     load_extractor,
     measure_blocks,
     read_published,
@@ -42,10 +43,11 @@ CHUNK = 2048
 """Samples per file of intermediate statistics in a streamed evaluation: the most work that a kill can lose."""
 
 
-def read_images(manifest: Path, digest: str) -> tuple[np.ndarray, np.ndarray]:
-    """All images (N, H, W, C) uint8 and classes (N,) of a set of shards."""
+def read_images(spec: Spec, manifest: Path) -> tuple[Images, Labels]:
+    """All images (N, H, W, C) uint8 and labels (N,), classes or captions, of the shards of a spec."""
+    digest, label = spec.upstream["shards"], spec.need("data").label_field
     content = ShardReader(manifest, digest).read(range(read_manifest(manifest, digest)["num_samples"]))
-    return content["image"], content["cls"]
+    return content["image"], content[label]
 
 
 def features(spec: Spec, images: Path | None, weights: Path) -> None:
@@ -59,7 +61,7 @@ def features(spec: Spec, images: Path | None, weights: Path) -> None:
         load_extractor(config, data, weights)
     else:
         assert images is not None  # the rule passes them for a trained extractor
-        pixels, labels = read_images(images, spec.upstream["shards"])
+        pixels, labels = read_images(spec, images)
         state, facts = train_classifier(pixels, labels, config, data)
         save_weights(weights, state)
     write_record(weights, spec, **{"kind": config.kind, **facts})
@@ -80,13 +82,28 @@ def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runt
         origin = f"{Path(file.path).name} {sha256(file.path)[:12]}"
         published = read_published(file.path, extractor.dim), origin
 
-    def read(ids: Sequence[int] | range | np.ndarray) -> tuple[Images, Labels]:
-        content = reader.read(ids, ["image", "cls"])
-        return content["image"], content["cls"]
+    data = spec.need("data")
+    evaluation = spec.evaluation or Evaluation()
+    asked = chosen(evaluation.measures, captions=data.captions is not None)
 
-    num, classes = len(reader), spec.need("data").num_classes
-    progress = Counter("reference", num)
-    found = Reference.build(read, num, extractor, classes, published=published, device=device, progress=progress)
+    def read(ids: Sequence[int] | range | np.ndarray) -> tuple[Images, Labels]:
+        content = reader.read(ids, ["image", data.label_field])
+        return content["image"], content[data.label_field]
+
+    num = len(reader)
+    found = Reference.build(
+        read,
+        num,
+        extractor,
+        data.num_classes,
+        with_patches="patch_fid" in asked,
+        bicubic=PROTOCOLS[evaluation.protocols[0]].bicubic,
+        published=published,
+        device=device,
+        progress=Counter("reference", num),
+    )
+    if "diversity" in asked:
+        found.check_classes()
     found.save(out)
     write_record(out, spec, num_samples=num, moments=found.origin)
 
@@ -102,6 +119,7 @@ class SampleSource(NamedTuple):
 
     samples: Path | None
     weights: Path | None
+    components: Path | None = None
 
 
 def metrics(
@@ -124,9 +142,9 @@ def metrics(
         meter = _meter(spec, real, extractor_weights, runtime, device)
         contents = [read_record(path)["sha256"] for path in (measured.weights, reference, extractor_weights)]
         shares = ResumableFiles(state, spec, contents, [_chunk_name(ids) for ids in _chunks(evaluation)])
-        found, facts = _of_stream(spec, measured.weights, meter, shares, runtime)
+        found, facts = _of_stream(spec, measured.weights, measured.components, meter, shares, runtime)
     else:
-        found = resample_floor(real, evaluation.num_samples, evaluation.num_blocks, evaluation.seed, device)
+        found = resample_floor(real, evaluation.num_samples, evaluation.num_blocks, evaluation.seed, device, evaluation)
         facts = {"nfe": None, "model": {"run": "data"}}
     if ranks.rank() > 0:
         return
@@ -147,30 +165,31 @@ def metrics(
 def _meter(spec: Spec, real: Reference, extractor: Path, runtime: Runtime, device: torch.device) -> Meter:
     evaluation = spec.need("evaluation")
     network = open_extractor(spec, extractor, runtime, device)
-    return Meter(real, network, evaluation.num_samples, evaluation.protocols, device=device)
+    size, protocols = evaluation.num_samples, evaluation.protocols
+    return Meter(real, network, size, protocols, device=device, evaluation=evaluation)
 
 
 def _of_stored(spec: Spec, manifest: Path, meter: Meter) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics of stored samples, read in batches, and facts about the model."""
     reader = ShardReader(manifest, spec.upstream["samples"])
     names = [field.removesuffix(".png") for field in fields_of(meter.protocols)]
-    progress = Counter(f"metrics {spec.name}", len(reader))
+    progress, label = Counter(f"metrics {spec.name}", len(reader)), spec.need("data").label_field
 
     def make(ids: range) -> tuple[list[Images], Labels]:
-        content = reader.read(ids, [*names, "cls"])
+        content = reader.read(ids, [*names, label])
         progress(len(ids))
-        return [content[name] for name in names], content["cls"]
+        return [content[name] for name in names], content[label]
 
     found = measure_blocks(meter, make, spec.need("evaluation").num_blocks)
     return found, read_manifest(manifest, spec.upstream["samples"])["facts"]
 
 
 def _of_stream(
-    spec: Spec, weights: Path, meter: Meter, shares: ResumableFiles, runtime: Runtime
+    spec: Spec, weights: Path, components: Path | None, meter: Meter, shares: ResumableFiles, runtime: Runtime
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics of a model's samples, which are generated, measured and discarded, and facts; empty on ranks > 0."""
     evaluation, sampler = spec.need("evaluation"), spec.need("sampler")
-    model = open_model(spec, weights, sampler, torch.device(meter.device))
+    model = open_model(spec, weights, sampler, torch.device(meter.device), components)
     make = maker(spec, model, sampler, runtime.sample_batch_size, shares.beat)
     chunks = _chunks(evaluation)
     progress = Counter(f"metrics {spec.name}", sum(map(len, chunks[ranks.rank() :: ranks.world_size()])))
@@ -184,7 +203,7 @@ def _of_stream(
     for block in range(evaluation.num_blocks):
         paths = [path for ids, path in zip(chunks, shares.paths, strict=True) if ids.start // size == block]
         blocks.append(meter.measures(reduce(Tally.merge, map(Tally.load, paths))))
-    return summary(blocks, size), model_facts(spec, sampler, read_record(weights))
+    return summary(blocks, size), model_facts(spec, model, sampler, read_record(weights))
 
 
 def _chunks(evaluation: Evaluation) -> list[range]:

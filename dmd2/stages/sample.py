@@ -14,9 +14,10 @@ from torch import Tensor
 from dmd2.config import Runtime, Sampler
 from dmd2.config.protocols import PROTOCOLS
 from dmd2.datasets import write_shards
+from dmd2.datasets.prompts import load_prompts
 from dmd2.lineage.spec import Spec
-from dmd2.method import sampling
-from dmd2.method.denoiser import Teacher, move
+from dmd2.method import sampling, schedulers
+from dmd2.method.denoiser import Cond, Teacher, move
 from dmd2.metrics.images import Images, Labels
 from dmd2.progress import Counter
 from dmd2.report.table_schema import TRAINING
@@ -30,9 +31,11 @@ APART_MINUTES = 24 * 60.0
 """Timeout of collective calls: ranks may be a shard apart, which takes a many-step teacher most of an hour."""
 
 
-def open_model(spec: Spec, weights: Path, sampler: Sampler, device: torch.device) -> Teacher:
+def open_model(
+    spec: Spec, weights: Path, sampler: Sampler, device: torch.device, components: Path | None = None
+) -> Teacher:
     """Loads an entry's model on `device`, with the sampler's precision."""
-    model = open_teacher(spec, weights, upstream="model").to(device)
+    model = open_teacher(spec, weights, upstream="model", components=components).to(device)
     model.denoiser.precision = sampler.precision
     return model
 
@@ -40,20 +43,40 @@ def open_model(spec: Spec, weights: Path, sampler: Sampler, device: torch.device
 def sample_x0(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler: Sampler, seed: int) -> Tensor:
     """Generates the samples `ids`: float32 (len(ids), ...) on the CPU.
 
-    A sample depends on the model, `seed` and its id, not on its batch. Sample i has class i modulo the number of
-    classes.
+    A sample depends on the model, `seed` and its id, not on its batch. Sample i has class (or prompt) i modulo the
+    number of classes (prompts).
     """
     device = teacher.grid.sigmas.device
     noise = SampleNoise(seed, list(ids), teacher.sample_shape, device)
-    cond = move(teacher.conditioner.encode(labels_of(spec, ids).tolist()), device)
+    cond = teacher.conditioner.embed(move(teacher.conditioner.tokenize(labels_of(spec, ids).tolist()), device))
     if sampler.kind == "few_step":
-        sigmas = teacher.grid.student_steps(spec.need("train").num_steps)
-        return sampling.few_step(teacher.denoiser, cond, sigmas, teacher.grid.init_scale, noise).cpu()
+        train = spec.need("train")
+        steps = teacher.grid.student_steps(train.num_steps, train.student_levels)
+        return sampling.few_step(teacher.denoiser, cond, steps, noise).cpu()
+    return from_teacher(spec, teacher, cond, noise, sampler).cpu()
+
+
+def from_teacher(spec: Spec, teacher: Teacher, cond: Cond, noise: SampleNoise, sampler: Sampler) -> Tensor:
+    """Samples of the teacher for conditions of B samples: x0 float32 (B, ...) on its device."""
+    assert sampler.num_steps is not None  # checked in the configuration
+    scale = sampler.guidance_scale or 1.0
+    null = teacher.conditioner.null(cond) if scale != 1 else None
+    if sampler.kind == "diffusers":
+        scheduler = scheduler_of(sampler, teacher)
+        guidance: dict[str, Any] = {"null": null, "guidance_scale": scale, "rngs": noise.rngs}
+        return schedulers.sample_with(scheduler, teacher.denoiser, teacher.grid, cond, noise(), **guidance)
     high = float("inf") if sampler.s_max is None else sampler.s_max
     churn = sampling.Churn(sampler.s_churn, sampler.s_min, high, sampler.s_noise)
+    settings: dict[str, Any] = {"rho": spec.need("teacher").rho, "churn": churn, "null": null, "guidance_scale": scale}
+    return sampling.heun(teacher.denoiser, cond, teacher.grid, sampler.num_steps, noise, **settings)
+
+
+def scheduler_of(sampler: Sampler, teacher: Teacher) -> Any:
+    """A scheduler of diffusers as configured, for the teacher's noise levels."""
+    assert sampler.scheduler is not None  # checked in the configuration
     assert sampler.num_steps is not None
-    rho = spec.need("teacher").rho
-    return sampling.heun(teacher.denoiser, cond, teacher.grid, sampler.num_steps, noise, rho=rho, churn=churn).cpu()
+    betas = schedulers.grid_betas(teacher.grid)
+    return schedulers.make_scheduler(sampler.scheduler, sampler.num_steps, betas, sampler.options)
 
 
 def sample_images(
@@ -83,8 +106,11 @@ def maker(
 
 
 def labels_of(spec: Spec, ids: Sequence[int] | range) -> Labels:
-    """The classes of the samples `ids`: id modulo the number of classes."""
-    return np.asarray(ids, dtype=np.int64) % spec.need("data").num_classes
+    """The classes or prompts of the samples `ids`: number id modulo the number of classes or prompts."""
+    if (prompts := spec.need("evaluation").prompts) is None:
+        return np.asarray(ids, dtype=np.int64) % spec.need("data").classes
+    listed = load_prompts(prompts)
+    return np.asarray([listed[i % len(listed)] for i in ids])
 
 
 def fields_of(protocols: Sequence[str]) -> list[str]:
@@ -92,23 +118,28 @@ def fields_of(protocols: Sequence[str]) -> list[str]:
     return ["image.png", *(f"image_{name}.png" for name in protocols[1:])]
 
 
-def num_passes(spec: Spec, sampler: Sampler) -> int:
-    """Network passes per sample: 2n - 1 for n Heun steps, one per step of a student."""
-    return spec.need("train").num_steps if sampler.num_steps is None else 2 * sampler.num_steps - 1
+def num_passes(spec: Spec, teacher: Teacher, sampler: Sampler) -> int:
+    """Network passes per sample: one per step of a student, 2n - 1 for n Heun steps; guidance doubles them."""
+    if sampler.num_steps is None:
+        return int(spec.need("train").num_steps)
+    scale = sampler.guidance_scale or 1.0
+    if sampler.kind == "diffusers":
+        return schedulers.num_passes(scheduler_of(sampler, teacher), scale)
+    return (2 * sampler.num_steps - 1) * (1 if scale == 1 else 2)
 
 
-def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
+def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime, components: Path | None = None) -> None:
     """Writes images of a teacher or student as shards; each rank writes its share."""
     evaluation, sampler = spec.need("evaluation"), spec.need("sampler")
     device = ranks.device_of(runtime.device)
-    model = open_model(spec, weights, sampler, device)
+    model = open_model(spec, weights, sampler, device, components)
     total = evaluation.num_shown if evaluation.streamed else evaluation.num_samples * evaluation.num_blocks
     fields = fields_of(evaluation.protocols)
 
     def make(ids: range) -> dict[str, Any]:
         images = sample_images(spec, model, ids, sampler, evaluation.seed)
         return {field: list(pixels) for field, pixels in zip(fields, images, strict=True)} | {
-            "cls": labels_of(spec, ids)
+            spec.need("data").label_field: labels_of(spec, ids)
         }
 
     record = checked_record(weights, spec.upstream["model"])
@@ -125,11 +156,11 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime) -> None:
             world=ranks.world_size(),
             barrier=ranks.barrier,
             progress=Counter(f"sampling {spec.name}", total),
-            facts=model_facts(spec, sampler, record),
+            facts=model_facts(spec, model, sampler, record),
         )
 
 
-def model_facts(spec: Spec, sampler: Sampler, record: dict[str, Any]) -> dict[str, Any]:
+def model_facts(spec: Spec, teacher: Teacher, sampler: Sampler, record: dict[str, Any]) -> dict[str, Any]:
     """Facts for tables: the model of a set of samples, and the number of network passes per sample (nfe)."""
     counts = ("run", "iterations", "generator_updates", "checkpoint_step", "selection", "seed")
     selection = {"selection": "last"} if "checkpoint_step" in record else {}
@@ -140,4 +171,4 @@ def model_facts(spec: Spec, sampler: Sampler, record: dict[str, Any]) -> dict[st
         "sha256": record["sha256"],
         "digest": record["provenance"]["digest"],
     }
-    return {"nfe": num_passes(spec, sampler), "model": model}
+    return {"nfe": num_passes(spec, teacher, sampler), "model": model}

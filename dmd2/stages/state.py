@@ -72,8 +72,9 @@ def check_students_room(run: Distillation, state: Path, out: Path, runtime: Runt
     """Raises UserError if checkpoints, snapshots and results of a student do not fit on their disks."""
     networks = [run.generator, run.critic]
     checkpoint = checkpoint_bytes(networks, run.generator if run.train.ema_decay else None)
-    snapshots = run.train.num_snapshots * weights_bytes(run.generator)
-    results = weights_bytes(run.generator) + sum(map(weights_bytes, networks))
+    whole = max(map(weights_bytes, (run.generator, run.critic.fake)))  # adapters are exported as whole networks
+    snapshots = run.train.num_snapshots * whole
+    results = whole + sum(map(weights_bytes, networks))
     check_room({state: _more(state, checkpoint, runtime, snapshots), out: results + snapshots})
 
 

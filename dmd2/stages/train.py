@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dmd2.config import Runtime, Train
 from dmd2.datasets.shards import content_id, read_manifest
@@ -18,14 +20,15 @@ from dmd2.errors import UserError
 from dmd2.files import atomic, write_json, write_text
 from dmd2.lineage.records import write_record
 from dmd2.lineage.spec import Spec
-from dmd2.method.denoiser import Denoiser
-from dmd2.method.distillation import Distance, Distillation
+from dmd2.method.denoiser import Denoiser, Teacher
+from dmd2.method.distillation import Distillation
+from dmd2.method.inputs import Distance, Networks
 from dmd2.method.teacher_fit import TeacherFit
 from dmd2.metrics.perceptual import load_lpips
 from dmd2.report.table_schema import TRAINING
 from dmd2.stages import imports
-from dmd2.stages.batches import data_batches, pair_batches
-from dmd2.stages.open_weights import open_teacher, open_weights
+from dmd2.stages.batches import data_batches, pair_batches, prompt_batches
+from dmd2.stages.open_weights import components_folder, open_teacher, open_weights
 from dmd2.stages.state import check_students_room, check_teachers_room, checksums, state_store
 from dmd2.teachers import load_teacher
 from dmd2.training import ranks, sharding
@@ -46,7 +49,13 @@ def _group(device: torch.device, runtime: Runtime) -> AbstractContextManager[Non
 
 
 def teacher(
-    spec: Spec, latents: Path | None, state_root: Path, weights: Path, train_log: Path, runtime: Runtime
+    spec: Spec,
+    latents: Path | None,
+    state_root: Path,
+    weights: Path,
+    train_log: Path,
+    runtime: Runtime,
+    components: Path | None = None,
 ) -> None:
     """Writes the teacher's weights: trained here, in closed form, or from the user's file."""
     config, device = spec.need("teacher"), ranks.device_of(runtime.device)
@@ -54,7 +63,9 @@ def teacher(
         imports.teacher(spec, weights)
         write_text(train_log, "")
         return
-    initial = load_teacher(config, spec.need("data"), seed=config.training.seed if config.training else 0)
+    folder = None if components is None else components_folder(components, spec.upstream["components"])
+    seed = config.training.seed if config.training else 0
+    initial = load_teacher(config, spec.need("data"), seed=seed, components=folder)
     if config.training is None:
         save_weights(weights, initial.denoiser.state_dict())
         write_text(train_log, "")
@@ -110,10 +121,12 @@ def train(
     state_root: Path,
     out: TrainOutputs,
     runtime: Runtime,
+    components: Path | None = None,
 ) -> None:
     """Trains a student; writes generator, networks (to initialise other runs), snapshots with manifest, and the log."""
     config, device = spec.need("train"), ranks.device_of(runtime.device)
-    frozen, distance = open_teacher(spec, teacher_weights), _regression_distance(config, device)
+    frozen, adapted = adapted_networks(open_teacher(spec, teacher_weights, components=components), config)
+    distance = _regression_distance(config, device)
     read = checksums(spec, teacher_weights, latents, pairs, start)
     with state_store(state_root, spec, runtime, read) as store:
         with _group(device, runtime):
@@ -122,6 +135,8 @@ def train(
                 config,
                 data=data_batches(spec, latents, frozen, config.batch_size, config.seed, device),
                 pairs=pair_batches(spec, pairs, config.batch_size, config.seed, device) if pairs is not None else None,
+                prompts=prompt_batches(spec, frozen, config.batch_size, config.seed, device),
+                networks=adapted,
                 regression_distance=distance,
                 start=open_weights(start, spec.upstream["start"]) if start is not None else None,
                 micro_batch_size=runtime.micro_batch_size,
@@ -151,6 +166,33 @@ def train(
             save_weights(out.generator, generator)
             write_record(out.generator, spec, **facts)
             store.clear()
+
+
+def adapted_networks(frozen: Teacher, config: Train) -> tuple[Teacher, Networks | None]:
+    """The teacher and the networks of a run that trains adapters; all share the frozen weights. None: a full run.
+
+    Raises UserError for a teacher whose network takes no adapters.
+    """
+    wanted = {"student": config.generator_lora, "critic": config.critic_lora}
+    adapters = {role: lora for role, lora in wanted.items() if lora is not None}
+    if not adapters:
+        return frozen, None
+    from dmd2.teachers.diffusers_unet import DiffusersDenoiser
+    from dmd2.teachers.lora import Role, merged_with, roles
+
+    network = frozen.denoiser
+    if not isinstance(network, DiffusersDenoiser):
+        raise UserError("generator_lora and critic_lora need a teacher of kind diffusers; remove them")
+    full = frozen.copy_network() if len(adapters) == 1 else None
+    found: dict[str, Denoiser] = dict(roles(network, adapters, seed=config.seed))
+    generator, fake = found.get("student", full), found.get("critic", full)
+    assert generator is not None
+    assert fake is not None
+
+    def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return merged_with(generator, weights) if isinstance(generator, Role) else dict(weights)
+
+    return dataclasses.replace(frozen, denoiser=found["teacher"]), Networks(generator, fake, merged)
 
 
 def _prepare(runtime: Runtime, *networks: Denoiser) -> None:
@@ -188,7 +230,7 @@ def _alarm(row: dict[str, float]) -> str | None:
     if row.get("num_nonfinite", 0.0) > 0:
         return "the matching gradient has non-finite values, which are replaced by 0: the teacher may be damaged"
     ratio = row.get("neighbour_ratio")
-    if ratio is None or ratio >= COLLAPSE:
+    if ratio is None or ratio >= COLLAPSE or "brightness" not in row:  # the threshold is of pixels
         return None
     return f"generated images are nearly equal (neighbour ratio {ratio:.3f}): the generator may have collapsed"
 

@@ -74,7 +74,7 @@ class EDMDenoiser(Denoiser):
 def build_denoiser(teacher: config.TeacherConfig, data: config.Data) -> EDMDenoiser:
     """The configured denoiser with uninitialised weights; supports `torch.device("meta")`."""
     shape = (data.channels, data.resolution, data.resolution)
-    unet = NETWORKS[teacher.network.arch](teacher.network, data.resolution, data.channels, data.num_classes)
+    unet = NETWORKS[teacher.network.arch](teacher.network, data.resolution, data.channels, data.classes)
     return EDMDenoiser(unet, shape, teacher.sigma_data)
 
 

@@ -153,9 +153,9 @@ def load_mixture(teacher: config.TeacherConfig, data: config.Data, weights: Path
     """The teacher of a fixed mixture on samples of the data's shape: two modes per class with constant means."""
     shape = (data.channels, data.resolution, data.resolution)
     places = torch.rand(
-        data.num_classes, len(MODE_WEIGHTS), math.prod(shape), generator=torch.Generator().manual_seed(0), device="cpu"
+        data.classes, len(MODE_WEIGHTS), math.prod(shape), generator=torch.Generator().manual_seed(0), device="cpu"
     )
-    weight = torch.tensor(MODE_WEIGHTS, device="cpu").expand(data.num_classes, -1).clone()
+    weight = torch.tensor(MODE_WEIGHTS, device="cpu").expand(data.classes, -1).clone()
     mixture = GaussianMixture(1.4 * places - 0.7, torch.full_like(weight, MODE_STD), weight)
     grid = NoiseGrid.karras(teacher.num_levels, teacher.sigma_min, teacher.sigma_max, teacher.rho)
     built = mixture_teacher(mixture, shape, grid=grid, sigma_data=teacher.sigma_data, levels=data.levels, seed=seed)

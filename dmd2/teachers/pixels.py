@@ -26,6 +26,8 @@ class PixelCodec:
     2 k / (L - 1) - 1 in x0, float32 (B, C, H, W). Raises ValueError unless 2 <= L <= 256.
     """
 
+    min_psnr: float | None = None
+
     def __init__(self, levels: int, channels: int):
         if not 2 <= levels <= 256:
             raise ValueError(f"levels {levels} must be in 2..256")
@@ -35,7 +37,11 @@ class PixelCodec:
         self._level = np.full(256, OFF_GRID, np.uint8)
         self._level[self._grey] = np.arange(levels)
 
-    def encode(self, images: np.ndarray) -> np.ndarray:
+    def to(self, device: torch.device | str) -> PixelCodec:
+        """Itself: it has no network."""
+        return self
+
+    def encode(self, images: np.ndarray, ids: Sequence[int] | range = ()) -> np.ndarray:
         """uint8 images (B, H, W, C) -> levels (B, C, H, W). Raises UserError for a value that is not a level."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != self.channels:
             raise UserError(
@@ -80,8 +86,12 @@ class ClassConditioner:
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
 
-    def encode(self, labels: Sequence[Any]) -> Cond:
-        """The conditions of integer labels. Raises UserError for one outside [0, num_classes)."""
+    def to(self, device: torch.device | str) -> ClassConditioner:
+        """Itself: it has no network."""
+        return self
+
+    def tokenize(self, labels: Sequence[Any]) -> Cond:
+        """The tokens of integer labels. Raises UserError for one outside [0, num_classes)."""
         label = torch.as_tensor(np.asarray(labels, dtype=np.int64))
         if len(label) and not 0 <= int(label.min()) <= int(label.max()) < self.num_classes:
             raise UserError(
@@ -90,15 +100,19 @@ class ClassConditioner:
             )
         return {"label": label}
 
+    def embed(self, tokens: Cond) -> Cond:
+        """The tokens: the network embeds them itself."""
+        return tokens
+
     def draw(self, num: int, rng: torch.Generator) -> Cond:
         """`num` uniform random labels, on the generator's device."""
         return {"label": torch.randint(self.num_classes, (num,), generator=rng, device=rng.device)}
 
-    def null(self, num: int) -> Cond | None:
+    def null(self, cond: Cond) -> Cond | None:
         """None: EDM's class-conditional networks have no unconditional input."""
         return None
 
 
 def pixel_space(data: Data) -> tuple[PixelCodec, ClassConditioner]:
     """The codec and conditioner of a class-conditional teacher in pixel space."""
-    return PixelCodec(data.levels, data.channels), ClassConditioner(data.num_classes)
+    return PixelCodec(data.levels, data.channels), ClassConditioner(data.classes)

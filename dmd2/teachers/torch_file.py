@@ -25,8 +25,7 @@ ZIP = b"PK\x03\x04"
 def read_torch_file(path: Path | str) -> dict[str, Tensor]:
     """The tensors of a state dict by name, on the CPU; large files are mapped and not read.
 
-    A prefix `module.` that all names share, which data-parallel wrappers leave, is dropped. Raises UserError naming the
-    file, and the blocked global if there is one.
+    Raises UserError naming the file, and the blocked global if there is one.
     """
     path = Path(path)
     with reading(path, "a state dict of torch.save"):
@@ -77,6 +76,4 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
             raise UserError(
                 f"entry {str(name)[:100]!r} is {type(value).__name__}, not a tensor; name the file of a state dict"
             )
-    if all(name.startswith("module.") for name in content):
-        return {name.removeprefix("module."): value for name, value in content.items()}
     return dict(content)

@@ -11,10 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dmd2.errors import UserError
+from dmd2.files import read_json
 from dmd2.teachers.safe_pickle import read_edm_pickle
 from dmd2.teachers.torch_file import read_torch_file
 
 SHOWN = 3  # names in an error
+WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes of data-parallel wrappers and of torch.compile."""
+SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+"""Names of the one weight file in a folder: accelerate and transformers, diffusers, older ones."""
+INDEX = ".safetensors.index.json"
 READERS = {".pkl": read_edm_pickle, ".bin": read_torch_file, ".pt": read_torch_file, ".pth": read_torch_file}
 
 
@@ -32,19 +38,77 @@ def load_weights(module: nn.Module, path: Path | str) -> None:
 def read_weights(path: Path | str) -> dict[str, Tensor]:
     """Reads a state dict from `.safetensors`, torch's `.bin`, `.pt` or `.pth`, or EDM's `.pkl`.
 
-    Nothing in the file is executed. Raises UserError naming the file if it cannot be read.
+    A folder is read as accelerate and transformers write one: `model.safetensors`, or the shards that an
+    `*.safetensors.index.json` lists, which may also be named itself. Prefixes that wrappers leave on all names
+    (`module.`, `_orig_mod.`) are dropped. Nothing in the file is executed. Raises UserError naming the file if it
+    cannot be read.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such weight file; put it there or correct the configured path")
+    path = weight_file(Path(path))
+    if path.name.endswith(INDEX):
+        return without_wrappers(_read_shards(path))
     if path.suffix in READERS:
-        return READERS[path.suffix](path)
+        _refuse_text(path)
+        return without_wrappers(READERS[path.suffix](path))
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: unknown kind of weight file; use .safetensors, torch's .bin, or EDM's .pkl")
+    return without_wrappers(_read_safetensors(path))
+
+
+def weight_file(path: Path) -> Path:
+    """The file to read of a path: itself, or that of a folder. Raises UserError if there is none."""
+    if path.is_dir():
+        found = [path / name for name in SINGLE if (path / name).is_file()] or sorted(path.glob(f"*{INDEX}"))
+        if not found:
+            raise UserError(f"{path}: no {', '.join(SINGLE)} or *{INDEX} in this folder; name the weight file itself")
+        return found[0]
+    if not path.is_file():
+        raise UserError(f"{path}: no such weight file; put it there or correct the configured path")
+    return path
+
+
+def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the prefixes of wrappers that all names share: `module.`, `_orig_mod.`, or both."""
+    found = dict(state)
+    while prefix := next((p for p in WRAPPERS if found and all(name.startswith(p) for name in found)), None):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    _refuse_text(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); fetch or export it again") from None
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all shards that an index lists. Raises UserError if one is missing or has not what it should."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"{index}: no `weight_map`; fetch it again")
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(map(str, listed.values()))):
+        if Path(name).name != name:
+            raise UserError(f"{index}: the shard {name!r} is not in the index's folder; fetch it again")
+        state |= _read_safetensors(weight_file(index.with_name(name)))
+    if missing := sorted(listed.keys() - state.keys()):
+        raise UserError(f"{index}: {_few('tensors that are in no shard', missing)}; fetch the shards again")
+    return state
+
+
+def _refuse_text(path: Path) -> None:
+    """Raises UserError for what a failed download leaves in place of weights: a web page, or a pointer of Git LFS."""
+    with path.open("rb") as file:
+        start = file.read(512).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path}: a pointer of Git LFS, not the weights; run `git lfs pull`, or download the file itself"
+        )
+    if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise UserError(
+            f"{path}: a web page, not weights: the download was refused or redirected; fetch the file itself"
+        )
 
 
 def read_network(path: Path | str, expected: Mapping[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:

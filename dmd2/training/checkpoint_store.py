@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmd2.errors import UserError
-from dmd2.files import atomic, read_json, write_json
+from dmd2.files import atomic, read_json, take_lock, write_json
 from dmd2.training import checkpoint_format, ranks
 from dmd2.training.background import Background
 from dmd2.training.checkpoint_format import (
@@ -84,7 +84,7 @@ class CheckpointStore:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            take_lock(self._lock)
         except Timeout:
             raise UserError(f"{self.folder}: in use by {self._owner()}; wait for it or stop it") from None
         me = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID"), "since": _now()}

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 GRACE_S = 30.0
 """Seconds between the end of the first failed process and SIGKILL to those still running."""
 POLL_S = 0.02
@@ -87,7 +87,8 @@ class Workers:
         self._first = nodes.this * num
         self._signals: list[int] = []
         for signum in FORWARDED:
-            signal.signal(signum, self._note)
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # ignored under nohup
+                signal.signal(signum, self._note)
         self._processes = [_start(command, environment(nodes, num, local)) for local in range(num)]
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

@@ -37,15 +37,19 @@ class Trainee(Protocol):
 
 
 class StopSignals:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 are recorded in `received`; a second SIGINT ends the process."""
+    """A context in which stop signals are recorded in `received`; a second SIGINT ends the process.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    A SIGHUP (a closed terminal) is one, unless it is ignored, as under nohup.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received: int | None = None
 
     def __enter__(self) -> Self:
-        self._old = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        heeded = [s for s in self.SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+        self._old = {s: signal.signal(s, self._note) for s in heeded}
         return self
 
     def __exit__(

@@ -37,9 +37,9 @@ class SampleNoise:
     """
 
     def __init__(self, seed: int, ids: range | list[int], shape: tuple[int, ...], device: torch.device | str = "cpu"):
-        self._rngs = [step_rng(seed, i) for i in ids]
+        self.rngs = [step_rng(seed, i) for i in ids]
         self._shape = shape
         self._device = device
 
     def __call__(self) -> Tensor:
-        return torch.stack([normal(self._shape, rng) for rng in self._rngs]).to(self._device)
+        return torch.stack([normal(self._shape, rng) for rng in self.rngs]).to(self._device)

@@ -142,8 +142,8 @@ def test_contradictory_or_impossible_training_key_is_refused(keys: dict[str, Any
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"samplers": {"ode": {"num_steps": None}}}, "samplers.ode: `num_steps` belongs to kind heun"),
-        ({"samplers": {"student": {"num_steps": 4}}}, "samplers.student: `num_steps` belongs to kind heun"),
+        ({"samplers": {"ode": {"num_steps": None}}}, "samplers.ode: `num_steps` belongs to a teacher"),
+        ({"samplers": {"student": {"num_steps": 4}}}, "samplers.student: `num_steps` belongs to a teacher"),
         ({"samplers": {"student": {"s_churn": 4}}}, "samplers.student: `s_churn`.* belong to kind heun"),
         ({"samplers": {"sde": {"s_max": 0.01}}}, "s_max 0.01 is below s_min 0.05"),
         ({"pairs": {"sampler": "odee"}}, "pairs.sampler: no sampler 'odee'; known: ode, sde, student"),

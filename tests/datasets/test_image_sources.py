@@ -7,6 +7,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,8 +133,8 @@ def test_ids_do_not_depend_on_the_order_in_which_the_disk_lists_files(
     walk, listed = os.walk, {}
     for backwards in (False, True):
 
-        def ordered(top: Path, backwards: bool = backwards):
-            return [(folder, names, sorted(files, reverse=backwards)) for folder, names, files in walk(top)]
+        def ordered(top: Path, backwards: bool = backwards, **options: Any):
+            return [(folder, names, sorted(files, reverse=backwards)) for folder, names, files in walk(top, **options)]
 
         monkeypatch.setattr(os, "walk", ordered)
         source = open_source(data_of("image_folder", tree))

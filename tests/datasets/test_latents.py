@@ -22,10 +22,10 @@ from dmd2.training.rng import SampleNoise
 class Levels:
     """The 17 levels of the digits as bytes; `shift` spoils the way back by so many grey levels."""
 
-    def __init__(self, shift: int = 0):
-        self.shift = shift
+    def __init__(self, shift: int = 0, min_psnr: float | None = None):
+        self.shift, self.min_psnr = shift, min_psnr
 
-    def encode(self, images: np.ndarray) -> np.ndarray:
+    def encode(self, images: np.ndarray, ids: range) -> np.ndarray:
         return np.round(images * (16 / 255)).astype(np.uint8).transpose(0, 3, 1, 2)
 
     def load(self, stored: np.ndarray) -> Tensor:
@@ -39,12 +39,12 @@ class Levels:
 class Classes:
     """Conditions by two names, one of them a vector, as a text encoder gives."""
 
-    def encode(self, labels: Sequence[Any]) -> dict[str, Tensor]:
+    def tokenize(self, labels: Sequence[Any]) -> dict[str, Tensor]:
         label = torch.tensor(labels)
         return {"label": label, "onehot": torch.nn.functional.one_hot(label, 10).half()}
 
     def draw(self, num: int, rng: torch.Generator) -> dict[str, Tensor]:
-        return self.encode(torch.randint(10, (num,), generator=rng).tolist())
+        return self.tokenize(torch.randint(10, (num,), generator=rng).tolist())
 
     def null(self, num: int) -> None:
         return None
@@ -99,10 +99,10 @@ def test_a_codec_that_does_not_come_back_is_refused_above_the_limit(
     images: tuple[Path, Spec], latents_spec: Spec, tmp_path: Path
 ) -> None:
     manifest = tmp_path / "latents" / "manifest.json"
-    with pytest.raises(UserError, match=r"reconstructs samples 0 to 63 .* more than 0.0; check that the"):
+    with pytest.raises(UserError, match=r"reconstructs samples 0 to 63 .* they must be equal; check that the"):
         write_latents(images[0], manifest, Levels(shift=3), Classes(), latents_spec)
     assert list(manifest.parent.iterdir()) == []
-    write_latents(images[0], manifest, Levels(shift=3), Classes(), latents_spec, max_decode_error=3.0)
+    write_latents(images[0], manifest, Levels(shift=3, min_psnr=30), Classes(), latents_spec)
     facts = read_manifest(manifest)["shards"][0]["facts"]
     assert facts["decode_error_max"] == 3.0
     assert 0 < facts["decode_error_mean"] <= 3.0

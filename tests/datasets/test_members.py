@@ -30,6 +30,17 @@ def test_arrays_come_back_with_their_dtype_shape_and_values(value: np.ndarray) -
     np.testing.assert_array_equal(back, value)
 
 
+@pytest.mark.parametrize("text", ["", "a red fox", "naïve “café”", "two\nlines", "x" * 10_000])
+def test_captions_come_back_as_they_were_and_together_as_texts(text: str) -> None:
+    value = np.asarray(text)
+    layout = members.layout_of(value)
+    assert layout == {"dtype": "text", "shape": []}
+    data = members.encode("txt", value)
+    assert data == text.encode()
+    assert members.decode("txt", data, layout).item() == text
+    assert members.stack("txt", [data, b"other"], layout).tolist() == [text, "other"]
+
+
 @pytest.mark.parametrize("kind", ["png", "webp"])
 @pytest.mark.parametrize("channels", [1, 3])
 @settings(max_examples=20, deadline=None)
@@ -58,6 +69,10 @@ def test_transposed_values_come_back_in_their_own_order() -> None:
         ("image.png", np.zeros((4, 4), np.uint8), "shape"),
         ("image.webp", np.zeros((4, 4, 3), np.float32), "uint8"),
         ("cls", np.zeros(2, np.int64), "one int64"),
+        ("cls", np.asarray("a fox"), "not numbers"),
+        ("txt", np.asarray(3), "one text"),
+        ("txt", np.asarray(["a", "b"]), "one text"),
+        ("txt", np.asarray("\ud800"), "surrogates not allowed"),
     ],
 )
 def test_values_that_cannot_be_stored_are_refused_with_the_rule(field: str, value: np.ndarray, reason: str) -> None:

@@ -188,6 +188,22 @@ def test_what_is_left_out_is_listed_by_name_and_reason(spoilt: Data, tmp_path: P
     assert all("not a readable image" in item["reason"] for item in listed)
 
 
+@pytest.mark.parametrize(("min_side", "kept"), [(None, 15), (6, 15), (7, 0)])
+def test_images_with_too_short_a_side_are_left_out_as_unreadable(
+    min_side: int | None, kept: int, spoilt: Data, tmp_path: Path
+) -> None:
+    """The images are 6x9 pixels."""
+    source = open_source(spoilt.model_copy(update={"min_side": min_side}))
+    reasons = []
+    for number in range(20):
+        try:
+            source[number]
+        except Unreadable as reason:
+            reasons.append(str(reason))
+    assert 20 - len(reasons) == kept
+    assert ("9x6 pixels, data.min_side is 7" in reasons) == (min_side == 7)
+
+
 def test_over_the_limit_the_writing_fails_with_count_and_names_and_a_higher_limit_goes_on(
     spoilt: Data, tmp_path: Path
 ) -> None:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from sklearn.datasets import load_digits
 
-from dmd2.config import Data
-from dmd2.datasets.sources import SOURCES, open_source
+from dmd2.config import Captions, Data
+from dmd2.datasets.sources import CAPTIONED, SOURCES, open_source
 from dmd2.datasets.sources.arrays import Cifar10, Digits
 from dmd2.errors import UserError
 
@@ -43,14 +43,25 @@ def test_digits_refuse_a_configuration_that_is_not_theirs(key: str, value: int, 
 
 def test_sources_open_by_their_names_and_others_are_refused(digits: Data) -> None:
     assert set(SOURCES) == {"digits", "cifar10", "image_folder", "image_zip", "imagenet_tar", "webdataset"}
+    assert set(CAPTIONED) == {"digit_pairs", "image_folder", "webdataset", "parquet", "coco", "coco10k"}
     assert isinstance(open_source(digits), Digits)
-    with pytest.raises(UserError, match=r"data.source is 'digit'; known: cifar10, digits, image_folder"):
+    with pytest.raises(UserError, match=r"data.source is 'digit'; known with classes: cifar10, digits, image_folder"):
         open_source(digits.model_copy(update={"source": "digit"}))
+    with pytest.raises(UserError, match=r"data.source is 'digits'; known with captions: coco, coco10k, digit_pairs"):
+        open_source(Data(source="digits", resolution=8, captions=Captions()))
 
 
-@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"digits"}))
-def test_a_source_that_reads_something_says_what_when_it_is_not_set_or_not_there(name: str, tmp_path: Path) -> None:
-    sizes = {"resolution": 32, "num_classes": 10}
+READING = [
+    *((name, "num_classes") for name in sorted(set(SOURCES) - {"digits"})),
+    *((name, "captions") for name in sorted(set(CAPTIONED) - {"digit_pairs"})),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), READING)
+def test_a_source_that_reads_something_says_what_when_it_is_not_set_or_not_there(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    sizes = {"resolution": 32, kind: 10 if kind == "num_classes" else Captions()}
     with pytest.raises(UserError, match=rf"data.path is not set, but source {name} reads one; set it to "):
         open_source(Data(source=name, **sizes))
     with pytest.raises(UserError, match=r"data.path: .*gone.* does not exist; (put .* there|correct)"):

@@ -140,20 +140,20 @@ def test_ranks_go_on_from_machine_to_machine():
 @pytest.mark.parametrize(
     ("gpus", "env", "wanted"),
     [
-        ("0", {}, ["python -m dmd2.commands.preloaded train --spec {a b}"]),
-        ("0", {"SLURM_JOB_ID": "5"}, ["python -m dmd2 train --spec {a b}"]),
-        ("0", {"DMD2_NODES": "4", "DMD2_NODE": "2"}, ["python -m dmd2 train --spec {a b}"]),
-        ("1", {}, ["python -m dmd2 train --spec {a b}"]),
-        ("2", {}, ["python -m dmd2.training.launcher 2 train --spec {a b}"]),
+        ("0", {}, ["python -P -m dmd2.commands.preloaded train --spec {a b}"]),
+        ("0", {"SLURM_JOB_ID": "5"}, ["python -P -m dmd2 train --spec {a b}"]),
+        ("0", {"DMD2_NODES": "4", "DMD2_NODE": "2"}, ["python -P -m dmd2 train --spec {a b}"]),
+        ("1", {}, ["python -P -m dmd2 train --spec {a b}"]),
+        ("2", {}, ["python -P -m dmd2.training.launcher 2 train --spec {a b}"]),
         (
             "8",
             {"DMD2_NODES": "4", "SLURM_JOB_ID": "5", "DMD2_CPUS": "64"},
             [
                 "srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=1 "
-                "--cpus-per-task=64 python -m dmd2.training.launcher 8 train --spec {a b}"
+                "--cpus-per-task=64 python -P -m dmd2.training.launcher 8 train --spec {a b}"
             ],
         ),
-        ("1", {"DMD2_NODES": "4", "DMD2_NODE": "2"}, ["python -m dmd2.training.launcher 1 train --spec {a b}"]),
+        ("1", {"DMD2_NODES": "4", "DMD2_NODE": "2"}, ["python -P -m dmd2.training.launcher 1 train --spec {a b}"]),
     ],
 )
 def test_launch_script_starts_what_the_job_asks_for(gpus: str, env: dict[str, str], wanted: list[str], tmp_path: Path):

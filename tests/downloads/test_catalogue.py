@@ -42,7 +42,7 @@ def runs_of(plan: Plan) -> list[Any]:
 def test_every_listed_file_can_be_fetched_or_says_how_to_get_it() -> None:
     assert len(CATALOGUE) >= 11
     for name, item in CATALOGUE.items():
-        assert (item.url is None) == (item.how is not None), name
+        assert (item.url is None and item.hub is None) == (item.how is not None), name
         assert all(url.startswith("https://") for url in [item.page, *item.urls(name)])
 
 

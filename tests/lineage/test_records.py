@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import re
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,4 +156,32 @@ def test_provenance_outside_git_says_so(monkeypatch: pytest.MonkeyPatch):
     records.commit.cache_clear()
     monkeypatch.setenv("PATH", "")
     assert provenance(SPEC)["commit"] == "unknown"
+    records.commit.cache_clear()
+
+
+def test_the_commit_of_a_repository_that_the_code_was_unpacked_in_is_not_the_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from dmd2.lineage import records
+
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    code = tmp_path / "project" / "dmd2" / "lineage" / "records.py"
+    write_text(code, "")
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "of something else")
+    monkeypatch.setattr(records, "__file__", str(code))
+    records.commit.cache_clear()
+    assert provenance(SPEC)["commit"] == "unknown"
+    git("add", ".")
+    git("commit", "-q", "-m", "the project as a part of another repository")
+    records.commit.cache_clear()
+    assert provenance(SPEC)["commit"] == "unknown"
+    git("-C", str(code.parents[2]), "init", "-q")
+    git("-C", str(code.parents[2]), "add", ".")
+    git("-C", str(code.parents[2]), "commit", "-q", "-m", "of the project")
+    records.commit.cache_clear()
+    assert re.fullmatch(r"[0-9a-f]{12}", provenance(SPEC)["commit"])
     records.commit.cache_clear()

@@ -13,6 +13,7 @@ from dmd2.config import Train
 from dmd2.errors import UserError
 from dmd2.method import losses
 from dmd2.method.critic import Critic, RealismHead
+from dmd2.method.denoiser import Prediction
 from dmd2.method.noise import add_noise
 
 TEACHER = toy_teacher()
@@ -134,9 +135,9 @@ class SetLogits:
     def __init__(self, x0: Tensor, logits: list[float]):
         self.x0, self.logits = x0, torch.tensor(logits, requires_grad=True)
 
-    def __call__(self, *_: Any, num_denoise: int, logits_from: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, *_: Any, num_denoise: int, logits_from: int) -> tuple[Prediction, Tensor]:
         assert (num_denoise, logits_from) == (3, 3)
-        return self.x0, self.logits
+        return Prediction(self.x0), self.logits
 
 
 def test_discriminator_loss_equals_the_test_vector():

@@ -14,7 +14,7 @@ def inputs(num: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 def test_guidance_goes_from_the_unconditional_estimate_through_the_conditional_one():
     teacher = toy_teacher(guidable=True)
     x, sigma = inputs()
-    null = teacher.conditioner.null(5)
+    null = teacher.conditioner.null(labels(5))
     x0_null = teacher.denoiser(x, sigma, {"label": torch.full((5,), 2)}).double()
     x0_cond = teacher.denoiser(x, sigma, labels(5)).double()
     for scale in (0.0, 1.75, 8.0):
@@ -28,7 +28,7 @@ def test_guidance_on_x0_equals_guidance_on_epsilon():
     teacher = toy_teacher(guidable=True)
     x, sigma = inputs()
     at = sigma.view(-1, 1, 1, 1)
-    null = teacher.conditioner.null(5)
+    null = teacher.conditioner.null(labels(5))
     eps_null, eps_cond = ((x - teacher.denoiser(x, sigma, cond)) / at for cond in (null, labels(5)))
     x0 = x - at * (eps_null + 1.75 * (eps_cond - eps_null))
     found = guided(teacher.denoiser, x, sigma, labels(5), null, 1.75)

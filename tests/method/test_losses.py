@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from toy import SHAPE, labels, recorded, rng, toy_teacher
+from toy import SHAPE, ToyDenoiser, labels, recorded, rng, toy_teacher
 
 from dmd2.config import Train
 from dmd2.method import losses
 from dmd2.method.critic import Critic
-from dmd2.method.denoiser import Teacher
-from dmd2.method.noise import NoiseGrid
+from dmd2.method.denoiser import Cond, Prediction, Teacher
+from dmd2.method.noise import NoiseGrid, expand
+from dmd2_kernels import LinearHead
 
 
 def wide(teacher: Teacher) -> Teacher:
@@ -191,3 +192,39 @@ def test_matching_stands_still_where_both_scores_agree():
     loss, grad = losses.matching_gradient(images(4), labels(4), teacher, critic, Train(), rng())
     assert float(loss.loss) == 0
     assert not grad.any()
+
+
+class RawDenoiser(ToyDenoiser):
+    """The toy network as an epsilon prediction, x0 = x - sigma * out, which the loss kernels convert and guide."""
+
+    predicts_x0 = False
+
+    def predict_and_tap(
+        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
+    ) -> tuple[Prediction, list[Tensor]]:
+        x0, features = self.denoise_and_tap(x, sigma, cond, num_denoise, num_taps)
+        x, sigma = x[:num_denoise], sigma[:num_denoise]
+        return Prediction((x - x0) / expand(sigma, x), LinearHead(torch.ones_like(sigma), -sigma)), features
+
+
+@pytest.mark.parametrize("keys", [{}, {"share_critic_pass": True}, {"share_levels": True, "matching_levels": (0, 999)}])
+def test_raw_outputs_with_their_head_and_guidance_give_the_same_losses(keys: dict[str, Any]):
+    """Guided at 8 as SDXL: x0 of teacher and critic is formed inside the kernels alone."""
+    found = []
+    for kind in (ToyDenoiser, RawDenoiser):
+        teacher = toy_teacher(guidable=True)
+        teacher = dataclasses.replace(teacher, denoiser=kind(0).eval().requires_grad_(False))
+        critic = Critic(kind(1).train(), num_taps=1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            critic.heads[0].apply(
+                lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None
+            )
+        train = Train(guidance_scale=8.0, **keys)
+        x0 = torch.randn(5, *SHAPE, generator=rng(1))
+        matching, gan = losses.generator_terms(x0, labels(5), teacher, critic, train, rng(2))
+        both = losses.critic_losses(x0, labels(5), lambda: (x0, labels(5)), teacher, critic, train, rng(3))  # noqa: B023
+        both.total.backward()
+        found.append([matching[0].loss, matching[1], gan[1], both.denoising.loss, critic.fake.encoder.weight.grad])
+    for plain, raw in zip(*found, strict=True):
+        torch.testing.assert_close(raw, plain, rtol=2e-3, atol=1e-5)

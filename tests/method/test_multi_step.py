@@ -11,7 +11,7 @@ from dmd2.config import Train
 from dmd2.method.distillation import Distillation
 from dmd2.method.noise import NoiseGrid
 
-SIGMAS = NoiseGrid.karras().student_steps(4)
+SIGMAS = list(NoiseGrid.karras().student_steps(4).sigmas)
 
 
 def data(index: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -66,7 +66,22 @@ def test_ddpm_student_is_fed_unit_gaussians_after_the_adapters_scaling():
 )
 def test_student_steps_are_the_papers_indices(num_steps: int, indices: list[int]):
     for grid in (NoiseGrid.karras(), NoiseGrid.ddpm()):
-        assert grid.student_steps(num_steps) == [float(grid.sigmas[i]) for i in indices]
+        steps = grid.student_steps(num_steps)
+        assert steps.levels == tuple(indices)
+        assert steps.sigmas == tuple(float(grid.sigmas[i]) for i in indices)
+        assert steps.init_scale == grid.init_scale
+
+
+def test_a_students_first_level_scales_its_initial_noise():
+    """One-step SDXL starts at 399 with unit Gaussians after the adapter's c_in = 1 / sqrt(1 + sigma_399^2)."""
+    sigma = 1.1605788  # sqrt((1 - alpha_bar) / alpha_bar) at t = 399
+    steps = NoiseGrid.ddpm().student_steps(1, [399])
+    assert steps.sigmas == pytest.approx([sigma], rel=2e-5)
+    assert steps.init_scale == pytest.approx(math.sqrt(1 + sigma**2), rel=2e-5)
+    karras = NoiseGrid.karras()
+    assert karras.student_steps(1, [500]).init_scale == float(karras.sigmas[500])
+    with pytest.raises(ValueError, match=r"2 steps, but levels \[399\]"):
+        karras.student_steps(2, [399])
 
 
 def test_draw_is_uniform_over_both_ends():

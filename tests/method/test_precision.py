@@ -56,7 +56,11 @@ def test_networks_compute_in_the_precision_and_all_around_them_stays_float32(key
             seen = convolved.setdefault(name, set())
             module.register_forward_hook(lambda _, __, output, seen=seen: seen.add(output.dtype))
         network.register_forward_hook(lambda _, __, output: around.add(output.dtype))
-    run.critic.register_forward_hook(lambda _, __, output: around.update(o.dtype for o in output if o is not None))
+    run.critic.register_forward_hook(
+        lambda _, __, output: around.update(
+            (output[0].out.dtype, *(logits.dtype for logits in output[1:] if logits is not None))
+        )
+    )
     for head in run.critic.heads:
         head.register_forward_pre_hook(lambda _, inputs: around.add(inputs[0].dtype))
     metrics = run.step(0)

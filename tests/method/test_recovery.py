@@ -19,9 +19,8 @@ WEIGHTS = torch.tensor([[0.6, 0.4], [0.3, 0.7]])
 def samples(run: Distillation, num: int = 4000) -> tuple[Tensor, Tensor]:
     label = torch.arange(num) % 2
     run.generator.load_state_dict(run.export())
-    sigmas = run.teacher.grid.student_steps(run.train.num_steps)
     noise = SampleNoise(0, range(num), SHAPE)
-    return few_step(run.generator, {"label": label}, sigmas, 80.0, noise).flatten(1), label
+    return few_step(run.generator, {"label": label}, run.steps, noise).flatten(1), label
 
 
 def modes(x0: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,9 +34,9 @@ def fixed_noise(num: int = 6, seed: int = 3) -> SampleNoise:
 
 def test_few_steps_are_the_simulation_and_one_more_call():
     generator = toy_teacher().denoiser
-    sigmas = GRID.student_steps(4)
-    whole = few_step(generator, labels(6), sigmas, GRID.init_scale, fixed_noise())
-    x, sigma = simulate(generator, labels(6), sigmas, GRID.init_scale, 3, fixed_noise())
+    sigmas = GRID.student_steps(4).sigmas
+    whole = few_step(generator, labels(6), GRID.student_steps(4), fixed_noise())
+    x, sigma = simulate(generator, labels(6), GRID.student_steps(4), 3, fixed_noise())
     assert torch.equal(sigma, torch.full((6,), sigmas[3]))
     assert torch.equal(whole, generator(x, sigma, labels(6)))
 
@@ -49,14 +49,14 @@ def test_four_steps_equal_the_papers_loop_written_out():
         x0 = generator(x, GRID.sigmas[index].expand(6), labels(6))
         if i < 3:
             x = x0 + GRID.sigmas[[749, 499, 249][i]] * noise()
-    found = few_step(generator, labels(6), GRID.student_steps(4), GRID.init_scale, fixed_noise())
+    found = few_step(generator, labels(6), GRID.student_steps(4), fixed_noise())
     torch.testing.assert_close(found, x0, rtol=1e-6, atol=1e-6)
 
 
 def test_simulation_of_no_step_is_pure_noise_and_runs_nothing():
     generator = toy_teacher().denoiser
     with recorded(generator) as calls:
-        x, sigma = simulate(generator, labels(6), GRID.student_steps(4), GRID.init_scale, 0, fixed_noise())
+        x, sigma = simulate(generator, labels(6), GRID.student_steps(4), 0, fixed_noise())
     assert calls == []
     assert torch.equal(x, 80.0 * fixed_noise()())
     assert torch.equal(sigma, GRID.sigmas[-1].expand(6))
@@ -66,9 +66,9 @@ def test_simulation_runs_k_steps_at_descending_levels_without_a_graph():
     generator = toy_teacher().copy_network()
     for k in range(4):
         with recorded(generator) as calls:
-            x, sigma = simulate(generator, labels(6), GRID.student_steps(4), 80.0, k, fixed_noise())
+            x, sigma = simulate(generator, labels(6), GRID.student_steps(4), k, fixed_noise())
         levels = [float(call.sigma[0]) for call in calls] + [float(sigma[0])]
-        assert levels == GRID.student_steps(4)[: k + 1]
+        assert levels == list(GRID.student_steps(4).sigmas[: k + 1])
         assert not x.requires_grad
 
 
@@ -143,7 +143,7 @@ def test_heun_is_independent_of_the_batch_that_a_sample_is_in():
 
 def test_guided_heun_uses_the_guided_estimate_everywhere():
     teacher = toy_teacher(guidable=True)
-    null = teacher.conditioner.null(6)
+    null = teacher.conditioner.null(labels(6))
     with recorded(teacher.denoiser) as calls:
         found = heun(teacher.denoiser, labels(6), GRID, 4, fixed_noise(), null=null, guidance_scale=2.0)
     assert [len(call.x) for call in calls] == [12] * 7
@@ -158,5 +158,5 @@ def test_simulation_draws_as_many_noises_as_the_sampler_up_to_there():
         drawn.append(1)
         return torch.randn(2, *SHAPE, generator=rng(len(drawn)))
 
-    simulate(toy_teacher().denoiser, labels(2), GRID.student_steps(4), 80.0, 2, noise)
+    simulate(toy_teacher().denoiser, labels(2), GRID.student_steps(4), 2, noise)
     assert len(drawn) == 3

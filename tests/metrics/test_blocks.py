@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmd2.errors import UserError
-from dmd2.metrics import FeatureStats, Meter, Reference, frechet_distance, pixel_features, resample_floor
+from dmd2.metrics import FeatureStats, Meter, Reference, Tally, frechet_distance, pixel_features, resample_floor
 from dmd2.metrics import measure_blocks as measure_made
 from dmd2.metrics.distances import to_nearest
 from dmd2.metrics.diversity import ClassMoments, relative_diversity
@@ -114,8 +114,8 @@ def test_neighbours_are_searched_for_the_first_samples_of_a_block_alone(
     few = Reference.build(digits.read, 1797, extractor, 10, max_kept=60)
     images, labels = digits.images[-300:], digits.labels[-300:]
     first = means(measure(images[:100], labels[:100], few, extractor))
-    monkeypatch.setattr("dmd2.metrics.tally.MAX_KEPT", 100)
-    monkeypatch.setattr("dmd2.metrics.blocks.batches", lambda num: batches(num, 50))
+    monkeypatch.setattr("dmd2.metrics.basic.MAX_KEPT", 100)
+    monkeypatch.setattr("dmd2.metrics.blocks.batches", lambda num, _: batches(num, 50))
     whole = means(measure(images, labels, few, extractor))
     assert whole["nearest_distance"] == pytest.approx(first["nearest_distance"], rel=1e-9)
     # as many samples as real images: the first 60
@@ -191,6 +191,29 @@ def test_saved_reference_measures_the_same(digits, reference, extractor, tmp_pat
     sample = digits.images[:100][:, ::-1], digits.labels[:100]
     assert measure(*sample, loaded, extractor) == measure(*sample, reference, extractor)
     assert resample_floor(loaded, 100) == resample_floor(reference, 100)
+
+
+def test_reference_of_an_earlier_version_measures_the_same(digits, reference, extractor, tmp_path: Path):
+    reference.save(tmp_path / "reference.npz")
+    with np.load(tmp_path / "reference.npz") as archive:
+        earlier = {name: archive[name] for name in archive.files}
+    for name in ("captions", "kept_patches", "image_shape"):
+        del earlier[name]
+    np.savez(tmp_path / "earlier.npz", **earlier)
+    sample = digits.images[:100], digits.labels[:100]
+    loaded = Reference.load(tmp_path / "earlier.npz")
+    assert measure(*sample, loaded, extractor) == measure(*sample, reference, extractor)
+    del earlier["radii"]
+    np.savez(tmp_path / "damaged.npz", **earlier)
+    with pytest.raises(UserError, match=r"damaged\.npz: contains no array `radii`"):
+        Reference.load(tmp_path / "damaged.npz")
+
+
+@pytest.mark.parametrize("name", ["nearest", "fid.Unknown.x", "fid.Means.totals"])
+def test_stored_sums_of_another_version_are_refused_by_name(tmp_path: Path, name: str):
+    np.savez(tmp_path / "tally.npz", count=np.array(3), **{name: np.zeros(2)})
+    with pytest.raises(UserError, match=r"tally\.npz: not the sums of samples"):
+        Tally.load(tmp_path / "tally.npz")
 
 
 def test_kept_images_are_a_choice_but_the_moments_are_of_all(digits, reference, extractor):

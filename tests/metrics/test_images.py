@@ -47,5 +47,5 @@ def test_images_of_another_kind_are_refused(images, rule):
 
 
 def test_labels_of_another_count_are_refused():
-    with pytest.raises(ValueError, match=r"expected integers of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"expected integers or texts of shape \(2,\)"):
         check_images(np.zeros((2, 8, 8, 1), np.uint8), np.zeros(3, np.int64))

@@ -3,15 +3,19 @@
 from pathlib import Path
 
 import lpips
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmd2.config import WeightsFile
+from dmd2.config import Evaluation, WeightsFile
 from dmd2.errors import UserError
 from dmd2.files import sha256
+from dmd2.metrics.context import Context
+from dmd2.metrics.measure import Labelled
 from dmd2.metrics.perceptual import load_lpips
+from dmd2.metrics.perceptual_diversity import PerceptualDiversity
 
 # torchvision's VGG-16: the place of each convolution in `features`, its channels, and whether a pool comes before it.
 CONVOLUTIONS = {
@@ -67,11 +71,16 @@ def features(x: Tensor, state: dict[str, Tensor]) -> list[Tensor]:
 
 
 def by_hand(x: Tensor, y: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """The distance of each image, brought to 224 x 224."""
+    large = [F.interpolate(z.expand(-1, 3, -1, -1), (224, 224), mode="bilinear", align_corners=False) for z in (x, y)]
+    return as_they_are(*large, state)
+
+
+def as_they_are(x: Tensor, y: Tensor, state: dict[str, Tensor]) -> Tensor:
     """Zhang et al., eq. 1: sum_l mean_hw sum_c w_lc (x_lc / |x_l| - y_lc / |y_l|)^2, for each image."""
     linear = torch.load(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True)
-    large = [F.interpolate(z.expand(-1, 3, -1, -1), (224, 224), mode="bilinear", align_corners=False) for z in (x, y)]
     total = torch.zeros(len(x))
-    for level, (one, other) in enumerate(zip(*(features(z, state) for z in large), strict=True)):
+    for level, (one, other) in enumerate(zip(*(features(z, state) for z in (x, y)), strict=True)):
         gap = one / one.square().sum(1, keepdim=True).sqrt() - other / other.square().sum(1, keepdim=True).sqrt()
         total += (linear[f"lin{level}.model.1.weight"][0] * gap.square()).sum(1).mean((1, 2))
     return total
@@ -84,6 +93,18 @@ def test_distance_is_the_papers_formula_on_images_brought_to_224(file: WeightsFi
     truth = by_hand(x, y, vgg16())
     assert float(truth.min()) > 0.01
     torch.testing.assert_close(load_lpips(file)(x, y), truth.mean(), rtol=1e-4, atol=0)
+
+
+@torch.no_grad()
+def test_diversity_of_a_prompt_is_the_formula_on_its_samples_in_their_own_size(file: WeightsFile):
+    pixels = np.random.default_rng(0).integers(256, size=(3, 40, 40, 3), dtype=np.uint8)
+    samples = Labelled(pixels, np.array(["a prompt", "another", "a prompt"]))
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    truth = float(as_they_are(x[:1], x[2:], vgg16()))
+    assert truth > 0.01
+    evaluation = Evaluation(vgg_weights=file)
+    measure = PerceptualDiversity(Context(None, 3, ("edm",), "cpu", evaluation))  # type: ignore[arg-type]
+    assert measure.value(samples) == {"lpips_diversity": pytest.approx(truth, rel=1e-4)}
 
 
 def test_gradient_flows_to_the_images_alone_and_equality_costs_nothing(file: WeightsFile):

@@ -10,7 +10,9 @@ from table_records import NUMBERS, PRESET, ROOT, load, record
 
 from dmd2.errors import UserError
 from dmd2.lineage.plan import Plan
+from dmd2.report.columns import OF_CLASSES
 from dmd2.report.tables import check_presets, load_table, measured_entries, rows, write_markdown
+from dmd2.report.targets import fills
 
 
 def paper_rows(number: int) -> dict[str, dict[str, Any]]:
@@ -41,7 +43,9 @@ def test_every_row_of_the_paper_is_there_in_its_order_with_its_figures(number):
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "workflow" / "presets").glob("*.yaml")))
 def test_every_entry_that_a_table_measures_exists_on_the_preset(preset):
     plan = Plan(ROOT / "workflow", preset)
-    for number in NUMBERS:
+    tables = [n for n in NUMBERS if fills(ROOT / "workflow", preset, f"table{n}", str(load(n).preset))]
+    assert tables
+    for number in tables:
         for entry in set(measured_entries(load(number), preset)) - {"floor"}:
             plan.metrics(entry)  # raises for an unknown run or sampler
 
@@ -64,7 +68,9 @@ def test_needed_lists_each_entry_once_in_order():
     assert measured_entries(load(1), "digits") == [
         "dmd/student", "dmd2/student", "dmd2_long/student", "teacher/ode", "teacher/sde", "floor"
     ]  # fmt: skip
-    assert measured_entries(load(2), "digits") == []
+    assert measured_entries(load(4), "sdxl") == [
+        "dmd2_4step_no_gan/student", "dmd2_4step_no_dm/student", "dmd2_4step_no_backsim/student", "dmd2_4step/student"
+    ]  # fmt: skip
 
 
 def test_ablation_ticks_are_the_papers():
@@ -155,6 +161,8 @@ def test_row_is_filled_by_the_entry_that_stands_for_it_on_the_preset():
         (lambda t: t["rows"].append(t["rows"][0]), r"'t1\.biggan_deep' is listed twice"),
         (lambda t: t["rows"][0].update(ticks=["gan"]), r"ticks \['gan'\] are not among"),
         (lambda t: t.pop("title"), "missing key `title`"),
+        (lambda t: t.update(measured=["fid", "patchfid"]), "no column 'patchfid'; did you mean 'patch_fid'"),
+        (lambda t: t.update(measured=["clip"]), "`fid` is not listed"),
     ],
 )
 def test_mistake_in_a_table_file_is_named(tmp_path: Path, change, message):
@@ -164,3 +172,32 @@ def test_mistake_in_a_table_file_is_named(tmp_path: Path, change, message):
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match=rf"table1\.yaml: .*{message}"):
         load_table(path)
+
+
+def test_captioned_tables_have_columns_of_their_own_and_those_of_classes_keep_theirs():
+    measured = {number: load(number).measured for number in NUMBERS}
+    assert measured[1] == measured[3] == OF_CLASSES
+    for number in (2, 4, 5, 6):
+        assert {"patch_fid", "alignment", "alignment_held_out", "prompt_diversity", "clip"} <= set(measured[number])
+        assert "accuracy" not in measured[number]
+    assert {"resolution", "latency_s"} <= set(measured[5])
+    assert "lpips_diversity" in measured[6]
+    for number in NUMBERS:
+        assert len(set(load(number).columns())) == len(load(number).columns())
+
+
+def test_values_of_prompts_reach_their_cells_and_the_resolution_is_the_datas(tmp_path: Path):
+    content = record(1.5)
+    content["metrics"] |= {"alignment": {"mean": 0.97, "sd": 0.004}, "latency_s": {"mean": 0.25, "sd": 0.01}}
+    table = load(5)
+    entry = next(row.measure for row in table.rows if row.measure)
+    found = rows(table, {entry: content}, table.preset, PRESET.data)
+    row = next(row for row in found if row["source"] == "measured")
+    assert (row["alignment"], row["alignment_sd"], row["latency_s"], row["resolution"]) == (0.97, 0.004, 0.25, 8)
+    write_markdown(table, found, tmp_path / "table5.md")
+    lines = (tmp_path / "table5.md").read_text().splitlines()
+    head = next(line for line in lines if "Method" in line)
+    assert "| prompt accuracy |" in head
+    assert "| latency (s) |" in head
+    assert "held-out" not in head  # of which there is no value
+    assert any("0.9700 ± 0.0040" in line for line in lines)

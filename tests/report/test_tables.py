@@ -194,11 +194,11 @@ def test_measures_that_no_row_has_get_no_column_for_reading(tmp_path: Path):
 
 def test_markdown_of_a_table_nothing_is_measured_for_has_the_papers_columns_alone(tmp_path: Path):
     table = load(5)
-    write_markdown(table, rows(table, {}, PRESET.name, PRESET.data), tmp_path / "table5.md")
+    write_markdown(table, rows(table, {}, None, None), tmp_path / "table5.md")
     text = (tmp_path / "table5.md").read_text()
     assert "pixel FD" not in text
     assert "| DMD2 | 512 | 0.09 | 8.35 | pending |" in text
-    assert "needs a Stable Diffusion 1.5 teacher" in text
+    assert "the selected preset has other tables" in text
 
 
 def test_markdown_on_the_papers_data_does_not_call_the_figures_foreign(tmp_path: Path):

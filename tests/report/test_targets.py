@@ -11,6 +11,7 @@ from dmd2.report.targets import Targets
 
 WORKFLOW = Path(__file__).parents[2] / "workflow"
 CLASS_TABLES = ("table1", "table3")
+TEXT_TABLES = ("table2", "table4", "table5", "table6")
 
 
 @pytest.fixture
@@ -28,9 +29,9 @@ def test_every_table_is_made_on_its_own_preset(folder: Path):
     edit_table(folder, "table3", preset="smoke")
     targets = Targets(folder, {})
     assert {name: targets.preset_of(name) for name in targets.paper_tables} == {
-        "table1": "digits", "table3": "smoke", **dict.fromkeys(("table2", "table4", "table5", "table6"))
+        "table1": "digits", "table3": "smoke", **dict.fromkeys(TEXT_TABLES, "digits-t2i")
     }  # fmt: skip
-    assert targets.in_use == ["digits", "smoke"]
+    assert targets.in_use == ["digits", "digits-t2i", "smoke"]
     assert "teacher/ode" in targets.sampled("digits")
     assert "teacher/ode" not in targets.sampled("smoke"), "table 3 has no row of the teacher"
     assert "noreg/student" not in targets.sampled("digits")
@@ -100,7 +101,7 @@ def test_name_without_a_folder_of_its_own_is_refused(folder: Path, kind: str, na
         (
             {"preset": "digts"},
             {},
-            "table1.yaml: `preset`: no preset 'digts'; known: cifar10, digits, imagenet64, smoke",
+            "table1.yaml: `preset`: no preset 'digts'; known: cifar10, digits, digits-t2i",
         ),
         ({"preset": None}, {}, "row t1.dmd is measured, but the table has no `preset` to measure it on"),
         ({}, {"preset": "digts"}, "digts.yaml: no such file; did you mean 'digits'?"),

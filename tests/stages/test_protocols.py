@@ -37,7 +37,7 @@ def test_tables_have_a_place_for_every_protocol():
     ("names", "complaint"),
     [
         (["edm", "edm"], r"protocols \['edm', 'edm'\]: one is listed twice"),
-        (["clean"], r"`evaluation\.protocols\.0` is 'clean': input should be 'edm' or 'dmd2'"),
+        (["clean"], r"`evaluation\.protocols\.0` is 'clean': input should be 'edm', 'dmd2', 'coco10k' or 'coco30k'"),
         ([], r"`evaluation\.protocols` is \[\]"),
     ],
 )

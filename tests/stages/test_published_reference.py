@@ -102,7 +102,7 @@ def test_data_is_read_a_batch_at_a_time(world: World, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(ShardReader, "read", recording)
     setting.build(setting.plan())
-    assert sizes == [1797, 1024, 773], "the images that are kept, and then all"
+    assert sizes == [1, 1797, 1024, 773], "one for its shape, the images that are kept, and then all"
 
 
 @pytest.mark.parametrize(

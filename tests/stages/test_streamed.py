@@ -232,7 +232,7 @@ def test_stored_samples_are_never_all_in_memory(world: World, tmp_path: Path, mo
     plan = world.plan()
     sample(plan.sample("dmd2/student"), world.student, tmp_path / "samples/manifest.json", RUNTIME)
     in_parts = batches
-    monkeypatch.setattr("dmd2.metrics.blocks.batches", lambda num: in_parts(num, 32))
+    monkeypatch.setattr("dmd2.metrics.blocks.batches", lambda num, _: in_parts(num, 32))
     sizes, read = [], ShardReader.read
 
     def recording(self: ShardReader, ids: Any, names: Any = None) -> Any:

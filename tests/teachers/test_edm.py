@@ -261,7 +261,7 @@ def test_unreadable_weight_files_are_user_errors(tmp_path: Path, name: str | Non
 def test_unknown_kind_comes_with_a_suggestion():
     with pytest.raises(UserError, match=r"teacher\.kind: no teacher 'emd'; did you mean 'edm'\?"):
         load_teacher(CONFIG.model_copy(update={"kind": "emd"}), DATA)
-    with pytest.raises(UserError, match="known: edm, mixture"):
+    with pytest.raises(UserError, match="known: diffusers, edm, mixture"):
         load_teacher(CONFIG.model_copy(update={"kind": "zzz"}), DATA)
 
 

@@ -122,7 +122,7 @@ def test_what_is_not_the_configured_student_is_refused_before_anything_is_writte
     out, folder = tmp_path / "out.safetensors", released(tmp_path / "checkpoint")
     path, state = tmp_path / "student.bin", network(1).state_dict()
     assert "student.bin: no such weight file; put it there" in fails(import_spec(path), out)
-    assert "empty/pytorch_model.bin: no such weight file" in fails(import_spec(empty(tmp_path / "empty")), out)
+    assert "empty: no model.safetensors" in fails(import_spec(empty(tmp_path / "empty")), out)
     assert "expected 0000" in fails(import_spec(folder, "0" * 64), out)
 
     torch.save({**state, "model.extra": torch.ones(1)}, path)

@@ -79,13 +79,13 @@ def test_nan_is_an_error_and_infinity_is_clamped():
 
 def test_labels_become_int64_conditions_and_foreign_ones_are_refused():
     conditioner = ClassConditioner(10)
-    cond = conditioner.encode([3, np.uint8(9), 0])
+    cond = conditioner.tokenize([3, np.uint8(9), 0])
     assert cond["label"].dtype == torch.int64
     assert cond["label"].tolist() == [3, 9, 0]
-    assert conditioner.null(3) is None
+    assert conditioner.null(cond) is None
     for labels in ([0, 10], [-1, 2]):
         with pytest.raises(UserError, match=r"`data\.num_classes` is 10"):
-            conditioner.encode(labels)
+            conditioner.tokenize(labels)
 
 
 def test_drawn_labels_are_uniform_and_a_function_of_the_generator():

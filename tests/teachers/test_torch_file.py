@@ -13,6 +13,7 @@ from hostile import Call, old_torch_file, watching, with_pickle
 
 from dmd2.errors import UserError
 from dmd2.teachers.torch_file import read_torch_file
+from dmd2.teachers.weights import read_weights
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16), "c": torch.tensor(3)}
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:'torch.load' received a zip")
@@ -32,7 +33,7 @@ def test_a_state_dict_is_read_in_either_format_without_the_prefix_of_a_wrapper(
 ) -> None:
     path = tmp_path / "weights.bin"
     path.write_bytes(saved({prefix + name: value for name, value in STATE.items()}, zipped=zipped))
-    found = read_torch_file(path)
+    found = read_weights(path)
     assert list(found) == list(STATE)
     assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in STATE.items())
 

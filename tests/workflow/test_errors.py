@@ -50,7 +50,12 @@ FILES = {
     "not YAML": (RUN, "train: {", "train: {{", "runs/gan.yaml: not valid YAML"),
     "model of a row": (TABLE, ROW, "measure: dmd3/student}", "entry dmd3/student: "),
     "sampler of a row": (TABLE, ROW, "measure: dmd2/stdent}", "entry dmd2/stdent: no sampler 'stdent' in preset smoke"),
-    "wrong sampler": (TABLE, ROW, "measure: teacher/student}", "entry teacher/student: teacher needs a heun sampler"),
+    "wrong sampler": (
+        TABLE,
+        ROW,
+        "measure: teacher/student}",
+        "entry teacher/student: teacher needs a sampler of a teacher",
+    ),
     "key of a row": (TABLE, ROW, "mesure: dmd2/student}", "unknown key `rows.2.mesure`; did you mean 'measure'?"),
     "id of a row": (TABLE, "id: t3.full", "id: t3.noreg", "row id 't3.noreg' is listed twice"),
 }

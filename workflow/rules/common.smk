@@ -13,8 +13,9 @@ from dmd2.errors import UserError
 from dmd2.report.targets import Targets
 
 FOLDER = Path(workflow.basedir) / "workflow"
-# Stages are started by launch.sh with this Python, also where the environment is not activated.
-SEARCH = [str(FOLDER), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+# What starts a stage, with this Python also where the environment is not activated.
+LAUNCH = str(FOLDER / "launch.sh")
+SEARCH = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
 os.environ.update(PATH=os.pathsep.join(SEARCH))
 
 DATA = "data/{preset}"

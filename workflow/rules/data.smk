@@ -18,12 +18,15 @@ rule download:
             exclude_none=True
         ),
     shell:
-        "launch.sh 0 --log {log} download {wildcards.name} --entry {params.entry:q} --record {output.record}"
+        "bash {LAUNCH:q} 0 --log {log} download {wildcards.name} --entry {params.entry:q} --record {output.record}"
 
 
 rule shards:
     input:
         source=ancient(supplied_key("data.path", f"{DATA}/shards/manifest.json")),
+        annotations=ancient(
+            supplied_key("data.annotations", f"{DATA}/shards/manifest.json")
+        ),
     output:
         manifest=f"{DATA}/shards/manifest.json",
     log:
@@ -38,21 +41,67 @@ rule shards:
     params:
         spec=spec("shards"),
     shell:
-        "launch.sh 0 --log {log} shards --spec {params.spec:q} --source={resources.source:q}"
+        "bash {LAUNCH:q} 0 --log {log} shards --spec {params.spec:q} --source={resources.source:q}"
         " --max-unreadable {resources.max_unreadable} --workers {threads} --manifest {output.manifest}"
+
+
+use rule shards as reference_shards with:
+    input:
+        source=ancient(
+            supplied_key(
+                "reference_data.path", f"{DATA}/reference_shards/manifest.json"
+            )
+        ),
+        annotations=ancient(
+            supplied_key(
+                "reference_data.annotations", f"{DATA}/reference_shards/manifest.json"
+            )
+        ),
+    output:
+        manifest=f"{DATA}/reference_shards/manifest.json",
+    log:
+        f"{LOGS}/reference_shards.log",
+    resources:
+        source=preset_key(lambda preset: preset.reference_data.path or ""),
+        max_unreadable=preset_key(lambda preset: preset.reference_data.max_unreadable),
+    params:
+        spec=spec("reference_shards"),
+
+
+rule components:
+    input:
+        images=component_data,
+    output:
+        record=f"{RESULTS}/components/components.json",
+    log:
+        f"{LOGS}/components.log",
+    priority: 30
+    conda:
+        "../../environment.yml"
+    params:
+        spec=spec("components"),
+        images=lambda wildcards, input: (
+            f"--images {input.images}" if input.images else ""
+        ),
+    shell:
+        "bash {LAUNCH:q} 0 --log {log} --threads {threads} components --spec {params.spec:q} {params.images} --record {output.record}"
 
 
 rule latents:
     input:
         images=rules.shards.output.manifest,
+        components=components_of,
     output:
         manifest=f"{DATA}/latents/manifest.json",
     log:
         f"{LOGS}/latents.log",
     conda:
         "../../environment.yml"
+    resources:
+        gpu=latents_gpus,
     params:
         spec=spec("latents"),
+        components=components_option,
     shell:
-        "launch.sh 0 --preset {wildcards.preset} --log {log} --threads {threads} latents --spec {params.spec:q}"
-        " --images {input.images} --manifest {output.manifest}"
+        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} latents --spec {params.spec:q}"
+        " --images {input.images} {params.components} --manifest {output.manifest}"

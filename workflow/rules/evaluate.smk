@@ -22,13 +22,13 @@ rule features:
             f"--images {input.images}" if input.images else ""
         ),
     shell:
-        "launch.sh 0 --log {log} --threads {threads} features --spec {params.spec:q}"
+        "bash {LAUNCH:q} 0 --log {log} --threads {threads} features --spec {params.spec:q}"
         " {params.images} --weights {output.weights}"
 
 
 rule reference:
     input:
-        images=rules.shards.output.manifest,
+        images=reference_images,
         extractor=rules.features.output.weights,
         published=ancient(
             supplied_key(
@@ -48,13 +48,20 @@ rule reference:
     params:
         spec=spec("reference"),
     shell:
-        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} reference --spec {params.spec:q}"
+        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} reference --spec {params.spec:q}"
         " --images {input.images} --extractor {input.extractor} --out {output.stats}"
 
 
 rule sample:
     input:
         weights=weights_of,
+        components=components_of,
+        prompts=ancient(
+            supplied_key(
+                "evaluation.prompts.path",
+                f"{RESULTS}/{{model}}/{{sampler}}/samples/manifest.json",
+            )
+        ),
     output:
         manifest=f"{RESULTS}/{{model}}/{{sampler}}/samples/manifest.json",
     log:
@@ -65,14 +72,36 @@ rule sample:
         gpu=gpus,
     params:
         spec=spec("sample", ENTRY),
+        components=components_option,
     shell:
-        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} sample --spec {params.spec:q}"
-        " --weights {input.weights} --manifest {output.manifest}"
+        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} sample --spec {params.spec:q}"
+        " --weights {input.weights} {params.components} --manifest {output.manifest}"
 
 
 rule metrics:
     input:
         source=metrics_source,
+        components=lambda wildcards: (
+            components_of(wildcards) if is_streamed(wildcards) else []
+        ),
+        prompts=ancient(
+            supplied_key(
+                "evaluation.prompts.path",
+                f"{RESULTS}/{{model}}/{{sampler}}/metrics.json",
+            )
+        ),
+        clip=ancient(
+            supplied_key(
+                "evaluation.clip.weights.path",
+                f"{RESULTS}/{{model}}/{{sampler}}/metrics.json",
+            )
+        ),
+        perceptual=ancient(
+            supplied_key(
+                "evaluation.vgg_weights.path",
+                f"{RESULTS}/{{model}}/{{sampler}}/metrics.json",
+            )
+        ),
         reference=rules.reference.output.stats,
         extractor=rules.features.output.weights,
     output:
@@ -87,11 +116,12 @@ rule metrics:
         state="state",
     params:
         spec=spec("metrics", ENTRY),
+        components=components_option,
         source=lambda wildcards, input: (
             f"--{'weights' if is_streamed(wildcards) else 'samples'} {input.source}"
         ),
     shell:
-        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} metrics --spec {params.spec:q} {params.source}"
+        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} metrics --spec {params.spec:q} {params.source} {params.components}"
         " --reference {input.reference} --extractor {input.extractor} --state {resources.state} --out {output}"
 
 
@@ -109,13 +139,14 @@ rule floor:
     params:
         spec=spec("metrics", "floor"),
     shell:
-        "launch.sh 0 --log {log} --threads {threads} metrics --spec {params.spec:q}"
+        "bash {LAUNCH:q} 0 --log {log} --threads {threads} metrics --spec {params.spec:q}"
         " --reference {input.reference} --extractor {input.extractor} --state state --out {output}"
 
 
 rule curve:
     input:
         snapshots=rules.train.output.snapshots,
+        components=components_of,
         reference=rules.reference.output.stats,
         extractor=rules.features.output.weights,
     output:
@@ -130,9 +161,10 @@ rule curve:
         state="state",
     params:
         spec=spec("curve", "{run}"),
+        components=components_option,
     shell:
-        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} curve --spec {params.spec:q}"
-        " --snapshots {input.snapshots} --reference {input.reference} --extractor {input.extractor}"
+        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} curve --spec {params.spec:q}"
+        " --snapshots {input.snapshots} {params.components} --reference {input.reference} --extractor {input.extractor}"
         " --state {resources.state} --out {output}"
 
 
@@ -152,5 +184,5 @@ rule select:
         spec=spec("select", "{run}/{sampler}"),
         curve=lambda wildcards, input: f"--curve {input.curve}" if input.curve else "",
     shell:
-        "launch.sh 0 --log {log} select --spec {params.spec:q} {params.curve} --snapshots {input.snapshots}"
+        "bash {LAUNCH:q} 0 --log {log} select --spec {params.spec:q} {params.curve} --snapshots {input.snapshots}"
         " --generator {input.generator} --weights {output.weights}"

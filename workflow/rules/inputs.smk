@@ -21,7 +21,7 @@ def supplied_key(key, output):
         value = plan_of(wildcards).preset
         for part in key.split("."):
             value = value and getattr(value, part)
-        return supplied(value, key, output.format(preset=wildcards.preset))
+        return supplied(value, key, output.format(**dict(wildcards.items())))
 
     return record
 
@@ -59,6 +59,26 @@ def table_metrics(wildcards):
     }
 
 
+def components_of(wildcards):
+    """The record of the autoencoder and text encoders, for a text-to-image teacher."""
+    path = f"{RESULTS}/components/components.json".format(preset=wildcards.preset)
+    return path if plan_of(wildcards).has_components else []
+
+
+def components_option(wildcards, input):
+    return f"--components {input.components}" if input.components else ""
+
+
+def component_data(wildcards):
+    """The images, for components that are trained."""
+    trained = plan_of(wildcards).preset.teacher.training is not None
+    return (
+        f"{DATA}/shards/manifest.json".format(preset=wildcards.preset)
+        if trained
+        else []
+    )
+
+
 def teacher_data(wildcards):
     """The latents, for a teacher that is trained."""
     trained = plan_of(wildcards).preset.teacher.training is not None
@@ -75,6 +95,10 @@ def teacher_processes(preset):
     return training.cpu_processes if training and not preset.gpus else 1
 
 
+# An autoencoder runs on the GPUs; pixels need none.
+latents_gpus = preset_key(
+    lambda preset: preset.gpus if preset.teacher.kind == "diffusers" else 0
+)
 teacher_gpus = preset_key(lambda preset: preset.gpus if preset.teacher.training else 0)
 
 
@@ -111,14 +135,17 @@ def run_file(key, get):
 released = run_file("weights", lambda run: run.weights)
 
 
+def reference_images(wildcards):
+    """The images that samples are compared with."""
+    own = plan_of(wildcards).preset.reference_data is not None
+    folder = "reference_shards" if own else "shards"
+    return f"{DATA}/{folder}/manifest.json".format(preset=wildcards.preset)
+
+
 def extractor_data(wildcards):
     """The images, for an extractor that is trained."""
     trained = plan_of(wildcards).preset.features.weights is None
-    return (
-        f"{DATA}/shards/manifest.json".format(preset=wildcards.preset)
-        if trained
-        else []
-    )
+    return reference_images(wildcards) if trained else []
 
 
 def metrics_source(wildcards):

@@ -41,7 +41,7 @@ rule curves:
         curves=of_students("curve.csv", "--curve {run}={file}"),
         folder=lambda wildcards, output: Path(output.training).parent,
     shell:
-        "launch.sh 0 --log {log} curves {params.logs} {params.curves} --real {input.real} --folder {params.folder}"
+        "bash {LAUNCH:q} 0 --log {log} curves {params.logs} {params.curves} --real {input.real} --folder {params.folder}"
 
 
 rule grid:
@@ -59,12 +59,12 @@ rule grid:
     conda:
         "../../environment.yml"
     shell:
-        "launch.sh 0 --log {log} grid --manifest {input} --out {output}"
+        "bash {LAUNCH:q} 0 --log {log} grid --manifest {input} --out {output}"
 
 
 rule real_grid:
     input:
-        rules.shards.output.manifest,
+        reference_images,
     output:
         report(
             f"{RESULTS}/figures/real.png",
@@ -77,12 +77,12 @@ rule real_grid:
     conda:
         "../../environment.yml"
     shell:
-        "launch.sh 0 --log {log} grid --manifest {input} --out {output}"
+        "bash {LAUNCH:q} 0 --log {log} grid --manifest {input} --out {output}"
 
 
 rule compare:
     input:
-        real=rules.shards.output.manifest,
+        real=reference_images,
         samples=lambda wildcards: list(panels_of(wildcards).values()),
     output:
         report(
@@ -100,7 +100,7 @@ rule compare:
             f"{title}={file}" for title, file in panels_of(wildcards).items()
         ],
     shell:
-        "launch.sh 0 --log {log} compare --out {output} 'real images'={input.real} {params.panels:q}"
+        "bash {LAUNCH:q} 0 --log {log} compare --out {output} 'real images'={input.real} {params.panels:q}"
 
 
 rule configuration:
@@ -127,4 +127,4 @@ rule configuration:
             sort_keys=True,
         ),
     shell:
-        "launch.sh 0 --log {log} configuration {params.preset:q} {params.runs:q} --out {output}"
+        "bash {LAUNCH:q} 0 --log {log} configuration {params.preset:q} {params.runs:q} --out {output}"

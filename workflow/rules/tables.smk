@@ -31,5 +31,5 @@ rule table:
             for entry, file in table_metrics(wildcards).items()
         ],
     shell:
-        "launch.sh 0 --log {log} table --spec {params.spec:q} --source {input.source} {params.metrics}"
+        "bash {LAUNCH:q} 0 --log {log} table --spec {params.spec:q} --source {input.source:q} {params.metrics}"
         " --csv {output.csv} --markdown {output.markdown}"

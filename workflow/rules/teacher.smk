@@ -4,6 +4,7 @@
 rule teacher:
     input:
         latents=teacher_data,
+        components=components_of,
         source=ancient(
             supplied_key(
                 "teacher.weights.path", f"{RESULTS}/teacher/teacher.safetensors"
@@ -30,15 +31,17 @@ rule teacher:
         latents=lambda wildcards, input: (
             f"--latents {input.latents}" if input.latents else ""
         ),
+        components=components_option,
     shell:
-        "launch.sh {resources.processes} --preset {wildcards.preset} --log {log} --threads {threads} teacher"
-        " --spec {params.spec:q} {params.latents} --state {resources.state} --weights {output.weights} --train-log {output.train_log}"
+        "bash {LAUNCH:q} {resources.processes} --preset {wildcards.preset} --log {log} --threads {threads} teacher"
+        " --spec {params.spec:q} {params.latents} {params.components} --state {resources.state} --weights {output.weights} --train-log {output.train_log}"
 
 
 rule pairs:
     input:
         weights=rules.teacher.output.weights,
         record=rules.teacher.output.record,
+        components=components_of,
         # No GPU hour before the images are known to be good. The path anew: `ancient` marks the very object it is given,
         # and with the shards rule's own output every job that reads the shards would be left alone when they change.
         images=ancient(f"{DATA}/shards/manifest.json"),
@@ -53,6 +56,7 @@ rule pairs:
         gpu=gpus,
     params:
         spec=spec("pairs"),
+        components=components_option,
     shell:
-        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} pairs --spec {params.spec:q}"
-        " --teacher {input.weights} --manifest {output.manifest}"
+        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} pairs --spec {params.spec:q}"
+        " --teacher {input.weights} {params.components} --manifest {output.manifest}"

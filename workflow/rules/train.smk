@@ -6,7 +6,11 @@
 rule train:
     input:
         teacher=rules.teacher.output.weights,
+        components=components_of,
         latents=rules.latents.output.manifest,
+        prompts=ancient(
+            supplied_key("prompts.path", f"{RESULTS}/{{run}}/generator.safetensors")
+        ),
         pairs=pairs_of,
         start=start_of,
         perceptual=ancient(
@@ -30,11 +34,12 @@ rule train:
         state="state",
     params:
         spec=spec("train", "{run}"),
+        components=components_option,
         pairs=lambda wildcards, input: f"--pairs {input.pairs}" if input.pairs else "",
         start=lambda wildcards, input: f"--start {input.start}" if input.start else "",
     shell:
-        "launch.sh {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} train --spec {params.spec:q}"
-        " --teacher {input.teacher} --latents {input.latents} {params.pairs} {params.start}"
+        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} train --spec {params.spec:q}"
+        " --teacher {input.teacher} --latents {input.latents} {params.components} {params.pairs} {params.start}"
         " --state {resources.state} --generator {output.generator} --networks {output.networks}"
         " --snapshots {output.snapshots} --train-log {output.train_log}"
 
@@ -54,7 +59,7 @@ rule import_student:
     params:
         spec=spec("train", "{run}"),
     shell:
-        "launch.sh 0 --log {log} import-student --spec {params.spec:q} --generator {output.generator}"
+        "bash {LAUNCH:q} 0 --log {log} import-student --spec {params.spec:q} --generator {output.generator}"
 
 
 rule import_networks:
@@ -71,4 +76,4 @@ rule import_networks:
     params:
         spec=spec("train", "{run}"),
     shell:
-        "launch.sh 0 --log {log} import-student --spec {params.spec:q} --networks {output.networks}"
+        "bash {LAUNCH:q} 0 --log {log} import-student --spec {params.spec:q} --networks {output.networks}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dmd2.config import Data
-from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of, is_image
+from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of
+from dmd2.datasets.sources.listing import SPLITS, TRAINING, PassedOver, is_hidden, is_image, taken
+from dmd2.datasets.sources.spans import printable
 from dmd2.errors import UserError
 
 LISTERS = 16
@@ -17,37 +20,83 @@ LISTERS = 16
 class ImageFolder(EncodedImages):
     """A folder with one folder of images per class; classes are numbered in the sorted order of the folders' names.
 
-    Hidden files and files without an image suffix are ignored.
+    Below siblings named as splits (train, val, ...) only the training split is read. Links are followed. Hidden files
+    and files without an image suffix are passed over and counted.
     """
 
     def __init__(self, data: Data):
         self._root = existing(data, "the class-folder tree")
         if not self._root.is_dir():
             raise UserError(f"data.path: {self._root} is not a folder; set it to the class-folder tree")
-        classes = sorted(p.name for p in self._root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        self._root = _training_folder(self._root)
+        classes = _folders(self._root)
+        passed_over = PassedOver()
         with ThreadPoolExecutor(LISTERS) as pool:
-            listings = list(pool.map(self._images_of, classes))
+            listed = list(pool.map(self._images_of, classes))
+        listings = [listing for listing, _ in listed]
+        for _, others in listed:
+            taken(others, passed_over)
         names = [name for listing in listings for name, _ in listing]
         labels = [label for label, listing in enumerate(listings) for _ in listing]
-        super().__init__(data, names, labels, classes)
+        super().__init__(data, names, labels, classes, passed_over)
         self.fingerprint = fingerprint_of(names, [size for listing in listings for _, size in listing])
 
     def read(self, number: int) -> bytes:
-        path = self._root / self.name(number)
+        path = self._root / self._names[number]
         try:
             return path.read_bytes()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); was it moved? run again") from error
 
-    def _images_of(self, name: str) -> list[tuple[str, int]]:
-        """(path relative to the root, size in bytes) of the images below a class folder, sorted."""
-        found = []
-        for top, _, files in os.walk(self._root / name):
+    def _images_of(self, name: str) -> tuple[list[tuple[str, int]], list[str]]:
+        """(path below the root, size in bytes) of the images in a class folder, sorted; and the other files."""
+        found, others = [], []
+        for top, files in walk(self._root / name):
             below = Path(top).relative_to(self._root).as_posix()
-            found += [(f"{below}/{file}", _size(f"{top}/{file}")) for file in files if is_image(file)]
+            for file in files:
+                path = f"{below}/{file}"
+                if is_image(path):
+                    found.append((path, _size(f"{top}/{file}")))
+                else:
+                    others.append(path)
         if not found:
-            raise UserError(f"{self._root / name}: class folder without an image; fill or remove it")
-        return sorted(found, key=lambda item: item[0].split("/"))
+            raise UserError(f"{self._root / printable(name)}: class folder without an image; fill or remove it")
+        return sorted(found, key=lambda item: item[0].split("/")), others
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder below `root` with its files; links to folders are followed, once.
+
+    Raises UserError for a folder that cannot be listed, and for a link into a folder above it.
+    """
+
+    def stop(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); give yourself read access to it")
+
+    for top, folders, files in os.walk(root, followlinks=True, onerror=stop):
+        above = os.path.realpath(top)
+        for name in folders:
+            target = os.path.realpath(os.path.join(top, name))
+            if os.path.islink(os.path.join(top, name)) and f"{above}/".startswith(f"{target}/"):
+                raise UserError(f"{os.path.join(top, name)}: a link to a folder above itself; remove it")
+        yield top, files
+
+
+def _folders(root: Path) -> list[str]:
+    """The names of the folders in `root` that are not hidden, sorted. Raises UserError if it cannot be listed."""
+    try:
+        return sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
+    except OSError as error:
+        raise UserError(f"{root}: cannot be listed ({error.strerror}); give yourself read access to it") from None
+
+
+def _training_folder(root: Path) -> Path:
+    """The folder with the class folders: `root`, or its training split if all its folders are splits."""
+    names = _folders(root)
+    training = [name for name in names if name.lower() in TRAINING]
+    if training and all(name.lower() in SPLITS for name in names) and _folders(root / training[0]):
+        return root / training[0]
+    return root
 
 
 def _size(path: str) -> int:

@@ -65,13 +65,16 @@ class Member(NamedTuple):
 
 
 def tar_members(path: Path | str, offset: int = 0, size: int | None = None) -> list[Member]:
-    """The regular files of the uncompressed tar in `path`, or of a tar in it. Raises UserError for a damaged one."""
+    """The files of the uncompressed tar in `path`, or of a tar in it; links stand for the files that they point to.
+
+    Raises UserError for a damaged one, and for a link to nothing in it.
+    """
     with open(path, "rb", buffering=0) as file:
         end = os.fstat(file.fileno()).st_size
         window = _Window(file.fileno(), offset, end - offset if size is None else size)
         try:
             with tarfile.open(fileobj=window, mode="r:") as tar:
-                members = [Member(m.name, offset + m.offset_data, m.size) for m in tar if m.isfile()]
+                members = [_followed(tar, m, offset, str(path)) for m in tar if m.isfile() or m.islnk() or m.issym()]
                 window.seek(tar.offset)
         except tarfile.TarError as error:
             raise UserError(f"{path}: not a complete uncompressed tar ({error}); fetch or unpack it again") from None
@@ -80,6 +83,28 @@ def tar_members(path: Path | str, offset: int = 0, size: int | None = None) -> l
         last = f" after {members[-1].name}" if members else ""
         raise UserError(f"{path}: damaged or truncated{last} (no end mark); fetch or copy it again")
     return members
+
+
+def _followed(tar: tarfile.TarFile, member: tarfile.TarInfo, offset: int, path: str) -> Member:
+    """A file, or under a link's name the file that it points to."""
+    target = member
+    try:
+        for _ in range(LINKS):
+            if target.isfile():
+                return Member(printable(member.name), offset + target.offset_data, target.size)
+            target = tar._find_link_target(target)  # type: ignore[attr-defined]
+    except KeyError:
+        pass
+    raise UserError(f"{path}: {printable(member.name)} is a link to nothing in this tar; pack the files themselves")
+
+
+def printable(name: str) -> str:
+    """A name that is not UTF-8 with its odd bytes as `\\xNN`, so that it can be written and shown."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+LINKS = 20
+"""Most links that point to one another."""
 
 
 class _Window(RawIOBase):

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dmd2.config import Data
-from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of, is_image
+from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of
 from dmd2.datasets.sources.folder import LISTERS
+from dmd2.datasets.sources.listing import PassedOver, is_image, taken
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
 from dmd2.errors import UserError
 
@@ -28,10 +29,13 @@ class ImageNetTar(EncodedImages):
             raise UserError(f"{path}: contains no tar of a class; is it ILSVRC2012_img_train.tar?")
         with ThreadPoolExecutor(LISTERS) as pool:
             contents = list(pool.map(lambda member: tar_members(path, member.offset, member.size), inner))
-        found = [(label, m) for label, members in enumerate(contents) for m in sorted(members) if is_image(m.name)]
+        passed_over, found = PassedOver(), []
+        for label, members in enumerate(contents):
+            by_name = {member.name: member for member in sorted(members)}
+            found += [(label, by_name[name]) for name in taken(by_name, passed_over)]
         classes = [Path(member.name).stem for member in inner]
         names = [f"{classes[label]}.tar/{member.name}" for label, member in found]
-        super().__init__(data, names, [label for label, _ in found], classes)
+        super().__init__(data, names, [label for label, _ in found], classes, passed_over)
         offsets, sizes = [m.offset for _, m in found], [m.size for _, m in found]
         self._spans = Spans([str(path)], [0] * len(found), offsets, sizes)
         self.fingerprint = fingerprint_of(names, sizes)
@@ -55,13 +59,13 @@ class WebDatasetTars(EncodedImages):
     """
 
     def __init__(self, data: Data):
-        tars = _expand(data)
+        tars = expand(data)
         with ThreadPoolExecutor(LISTERS) as pool:
-            contents = list(pool.map(_samples, tars, [data.num_classes] * len(tars)))
+            contents = list(pool.map(_samples, tars, [data.classes] * len(tars)))
         found = [(file, sample) for file, samples in enumerate(contents) for sample in samples]
         images = [sample.image for _, sample in found]
         names = [f"{Path(tars[file]).name}/{sample.image.name}" for file, sample in found]
-        classes = [str(label) for label in range(data.num_classes)]
+        classes = [str(label) for label in range(data.classes)]
         super().__init__(data, names, [sample.label for _, sample in found], classes)
         sizes = [image.size for image in images]
         self._spans = Spans(tars, [file for file, _ in found], [image.offset for image in images], sizes)
@@ -71,16 +75,20 @@ class WebDatasetTars(EncodedImages):
         return self._spans[number]
 
 
-def _expand(data: Data) -> list[str]:
-    """The tars of a path or pattern, in its order; matches of `*` are sorted. Raises UserError if one is missing."""
+def expand(data: Data) -> list[str]:
+    """The tars of a path or pattern, in its order; matches of `*`, or those in a folder, are sorted.
+
+    Raises UserError if one is missing.
+    """
     from webdataset.shardlists import expand_urls
 
     if data.path is None:
         raise UserError("data.path is not set, but source webdataset reads one; set it to the tars, {0000..0099} or *")
-    tars = [tar for part in expand_urls(data.path) for tar in (sorted(glob.glob(part)) if "*" in part else [part])]
+    pattern = f"{data.path}/*.tar" if Path(data.path).is_dir() else data.path
+    tars = [tar for part in expand_urls(pattern) for tar in (sorted(glob.glob(part)) if "*" in part else [part])]
     missing = [tar for tar in tars if not Path(tar).is_file()]
     if missing or not tars:
-        raise UserError(f"data.path: {(missing or [data.path])[0]} does not exist; correct the pattern {data.path}")
+        raise UserError(f"data.path: {(missing or [pattern])[0]} does not exist; correct the path {data.path}")
     return tars
 
 
@@ -91,7 +99,7 @@ def _samples(path: str, num_classes: int) -> list[_Sample]:
     images: dict[str, Member] = {}
     labels: dict[str, int] = {}
     for number, member in enumerate(members):
-        key, kind = _split(member.name)
+        key, kind = split_name(member.name)
         if is_image(member.name):
             if key in images:
                 raise UserError(f"{path}: sample {key} has two images, {images[key].name} and {member.name}")
@@ -104,7 +112,7 @@ def _samples(path: str, num_classes: int) -> list[_Sample]:
     return [_Sample(image, labels[key]) for key, image in images.items()]
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Key and field of a member, as in WebDataset: the parts before and after the first dot of the file's name."""
     folder, slash, file = name.rpartition("/")
     stem, _, kind = file.partition(".")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from dmd2.config import Data
-from dmd2.datasets.sources.base import EncodedImages, Unreadable, existing, fingerprint_of, is_image
+from dmd2.datasets.sources.base import EncodedImages, Unreadable, existing, fingerprint_of
+from dmd2.datasets.sources.listing import TRAINING, PassedOver, taken, training_split
 from dmd2.datasets.sources.spans import Spans
 from dmd2.errors import UserError
 
@@ -38,10 +39,11 @@ class ImageZip(EncodedImages):
             raise
         except Exception as error:  # `zipfile` raises many types on damaged files
             raise UserError(f"{path}: not a complete zip archive ({error}); fetch it again") from None
-        chosen = {m.filename: m for m in members if not m.is_dir() and is_image(m.filename)}
+        files, passed_over = {m.filename: m for m in members if not m.is_dir()}, PassedOver()
+        chosen = {name: files[name] for name in taken((n for n in files if n != LABELS), passed_over)}
         labels, classes = _by_folder(list(chosen)) if stored is None else _by_list(list(chosen), stored, path)
         images = [chosen[name] for name in labels]
-        super().__init__(data, list(labels), list(labels.values()), classes)
+        super().__init__(data, list(labels), list(labels.values()), classes, passed_over)
         self._check(path, images)
         self._methods = np.array([m.compress_type for m in images], np.uint8)
         self._crcs = np.array([m.CRC for m in images], np.uint32)
@@ -108,8 +110,8 @@ def _by_list(names: list[str], stored: dict[str, int], path: Path) -> tuple[dict
 def _by_folder(names: list[str]) -> tuple[dict[str, int], list[str]]:
     """The class of each image, and the class names, from the images' folders."""
     parts = {name: name.split("/") for name in names}
-    if below := {name: p for name, p in parts.items() if "train" in p[:-1]}:
-        parts = {name: p[p.index("train") + 1 :] for name, p in below.items()}
+    if (depth := training_split(list(parts.values()))) is not None:
+        parts = {name: p[depth + 1 :] for name, p in parts.items() if p[depth].lower() in TRAINING}
     while parts and len({p[0] for p in parts.values()}) == 1 and all(len(p) > 2 for p in parts.values()):
         parts = {name: p[1:] for name, p in parts.items()}
     folders = {name: p[0] if len(p) > 1 else "" for name, p in parts.items()}

@@ -1,0 +1,76 @@
+"""Which files of a source are its images, alike in folders, zips and tars; what is passed over is counted by reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pjp", ".pjpeg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+OTHER_IMAGES = frozenset({".avif", ".heic", ".heif", ".jp2", ".jxl", ".pgm", ".pbm", ".pnm", ".svg", ".tga"})
+"""Images of formats that are not read: they count as unreadable, which `data.max_unreadable` limits."""
+SYSTEM_NAMES = frozenset(
+    {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+)
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+TRAINING = ("train", "training")
+HIDDEN, OTHER = "hidden or of a system", "no image by their suffix"
+
+
+class PassedOver:
+    """Files of a source that are not taken, by reason."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        """Counts a file."""
+        self._names.setdefault(reason, []).append(name)
+
+    def __str__(self) -> str:
+        """One line, such as `2 no image by their suffix (first: a/notes.txt)`; empty if there is nothing."""
+        return ", ".join(f"{len(names)} {reason} (first: {min(names)})" for reason, names in self._names.items())
+
+
+def is_hidden(name: str) -> bool:
+    """Whether any part of a path is hidden or a system's: `.ipynb_checkpoints/a.png`, `__MACOSX/a.png`."""
+    return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in name.split("/") if part)
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether the suffix is an image's, also of a format that is not read."""
+    _, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return bool(dot) and f".{suffix.lower()}" in SUFFIXES | OTHER_IMAGES
+
+
+def is_image(name: str) -> bool:
+    """Whether a path is that of an image of the data set: of an image's suffix, and no part of it hidden."""
+    return has_image_suffix(name) and not is_hidden(name)
+
+
+def taken(names: Iterable[str], passed_over: PassedOver) -> list[str]:
+    """The paths of images, in order; the others are counted."""
+    kept = []
+    for name in names:
+        if is_image(name):
+            kept.append(name)
+        else:
+            passed_over.add(HIDDEN if is_hidden(name) else OTHER, name)
+    return kept
+
+
+def training_split(paths: Sequence[Sequence[str]]) -> int | None:
+    """The depth at which all images lie below siblings named as splits, one of them for training; None without splits.
+
+    `paths` are the parts of the images' paths. A class called `train` among other classes is a class.
+    """
+    shortest = min(map(len, paths), default=0)
+    for depth in range(shortest - 1):
+        values = {path[depth].lower() for path in paths}
+        training = [path for path in paths if path[depth].lower() in TRAINING]
+        # Below the training split there are class folders; Kaggle's validation images lie in their split itself.
+        if values <= SPLITS and training and all(len(path) > depth + 2 for path in training):
+            return depth
+        if len(values) > 1:
+            return None
+    return None
