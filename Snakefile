@@ -26,7 +26,7 @@ onstart:
     for preset in sorted(PLANNED):
         wanted = TARGETS.plan(preset).preset.gpus
         if devices is not None and devices < wanted:
-            raise WorkflowError(
+            stop(
                 f"preset {preset}: gpus is {wanted}, but {devices} can be used here;"
                 f" say `--config gpus={devices}`, or `--resources gpu={wanted}` if there are more"
             )

@@ -1,4 +1,4 @@
-"""Commands besides the stages: cost, planning, job times, external files, and images of a finished run."""
+"""Commands besides the stages: cost, planning, job times, external files, and images of finished runs."""
 
 from __future__ import annotations
 
@@ -167,4 +167,20 @@ def export(
     stage.export(weights, out, lora=lora)
 
 
-COMMANDS = (download, downloads, cost, plan, times, generate, export)
+def demo(
+    results: Annotated[Path, typer.Option(help="a text-to-image preset's results")] = Path("results/digits-t2i"),
+    run: Annotated[
+        list[str] | None, typer.Option(help="repeatable; default: teacher, dmd2_1step and dmd2_4step")
+    ] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 serves other machines too")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: the first free one from 7860 on")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="of a teacher; a student has its run's")] = 25,
+    guidance_scale: Annotated[float, typer.Option(min=1, help="of a teacher")] = 2.0,
+) -> None:
+    """Serve a page that shows teacher and students side by side for a typed prompt (needs the extra `demo`)."""
+    from dmd2.stages import demo as stage
+
+    stage.serve(results, run or list(stage.RUNS), host=host, port=port, steps=steps, guidance_scale=guidance_scale)
+
+
+COMMANDS = (download, downloads, cost, plan, times, generate, export, demo)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from dmd2.config import Sampler, TeacherConfig, Train
+from dmd2.config import Data, Sampler, TeacherConfig, Train
+from dmd2.config.digit_pairs import composition
 from dmd2.config.reading import parse
 from dmd2.errors import UserError
 from dmd2.files import read_json
@@ -98,10 +99,7 @@ def generate(
     """Writes `num` images per label as PNG to `out`; returns their paths. Raises UserError for unsuitable labels."""
     device = ranks.device_of("auto")
     model = open_run(weights, device, steps=steps, guidance_scale=guidance_scale)
-    captions = model.spec.need("data").captions is not None
-    if captions != isinstance(labels[0], str):
-        wanted = "prompts: use --prompt" if captions else "classes: use --class"
-        raise UserError(f"{weights} is a model of {wanted}")
+    _check(weights, model.spec.need("data"), labels)
     start = time.perf_counter()
     images = images_of(model, [label for label in labels for _ in range(num)], seed)
     took = (time.perf_counter() - start) / len(images)
@@ -113,6 +111,19 @@ def generate(
     Counter("generate", len(images))(len(images))
     print(f"{len(images)} images in {out}, {model.passes} passes and {1000 * took:.0f} ms each")
     return written
+
+
+def _check(weights: Path, data: Data, labels: Sequence[Any]) -> None:
+    """Raises UserError for labels of the other kind, for classes and captions that the data have not."""
+    captions = data.captions is not None
+    if captions != isinstance(labels[0], str):
+        wanted = "prompts: use --prompt" if captions else "classes: use --class"
+        raise UserError(f"{weights} is a model of {wanted}")
+    for label in labels:
+        if not captions and not 0 <= label < data.classes:
+            raise UserError(f"--class {label}: {weights} has the classes 0 to {data.classes - 1}")
+        if data.source == "digit_pairs":
+            composition(label)
 
 
 def export(weights: Path, out: Path, *, lora: bool) -> None:

@@ -6,11 +6,18 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+OF_TEXT = ("Method", "passes", "FID", "patch FID", "prompt accuracy", "prompt accuracy, held-out compositions")
 SHOWN = {
-    "README.md": ("table1", ("Method", "FID (paper)", "passes", "FID", "pixel FD")),
-    "docs/deviations.md": ("deviations", ("Method", "FID", "pixel FD", "training CPU-s", "source")),
+    "README.md": {"table1": ("Method", "FID (paper)", "passes", "FID", "pixel FD")},
+    "docs/deviations.md": {"deviations": ("Method", "FID", "pixel FD", "training CPU-s", "source")},
+    "docs/text_to_image.md": {
+        "table2": OF_TEXT,
+        "table4": OF_TEXT,
+        "table5": OF_TEXT,
+        "table6": ("Method", "passes", "FID", "patch FID", "prompt accuracy", "diversity within prompts"),
+    },
 }
-"""By page: the table, and the columns that the page shows between `<!-- TABLE -->` and `<!-- /TABLE -->`."""
+"""By page: its tables with the columns that it shows between `<!-- TABLE -->` and `<!-- /TABLE -->`."""
 
 
 def excerpt(table: str, columns: tuple[str, ...]) -> str:
@@ -23,11 +30,13 @@ def excerpt(table: str, columns: tuple[str, ...]) -> str:
 
 
 def filled(page: str) -> str:
-    """The page with its excerpt as the reference table has it now."""
-    name, columns = SHOWN[page]
-    table = excerpt((ROOT / f"results/reference/{name}.md").read_text(), columns)
-    marked = re.compile(rf"(?<=<!-- {name} -->\n)(.*)(?=<!-- /{name} -->)", re.DOTALL)
-    return marked.sub(lambda _: table, (ROOT / page).read_text())
+    """The page with its excerpts as the reference tables have them now."""
+    text = (ROOT / page).read_text()
+    for name, columns in SHOWN[page].items():
+        table = excerpt((ROOT / f"results/reference/{name}.md").read_text(), columns)
+        marked = re.compile(rf"(?<=<!-- {name} -->\n)(.*)(?=<!-- /{name} -->)", re.DOTALL)
+        text = marked.sub(lambda _, table=table: table, text)
+    return text
 
 
 if __name__ == "__main__":
