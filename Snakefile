@@ -17,6 +17,7 @@ include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/records.smk"
 
 
 # Snakemake gives a job fewer devices where there are fewer; a batch that was checked for `gpus` might not divide then.
