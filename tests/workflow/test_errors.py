@@ -100,7 +100,7 @@ def test_every_mistake_of_a_file_is_told_at_once():
 
 def refuse(checkout: Checkout, words: str, **options: Any) -> None:
     """Asserts that a real run fails in one line with `words`, and that it started nothing."""
-    done = checkout.without_jobs("--cores", "1", **options)
+    done = checkout.snakemake("--cores", "1", **options)
     assert done.returncode == 1, done.stdout
     last = done.stdout.splitlines()[-1]
     assert last.startswith("error: "), done.stdout
@@ -147,13 +147,13 @@ def test_unknown_preset_stops_snakemake_before_any_job(fresh: Checkout):
 def test_planning_imports_neither_torch_nor_triton(fresh: Checkout, tmp_path: Path):
     for name in ("torch", "triton", "torchvision"):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported while planning')\n")
-    done = fresh.snakemake("-n", env={"PYTHONPATH": str(tmp_path)})
+    done = fresh.snakemake_started_anew("-n", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stdout
     assert "rule train:" in done.stdout
 
 
 def test_gpu_job_gets_a_gpu_under_the_default_profile(fresh: Checkout):
-    done = fresh.without_jobs("results/smoke/gan/generator.safetensors", "-n", overlay={"gpus": 1})
+    done = fresh.snakemake("results/smoke/gan/generator.safetensors", "-n", overlay={"gpus": 1})
     resources = [line for line in done.stdout.splitlines() if line.startswith("    resources:") and "state=" in line]
     assert len(resources) == 2, done.stdout  # teacher and train
     assert all("gpu=1" in line for line in resources)
