@@ -74,7 +74,7 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     def stop(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); give yourself read access to it")
 
-    above = {str(root): (os.path.realpath(root),)}  # the real folders on the way to each
+    above: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}  # the real folders on the way to each
     for top, folders, files in os.walk(root, followlinks=True, onerror=stop):
         way = above.pop(top)
         for name in folders:
