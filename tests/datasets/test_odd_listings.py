@@ -121,3 +121,14 @@ def test_characters_of_patterns_in_the_names_of_folders_and_files(folder: str, t
     path.with_name("._a.tar").write_bytes(b"resource fork")
     for given in (path.parent, path):
         assert len(open_source(data_of("webdataset", given))) == 2
+
+
+@pytest.mark.parametrize("place", ["a/more", "more", "a/3.png"])
+def test_a_link_to_nothing_is_refused_and_not_passed_over(place: str, tmp_path: Path):
+    """A folder of images on a disk that is not there, in a class folder or as one."""
+    root = tree(tmp_path / "tree", "a/1.png", "b/2.png")
+    (root / place).symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=rf"{place}: (a link to .*gone, where nothing is|cannot be read)"):
+        open_source(data_of("image_folder", root))
+    with pytest.raises(UserError, match=rf"{place}: (a link to .*gone, where nothing is|cannot be read)"):
+        open_source(captioned("image_folder", root, max_missing=9))
