@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+from events import wait_for_end
 
 from dmd2.commands import preload_server, preloaded
 
@@ -126,7 +127,7 @@ class World:
             try:
                 if str(self.root) in " ".join(process.cmdline()):
                     process.kill()
-                    process.wait(60)
+                    wait_for_end(process.pid)
             except psutil.Error:
                 pass
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from events import wait_for_end
 from preload_world import COMMANDS, STAGE, World, line
 
 from dmd2.commands import preload_server, preloaded
@@ -144,9 +145,8 @@ def test_stage_that_was_told_to_end_does_not_start_again(world: World):
 
 def test_dead_servers_socket_is_replaced(world: World):
     _, server, _ = world.say("say")
-    process = psutil.Process(server)
-    process.kill()
-    process.wait(60)
+    os.kill(server, signal.SIGKILL)
+    wait_for_end(server)
     assert any(path.is_socket() for path in (world.sockets / f"dmd2-preload-{os.getuid()}").iterdir())
     _, another, _ = world.say("say")
     assert another not in (server, os.getpid())

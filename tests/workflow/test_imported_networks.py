@@ -37,7 +37,7 @@ def released(path: str) -> str:
 
 def stopped(checkout: Checkout, target: str, overlay: dict[str, Any] | None = None) -> str:
     """What a user reads when the planning stops."""
-    run = checkout.without_jobs(target, "-n", overlay=overlay)
+    run = checkout.snakemake(target, "-n", overlay=overlay)
     assert run.returncode != 0
     return run.stdout
 
