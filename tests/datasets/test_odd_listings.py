@@ -11,6 +11,7 @@ from test_listing import names_in, picture, tree, zipped
 from trees import data_of, tar_of
 
 from dmd2.datasets import write_images
+from dmd2.datasets.origin import is_of_other_data
 from dmd2.datasets.sources import open_source
 from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
@@ -101,6 +102,9 @@ def test_folders_whose_names_are_not_utf8_can_be_classes(tmp_path: Path):
     assert list(source.classes) == ["a", r"caf\xe9"]
     assert str(source.passed_over) == r"1 no image by their suffix (first: caf\xe9/n\xe9.txt)"
     assert source[1].shape == (4, 4, 3)
+    assert not is_of_other_data(tmp_path / "out" / "manifest.json", data)
+    Path(os.fsdecode(odd + b"/3.png")).write_bytes(picture(3))
+    assert is_of_other_data(tmp_path / "out" / "manifest.json", data)
 
 
 def test_a_bitmap_of_16_bits_a_pixel_has_fewer_than_8_a_channel(tmp_path: Path):
