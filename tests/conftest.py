@@ -43,7 +43,7 @@ LONGEST = (
     "datasets/test_write_images.py",
     "training/",
 )
-"""Those that take longest: they start first, so that no worker is left alone with one of them at the end."""
+"""Those that take longest start first, so that no worker of `--dist loadfile` is left alone with one at the end."""
 
 
 @pytest.hookimpl(tryfirst=True)

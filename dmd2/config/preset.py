@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dmd2.config.base import Model, WeightsFile
 from dmd2.config.data import Data, Prompts
@@ -37,6 +38,14 @@ class Preset(Model):
         None, description="text-to-image: the tables that it fills; none: those of class-conditional data"
     )
     gpus: int = Field(0, ge=0, description="devices that a training or teacher-sampling job requests")
+
+    @field_validator("samplers")
+    @classmethod
+    def _names_are_plain(cls, samplers: dict[str, Sampler]) -> dict[str, Sampler]:
+        for name in samplers:
+            if not re.fullmatch("[A-Za-z0-9_-]+", name):  # it becomes a folder of results
+                raise ValueError(f"{name!r}: a name may only have letters, digits, - and _; rename it")
+        return samplers
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:

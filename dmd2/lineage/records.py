@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -29,16 +30,18 @@ def commit() -> str:
     "unknown" outside git, and where the code was unpacked inside a repository of something else.
     """
     here = Path(__file__).parent
+    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # they may name another one
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=20
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=20, env=env
         )
         return done.stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parents[1].resolve():
             return "unknown"
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # it may be the root of something else's repository
         head = git("rev-parse", "--short=12", "HEAD")
         return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

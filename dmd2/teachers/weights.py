@@ -18,6 +18,8 @@ from dmd2.teachers.torch_file import read_torch_file
 SHOWN = 3  # names in an error
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of data-parallel wrappers and of torch.compile."""
+INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""Parts that wrappers of inner modules leave in names."""
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 """Names of the one weight file in a folder: accelerate and transformers, diffusers, older ones."""
 INDEX = ".safetensors.index.json"
@@ -57,7 +59,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 def weight_file(path: Path) -> Path:
     """The file to read of a path: itself, or that of a folder. Raises UserError if there is none."""
     if path.is_dir():
-        found = [path / name for name in SINGLE if (path / name).is_file()] or sorted(path.glob(f"*{INDEX}"))
+        found = [path / name for name in SINGLE if (path / name).is_file()] or sorted(path.glob(f"[!.]*{INDEX}"))
         if not found:
             raise UserError(f"{path}: no {', '.join(SINGLE)} or *{INDEX} in this folder; name the weight file itself")
         return found[0]
@@ -67,11 +69,22 @@ def weight_file(path: Path) -> Path:
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the prefixes of wrappers that all names share: `module.`, `_orig_mod.`, or both."""
-    found = dict(state)
+    """The tensors without what wrappers leave in names.
+
+    That is `module.` and `_orig_mod.` before all of them, and `_orig_mod.` and FSDP's parts anywhere.
+    """
+    found = {_unwrapped(name): value for name, value in state.items()}
+    if len(found) != len(state):  # a compiled module beside the plain one
+        found = dict(state)
     while prefix := next((p for p in WRAPPERS if found and all(name.startswith(p) for name in found)), None):
         found = {name.removeprefix(prefix): value for name, value in found.items()}
     return found
+
+
+def _unwrapped(name: str) -> str:
+    for part in INNER:
+        name = name.replace(f".{part}", ".").removeprefix(part)
+    return name
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -100,12 +113,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def _refuse_text(path: Path) -> None:
     """Raises UserError for what a failed download leaves in place of weights: a web page, or a pointer of Git LFS."""
     with path.open("rb") as file:
-        start = file.read(512).lstrip()
+        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"version https://git-lfs"):
         raise UserError(
             f"{path}: a pointer of Git LFS, not the weights; run `git lfs pull`, or download the file itself"
         )
-    if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+    if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<!--")):
         raise UserError(
             f"{path}: a web page, not weights: the download was refused or redirected; fetch the file itself"
         )

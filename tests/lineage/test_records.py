@@ -185,3 +185,26 @@ def test_the_commit_of_a_repository_that_the_code_was_unpacked_in_is_not_the_cod
     records.commit.cache_clear()
     assert re.fullmatch(r"[0-9a-f]{12}", provenance(SPEC)["commit"])
     records.commit.cache_clear()
+
+
+def test_the_commit_of_a_repository_whose_root_the_code_was_unpacked_in_is_not_the_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from dmd2.lineage import records
+
+    code = tmp_path / "dmd2" / "lineage" / "records.py"
+    write_text(code, "")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "of something else"], check=True)
+    monkeypatch.setattr(records, "__file__", str(code))
+    monkeypatch.setenv("GIT_DIR", str(Path(__file__).parents[2] / ".git"))  # a hook's
+    records.commit.cache_clear()
+    assert provenance(SPEC)["commit"] == "unknown"
+    monkeypatch.delenv("GIT_DIR")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "of the project"], check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    records.commit.cache_clear()
+    assert re.fullmatch(r"[0-9a-f]{12}", provenance(SPEC)["commit"])
+    records.commit.cache_clear()

@@ -86,3 +86,24 @@ def test_what_a_failed_download_leaves_is_called_that(suffix: str, content: byte
 def test_an_empty_folder_says_what_it_should_have(tmp_path: Path):
     with pytest.raises(UserError, match=r"no model\.safetensors, .* in this folder"):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["_orig_mod", "_fsdp_wrapped_module"])
+def test_parts_that_wrappers_of_inner_modules_leave_are_dropped(part: str, tmp_path: Path):
+    """A compiled or sharded block: a.PART.weight."""
+    wrapped = {name.replace(".", f".{part}."): value for name, value in STATE.items()}
+    save_file(wrapped, tmp_path / "w.safetensors")
+    assert_equal(read_weights(tmp_path / "w.safetensors"), STATE)
+
+
+@pytest.mark.parametrize("start", [b"\xef\xbb\xbf<!DOCTYPE html>", b"<!-- login -->\n<html>"])
+def test_web_pages_that_begin_otherwise_are_called_that(start: bytes, tmp_path: Path):
+    (tmp_path / "w.safetensors").write_bytes(start + b"x" * 100)
+    with pytest.raises(UserError, match="a web page, not weights"):
+        read_weights(tmp_path / "w.safetensors")
+
+
+def test_hidden_copies_of_an_index_are_not_taken(tmp_path: Path):
+    sharded(tmp_path)
+    (tmp_path / "._model.safetensors.index.json").write_bytes(b"resource fork")
+    assert_equal(read_weights(tmp_path), STATE)

@@ -23,6 +23,11 @@ KEYS = {
     ),
     "adjusts no run": ({"runs": {"gann": {"seed": 5}}}, "`runs.gann`: "),
     "wrong type": ({"train": {"batch_size": "many"}}, "`train.batch_size` is 'many': input should be a valid integer"),
+    "text for a section": (
+        {"train": "{seed:"},
+        "`train` is '{seed:': input should be a mapping of keys to values, such as {key: value}",
+    ),
+    "long value": ({"train": {"batch_size": "9" * 2000 + "x"}}, "`train.batch_size` is '" + "9" * 96 + "...: input"),
     "out of range": (
         {"evaluation": {"num_samples": 0}},
         "`evaluation.num_samples` is 0: input should be greater than 0",
@@ -97,7 +102,10 @@ def refuse(checkout: Checkout, words: str, **options: Any) -> None:
     """Asserts that a real run fails in one line with `words`, and that it started nothing."""
     done = checkout.snakemake("--cores", "1", **options)
     assert done.returncode == 1, done.stdout
-    assert len([line for line in done.stdout.splitlines() if words in line]) == 1, done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("error: "), done.stdout
+    assert words in last
+    assert done.stdout.count(words) == 1
     assert "Traceback" not in done.stdout
     for folder in ("data", "results", "logs", "state"):
         assert not (checkout / folder).exists(), f"a job was started: {folder}/ is there"
@@ -114,6 +122,22 @@ def test_mistake_in_a_file_stops_snakemake_before_any_job(fresh: Checkout, name:
     path, old, new, words = FILES[name]
     with fresh.edited(f"workflow/{path}", old, new):
         refuse(fresh, words)
+
+
+def test_mistake_that_only_a_job_finds_is_told_in_one_line(fresh: Checkout):
+    """In a function of an input, and in one of a resource: planning a target that no table reads."""
+    done = fresh.without_jobs("results/smoke/dmd2/nosuch/metrics.json", "-n")
+    assert done.returncode == 1, done.stdout
+    assert done.stdout.splitlines()[-1].startswith("error: entry dmd2/nosuch: no sampler 'nosuch'"), done.stdout
+
+
+def test_too_few_devices_are_told_in_one_line(fresh: Checkout):
+    done = fresh.without_jobs("--cores", "1", "--resources", "gpu=1", overlay={"gpus": 2})
+    assert done.returncode == 1, done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if "gpus is 2" in line]
+    assert line.startswith("error: preset smoke: gpus is 2, but 1 can be used here; say ")
+    assert "Traceback" not in done.stdout
+    assert "common.smk" not in done.stdout.partition(line)[2]
 
 
 def test_unknown_preset_stops_snakemake_before_any_job(fresh: Checkout):

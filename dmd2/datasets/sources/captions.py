@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from dmd2.config import Data
 from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of
-from dmd2.datasets.sources.folder import LISTERS, walk
-from dmd2.datasets.sources.listing import is_hidden, is_image
+from dmd2.datasets.sources.folder import LISTERS, refuse_lost_link, size_of, walk
+from dmd2.datasets.sources.listing import PassedOver, is_hidden, is_image, taken
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
-from dmd2.datasets.sources.tars import expand, split_name
+from dmd2.datasets.sources.tars import expand, passed_by, split_name
 from dmd2.datasets.texts import CAPTION_KEYS, tidy
 from dmd2.errors import UserError
 
@@ -42,12 +42,12 @@ class CaptionedFolder(EncodedImages):
         self._root = existing(data, "a folder of images with captions")
         if not self._root.is_dir():
             raise UserError(f"data.path: {self._root} is not a folder; set it to the images with captions")
-        names, tables = self._list()
+        names, tables, passed_over = self._list()
         names.sort(key=lambda name: name.split("/"))
         with ThreadPoolExecutor(LISTERS) as pool:
-            sizes = list(pool.map(self._size, names))
+            sizes = list(pool.map(lambda name: size_of(str(self._root / name)), names))
             captions = self._listed(names, tables) if tables else list(pool.map(self._beside, names))
-        super().__init__(data, names, captions, ())
+        super().__init__(data, names, captions, (), passed_over)
         self.fingerprint = fingerprint_of((f"{n} {text}" for n, text in zip(names, captions, strict=True)), sizes)
 
     def read(self, number: int) -> bytes:
@@ -57,19 +57,27 @@ class CaptionedFolder(EncodedImages):
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); was it moved? run again") from error
 
-    def _list(self) -> tuple[list[str], list[Path]]:
-        """The images of the tree, relative to its root, and its tables of metadata."""
-        names, tables = [], []
+    def _list(self) -> tuple[list[str], list[Path], PassedOver]:
+        """The images of the tree, relative to its root, its tables of metadata, and the files that are neither."""
+        names: list[str] = []
+        tables: list[Path] = []
+        others: list[str] = []
         for top, files in walk(self._root):
             below = Path(top).relative_to(self._root)
-            if is_hidden(below.as_posix().removeprefix(".")):
-                continue
-            names += [path for file in files if is_image(path := (below / file).as_posix())]
-            found = [Path(top, name) for name in METADATA if name in files]
+            hidden = is_hidden(below.as_posix())
+            paths = [(below / file).as_posix() for file in files]
+            names += [path for path in paths if is_image(path)]
+            found = [Path(top, name) for name in METADATA if name in files and not hidden]
+            others += [path for path in paths if not is_image(path) and (hidden or not path.endswith(METADATA))]
             if len(found) > 1:
                 raise UserError(f"{found[0]}: there is {found[1].name} as well; keep one of the two")
             tables += found
-        return names, tables
+        for name in others:
+            refuse_lost_link(str(self._root / name))
+        stems = set() if tables else {name.rpartition(".")[0] for name in names}  # whose captions are in .txt
+        passed_over = PassedOver()
+        taken((name for name in others if not (name.endswith(".txt") and name[:-4] in stems)), passed_over)
+        return names, tables, passed_over
 
     def _listed(self, names: list[str], tables: list[Path]) -> list[str]:
         """The captions of the images in tables; "" for an image that none of them lists."""
@@ -96,12 +104,6 @@ class CaptionedFolder(EncodedImages):
             return ""
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not a readable text in UTF-8 ({error}); correct or remove it") from None
-
-    def _size(self, name: str) -> int:
-        try:
-            return (self._root / name).stat().st_size
-        except OSError as error:
-            raise UserError(f"{self._root / name}: cannot be read ({error.strerror}); fix or remove it") from None
 
 
 def read_table(path: Path) -> Iterator[tuple[str, str]]:
@@ -152,11 +154,11 @@ class CaptionedTars(EncodedImages):
         tars = expand(data)
         with ThreadPoolExecutor(LISTERS) as pool:
             contents = list(pool.map(_samples, tars))
-        found = [(file, sample) for file, samples in enumerate(contents) for sample in samples]
+        found = [(file, sample) for file, (samples, _) in enumerate(contents) for sample in samples]
         images = [sample.image for _, sample in found]
         names = [f"{Path(tars[file]).name}/{sample.image.name}" for file, sample in found]
         captions = [sample.caption for _, sample in found]
-        super().__init__(data, names, captions, ())
+        super().__init__(data, names, captions, (), passed_by(tars, contents))
         sizes = [image.size for image in images]
         self._spans = Spans(tars, [file for file, _ in found], [image.offset for image in images], sizes)
         self.fingerprint = fingerprint_of((f"{n} {text}" for n, text in zip(names, captions, strict=True)), sizes)
@@ -165,20 +167,26 @@ class CaptionedTars(EncodedImages):
         return self._spans[number]
 
 
-def _samples(path: str) -> list[_Sample]:
-    """The samples of one tar, in its order. Raises UserError naming a caption without an image or a damaged one."""
+def _samples(path: str) -> tuple[list[_Sample], list[str]]:
+    """The samples of one tar, in its order, and its other members.
+
+    Raises UserError naming a caption without an image or a damaged one.
+    """
     members = tar_members(path)
     spans = Spans([path], [0] * len(members), [m.offset for m in members], [m.size for m in members])
     images: dict[str, Member] = {}
     texts: dict[str, dict[str, int]] = {"txt": {}, "json": {}}
+    others: list[str] = []
     for number, member in enumerate(members):
         key, kind = split_name(member.name)
         if is_image(member.name):
             if key in images:
                 raise UserError(f"{path}: sample {key} has two images, {images[key].name} and {member.name}")
             images[key] = member
-        elif kind in texts:
+        elif kind in texts and not is_hidden(member.name):
             texts[kind][key] = number
+        else:
+            others.append(member.name)
     if odd := sorted((texts["txt"].keys() | texts["json"].keys()) - images.keys()):
         raise UserError(f"{path}: sample {odd[0]} has a caption but no image; complete or remove it")
     found = []
@@ -186,7 +194,7 @@ def _samples(path: str) -> list[_Sample]:
         held = [(kind, numbers[key]) for kind, numbers in texts.items() if key in numbers]
         captions = [_caption(spans[number], kind, f"{path}: {members[number].name}") for kind, number in held[:1]]
         found.append(_Sample(image, captions[0] if captions else ""))
-    return found
+    return found, others
 
 
 def _caption(content: bytes, kind: str, where: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dmd2.config import Data
 from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of
-from dmd2.datasets.sources.listing import SPLITS, TRAINING, PassedOver, is_hidden, is_image, taken
+from dmd2.datasets.sources.listing import HIDDEN, OUTSIDE, SPLITS, TRAINING, PassedOver, is_hidden, is_image, taken
 from dmd2.datasets.sources.spans import printable
 from dmd2.errors import UserError
 
@@ -30,7 +31,7 @@ class ImageFolder(EncodedImages):
             raise UserError(f"data.path: {self._root} is not a folder; set it to the class-folder tree")
         self._root = _training_folder(self._root)
         classes = _folders(self._root)
-        passed_over = PassedOver()
+        passed_over = _beside(self._root)
         with ThreadPoolExecutor(LISTERS) as pool:
             listed = list(pool.map(self._images_of, classes))
         listings = [listing for listing, _ in listed]
@@ -38,7 +39,7 @@ class ImageFolder(EncodedImages):
             taken(others, passed_over)
         names = [name for listing in listings for name, _ in listing]
         labels = [label for label, listing in enumerate(listings) for _ in listing]
-        super().__init__(data, names, labels, classes, passed_over)
+        super().__init__(data, names, labels, [printable(name) for name in classes], passed_over)
         self.fingerprint = fingerprint_of(names, [size for listing in listings for _, size in listing])
 
     def read(self, number: int) -> bytes:
@@ -56,9 +57,10 @@ class ImageFolder(EncodedImages):
             for file in files:
                 path = f"{below}/{file}"
                 if is_image(path):
-                    found.append((path, _size(f"{top}/{file}")))
+                    found.append((path, size_of(f"{top}/{file}")))
                 else:
                     others.append(path)
+                    refuse_lost_link(f"{top}/{file}")
         if not found:
             raise UserError(f"{self._root / printable(name)}: class folder without an image; fill or remove it")
         return sorted(found, key=lambda item: item[0].split("/")), others
@@ -73,12 +75,15 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     def stop(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); give yourself read access to it")
 
+    above: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}  # the real folders on the way to each
     for top, folders, files in os.walk(root, followlinks=True, onerror=stop):
-        above = os.path.realpath(top)
+        way = above.pop(top)
         for name in folders:
-            target = os.path.realpath(os.path.join(top, name))
-            if os.path.islink(os.path.join(top, name)) and f"{above}/".startswith(f"{target}/"):
-                raise UserError(f"{os.path.join(top, name)}: a link to a folder above itself; remove it")
+            path = os.path.join(top, name)
+            target = os.path.realpath(path) if os.path.islink(path) else os.path.join(way[-1], name)
+            if any(f"{folder}/".startswith(f"{target}/") for folder in way):
+                raise UserError(f"{printable(path)}: a link to a folder above itself; remove it")
+            above[path] = (*way, target)
         yield top, files
 
 
@@ -90,6 +95,19 @@ def _folders(root: Path) -> list[str]:
         raise UserError(f"{root}: cannot be listed ({error.strerror}); give yourself read access to it") from None
 
 
+def _beside(root: Path) -> PassedOver:
+    """What lies beside the class folders: files, and hidden folders."""
+    passed_over = PassedOver()
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and is_hidden(path.name):
+            passed_over.add(HIDDEN, f"{path.name}/")
+        elif not path.is_dir():
+            refuse_lost_link(str(path))
+            for name in taken([path.name], passed_over):
+                passed_over.add(OUTSIDE, name)
+    return passed_over
+
+
 def _training_folder(root: Path) -> Path:
     """The folder with the class folders: `root`, or its training split if all its folders are splits."""
     names = _folders(root)
@@ -99,8 +117,19 @@ def _training_folder(root: Path) -> Path:
     return root
 
 
-def _size(path: str) -> int:
+def refuse_lost_link(path: str) -> None:
+    """Raises UserError for a link to nothing, which may stand for a folder of images; a hidden one is passed over."""
+    if os.path.islink(path) and not os.path.exists(path) and not is_hidden(os.path.basename(path)):
+        target = printable(os.readlink(path))
+        raise UserError(f"{printable(path)}: a link to {target}, where nothing is; restore that, or correct the link")
+
+
+def size_of(path: str) -> int:
+    """The size of an image's file in bytes. Raises UserError if there is none, or a pipe or device in its place."""
     try:
-        return os.stat(path).st_size
+        found = os.stat(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); fix or remove it") from None
+        raise UserError(f"{printable(path)}: cannot be read ({error.strerror}); fix or remove it") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{printable(path)}: not a file but a pipe, socket or device; remove it")
+    return found.st_size

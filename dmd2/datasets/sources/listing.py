@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from dmd2.datasets.sources.spans import printable
+
 SUFFIXES = frozenset(
     {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pjp", ".pjpeg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
@@ -15,6 +17,7 @@ SYSTEM_NAMES = frozenset(
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 TRAINING = ("train", "training")
 HIDDEN, OTHER = "hidden or of a system", "no image by their suffix"
+OUTSIDE = "outside the class folders"
 
 
 class PassedOver:
@@ -25,7 +28,7 @@ class PassedOver:
 
     def add(self, reason: str, name: str) -> None:
         """Counts a file."""
-        self._names.setdefault(reason, []).append(name)
+        self._names.setdefault(reason, []).append(printable(name))
 
     def __str__(self) -> str:
         """One line, such as `2 no image by their suffix (first: a/notes.txt)`; empty if there is nothing."""
@@ -34,7 +37,8 @@ class PassedOver:
 
 def is_hidden(name: str) -> bool:
     """Whether any part of a path is hidden or a system's: `.ipynb_checkpoints/a.png`, `__MACOSX/a.png`."""
-    return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in name.split("/") if part)
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]  # `tar -C folder .` writes ./a.png
+    return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in parts)
 
 
 def has_image_suffix(name: str) -> bool:

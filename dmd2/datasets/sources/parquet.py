@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 from dmd2.config import Data
 from dmd2.datasets.sources.base import EncodedImages, Unreadable, existing, fingerprint_of
+from dmd2.datasets.sources.listing import is_hidden
 from dmd2.datasets.texts import CAPTION_KEYS, tidy
 from dmd2.errors import UserError
 
@@ -122,11 +123,12 @@ def _outline(path: str) -> tuple[str, list[str], list[int]]:
 
 def _expand(data: Data) -> list[str]:
     """The files of a path, folder or pattern, sorted. Raises UserError if there is none."""
-    if data.path is not None and "*" in data.path:
+    if data.path is not None and "*" in data.path and not Path(data.path).exists():
         found = sorted(glob.glob(data.path))
     else:
         path = existing(data, "Parquet files of images and captions")
-        found = sorted(str(item) for item in path.glob("*.parquet")) if path.is_dir() else [str(path)]
+        inside = [item for item in path.glob("*.parquet") if not is_hidden(item.name)] if path.is_dir() else [path]
+        found = sorted(map(str, inside))
     if not found:
         raise UserError(f"data.path: {data.path} has no Parquet file; correct it")
     return found

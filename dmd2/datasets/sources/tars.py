@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from dmd2.config import Data
 from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of
 from dmd2.datasets.sources.folder import LISTERS
-from dmd2.datasets.sources.listing import PassedOver, is_image, taken
+from dmd2.datasets.sources.listing import HIDDEN, OTHER, OUTSIDE, PassedOver, is_hidden, is_image, taken
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
 from dmd2.errors import UserError
 
@@ -24,12 +25,15 @@ class ImageNetTar(EncodedImages):
 
     def __init__(self, data: Data):
         path = existing(data, "ILSVRC2012_img_train.tar, a tar of one tar per class")
-        inner = sorted(member for member in tar_members(path) if member.name.endswith(".tar"))
+        passed_over, outer = PassedOver(), sorted(tar_members(path))
+        inner = [member for member in outer if member.name.endswith(".tar") and not is_hidden(member.name)]
+        for name in taken((member.name for member in sorted(set(outer) - set(inner))), passed_over):
+            passed_over.add(OUTSIDE, name)
         if not inner:
             raise UserError(f"{path}: contains no tar of a class; is it ILSVRC2012_img_train.tar?")
         with ThreadPoolExecutor(LISTERS) as pool:
             contents = list(pool.map(lambda member: tar_members(path, member.offset, member.size), inner))
-        passed_over, found = PassedOver(), []
+        found = []
         for label, members in enumerate(contents):
             by_name = {member.name: member for member in sorted(members)}
             found += [(label, by_name[name]) for name in taken(by_name, passed_over)]
@@ -62,11 +66,11 @@ class WebDatasetTars(EncodedImages):
         tars = expand(data)
         with ThreadPoolExecutor(LISTERS) as pool:
             contents = list(pool.map(_samples, tars, [data.classes] * len(tars)))
-        found = [(file, sample) for file, samples in enumerate(contents) for sample in samples]
+        found = [(file, sample) for file, (samples, _) in enumerate(contents) for sample in samples]
         images = [sample.image for _, sample in found]
         names = [f"{Path(tars[file]).name}/{sample.image.name}" for file, sample in found]
         classes = [str(label) for label in range(data.classes)]
-        super().__init__(data, names, [sample.label for _, sample in found], classes)
+        super().__init__(data, names, [sample.label for _, sample in found], classes, passed_by(tars, contents))
         sizes = [image.size for image in images]
         self._spans = Spans(tars, [file for file, _ in found], [image.offset for image in images], sizes)
         self.fingerprint = fingerprint_of((f"{n} {label}" for n, label in zip(names, self.labels, strict=True)), sizes)
@@ -84,32 +88,53 @@ def expand(data: Data) -> list[str]:
 
     if data.path is None:
         raise UserError("data.path is not set, but source webdataset reads one; set it to the tars, {0000..0099} or *")
-    pattern = f"{data.path}/*.tar" if Path(data.path).is_dir() else data.path
-    tars = [tar for part in expand_urls(pattern) for tar in (sorted(glob.glob(part)) if "*" in part else [part])]
+    if Path(data.path).is_file():  # its name may have the characters of patterns
+        return [data.path]
+    if Path(data.path).is_dir():
+        pattern = f"{data.path}/*.tar"
+        tars = sorted(str(item) for item in Path(data.path).glob("*.tar") if not is_hidden(item.name))
+    else:
+        pattern = data.path
+        tars = [tar for part in expand_urls(pattern) for tar in (sorted(glob.glob(part)) if "*" in part else [part])]
     missing = [tar for tar in tars if not Path(tar).is_file()]
     if missing or not tars:
         raise UserError(f"data.path: {(missing or [pattern])[0]} does not exist; correct the path {data.path}")
     return tars
 
 
-def _samples(path: str, num_classes: int) -> list[_Sample]:
-    """The samples of one tar, in its order. Raises UserError naming a sample without an image or a valid class."""
+def passed_by(tars: list[str], contents: Sequence[tuple[object, list[str]]]) -> PassedOver:
+    """The members of tars that belong to no sample, from the second parts of `contents`."""
+    found = PassedOver()
+    for tar, (_, others) in zip(tars, contents, strict=True):
+        for name in others:
+            found.add(HIDDEN if is_hidden(name) else OTHER, f"{Path(tar).name}/{name}")
+    return found
+
+
+def _samples(path: str, num_classes: int) -> tuple[list[_Sample], list[str]]:
+    """The samples of one tar, in its order, and its other members.
+
+    Raises UserError naming a sample without an image or a valid class.
+    """
     members = tar_members(path)
     spans = Spans([path], [0] * len(members), [m.offset for m in members], [m.size for m in members])
     images: dict[str, Member] = {}
     labels: dict[str, int] = {}
+    others: list[str] = []
     for number, member in enumerate(members):
         key, kind = split_name(member.name)
         if is_image(member.name):
             if key in images:
                 raise UserError(f"{path}: sample {key} has two images, {images[key].name} and {member.name}")
             images[key] = member
-        elif kind == "cls":
+        elif kind == "cls" and not is_hidden(member.name):
             labels[key] = _label(spans[number], num_classes, f"{path}: {member.name}")
+        else:
+            others.append(member.name)
     if odd := sorted(images.keys() ^ labels.keys()):
         lacks = "class (.cls)" if odd[0] in images else "image"
         raise UserError(f"{path}: sample {odd[0]} has no {lacks}; complete or remove it")
-    return [_Sample(image, labels[key]) for key, image in images.items()]
+    return [_Sample(image, labels[key]) for key, image in images.items()], others
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dmd2.config import Data
 from dmd2.datasets.sources.base import EncodedImages, Unreadable, existing, fingerprint_of
-from dmd2.datasets.sources.listing import TRAINING, PassedOver, taken, training_split
+from dmd2.datasets.sources.listing import OUTSIDE, TRAINING, PassedOver, taken, training_split
 from dmd2.datasets.sources.spans import Spans
 from dmd2.errors import UserError
 
@@ -41,7 +41,9 @@ class ImageZip(EncodedImages):
             raise UserError(f"{path}: not a complete zip archive ({error}); fetch it again") from None
         files, passed_over = {m.filename: m for m in members if not m.is_dir()}, PassedOver()
         chosen = {name: files[name] for name in taken((n for n in files if n != LABELS), passed_over)}
-        labels, classes = _by_folder(list(chosen)) if stored is None else _by_list(list(chosen), stored, path)
+        labels, classes = (
+            _by_folder(list(chosen), passed_over) if stored is None else _by_list(list(chosen), stored, path)
+        )
         images = [chosen[name] for name in labels]
         super().__init__(data, list(labels), list(labels.values()), classes, passed_over)
         self._check(path, images)
@@ -107,7 +109,7 @@ def _by_list(names: list[str], stored: dict[str, int], path: Path) -> tuple[dict
     return labels, [str(label) for label in range(max(labels.values(), default=-1) + 1)]
 
 
-def _by_folder(names: list[str]) -> tuple[dict[str, int], list[str]]:
+def _by_folder(names: list[str], passed_over: PassedOver) -> tuple[dict[str, int], list[str]]:
     """The class of each image, and the class names, from the images' folders."""
     parts = {name: name.split("/") for name in names}
     if (depth := training_split(list(parts.values()))) is not None:
@@ -115,6 +117,10 @@ def _by_folder(names: list[str]) -> tuple[dict[str, int], list[str]]:
     while parts and len({p[0] for p in parts.values()}) == 1 and all(len(p) > 2 for p in parts.values()):
         parts = {name: p[1:] for name, p in parts.items()}
     folders = {name: p[0] if len(p) > 1 else "" for name, p in parts.items()}
+    if any(folders.values()):
+        for name in [name for name, folder in folders.items() if not folder]:
+            passed_over.add(OUTSIDE, name)
+            del folders[name]
     classes = sorted(set(folders.values()))
     numbers = {name: number for number, name in enumerate(classes)}
     return {name: numbers[folder] for name, folder in folders.items()}, classes
