@@ -51,14 +51,14 @@ def test_members_of_tars_that_belong_to_no_sample_are_told(tmp_path: Path):
     odd = [("._1.png", b"fork"), ("__MACOSX/1.cls", b"9"), ("__MACOSX/1.txt", b"x"), ("notes.md", b"x")]
     classes = [("1.cls", b"0"), ("2.cls", b"1")]
     (tmp_path / "c.tar").write_bytes(tar_of([*image, *classes, *odd]))
-    told = str(open_source(data_of("webdataset", tmp_path / "c.tar")).passed_over)
-    assert told == (
+    passed_over = str(open_source(data_of("webdataset", tmp_path / "c.tar")).passed_over)
+    assert passed_over == (
         "3 hidden or of a system (first: c.tar/._1.png), 1 no image by their suffix (first: c.tar/notes.md)"
     )
     (tmp_path / "t.tar").write_bytes(tar_of([*image, ("1.txt", b"one"), ("2.txt", b"two"), *odd]))
     source = open_source(captioned("webdataset", tmp_path / "t.tar"))
     assert source.labels.tolist() == ["one", "two"]
-    assert str(source.passed_over) == told.replace("c.tar", "t.tar")
+    assert str(source.passed_over) == passed_over.replace("c.tar", "t.tar")
 
 
 def test_files_beside_captioned_images_are_told(tmp_path: Path):

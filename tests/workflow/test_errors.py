@@ -124,14 +124,14 @@ def test_mistake_in_a_file_stops_snakemake_before_any_job(fresh: Checkout, name:
         refuse(fresh, words)
 
 
-def test_mistake_that_only_a_job_finds_is_told_in_one_line(fresh: Checkout):
+def test_mistake_that_only_a_job_finds_is_reported_in_one_line(fresh: Checkout):
     """In a function of an input, and in one of a resource: planning a target that no table reads."""
     done = fresh.snakemake("results/smoke/dmd2/nosuch/metrics.json", "-n")
     assert done.returncode == 1, done.stdout
     assert done.stdout.splitlines()[-1].startswith("error: entry dmd2/nosuch: no sampler 'nosuch'"), done.stdout
 
 
-def test_too_few_devices_are_told_in_one_line(fresh: Checkout):
+def test_too_few_devices_are_reported_in_one_line(fresh: Checkout):
     done = fresh.snakemake("--cores", "1", "--resources", "gpu=1", overlay={"gpus": 2})
     assert done.returncode == 1, done.stdout
     (line,) = [line for line in done.stdout.splitlines() if "gpus is 2" in line]

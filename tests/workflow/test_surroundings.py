@@ -33,7 +33,7 @@ def littered(fresh: Checkout, tmp_path: Path) -> Checkout:
 def test_users_files_are_no_modules_for_the_workflow(littered: Checkout, tmp_path: Path, folder: str):
     where = ("-s", str(littered / "Snakefile"), "--cores", "1", "--directory", str(tmp_path / folder))
     env = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}  # as the script `snakemake` starts Python
-    done = littered.snakemake(SMALL[0], *where, env=env)
+    done = littered.snakemake_started_anew(SMALL[0], *where, env=env)
     assert done.returncode == 0, done.stdout
     assert (tmp_path / folder / SMALL[0]).stat().st_size
 
@@ -59,6 +59,6 @@ def test_paths_with_blanks_and_quotes_run(fresh: Checkout, tmp_path: Path):
     work = tmp_path / "an other dir"
     work.mkdir()
     where = ("-s", str(checkout / "Snakefile"), "--directory", str(work), "--cores", "1")
-    done = checkout.snakemake(*SMALL, *where, "--workflow-profile", str(checkout / "profiles/default"))
+    done = checkout.snakemake_started_anew(*SMALL, *where, "--workflow-profile", str(checkout / "profiles/default"))
     assert done.returncode == 0, done.stdout
     assert all((work / path).stat().st_size for path in SMALL)
