@@ -7,6 +7,7 @@ manifest therefore has the time stamps under which it was found last; while they
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -30,7 +31,8 @@ def seen(data: Data) -> dict[str, Any]:
 def remember(manifest: Path, fingerprint: str, sight: dict[str, Any]) -> None:
     """Writes under which time stamps (`seen`) a source had a fingerprint beside the manifest of its shards."""
     if sight:
-        files.write_json(manifest.with_name("source.json"), {"fingerprint": fingerprint, **sight})
+        content = json.dumps({"fingerprint": fingerprint, **sight}, indent=1)  # ASCII: paths may not be UTF-8
+        files.write_text(manifest.with_name("source.json"), f"{content}\n")
 
 
 def is_of_other_data(manifest: Path, data: Data) -> bool:

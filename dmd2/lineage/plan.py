@@ -26,7 +26,7 @@ from dmd2.config.reading import load_preset, load_run
 from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
 
-APART = 2**31
+CURVE_SEED_OFFSET = 2**31
 """Offset between the seed of a run's curve and that of its best snapshot's samples."""
 
 
@@ -42,7 +42,7 @@ class Plan:
         self.preset: Preset = load_preset(folder, preset, overrides)
         self._runs: dict[str, Run] = {}
         for name in self.preset.runs:  # raises for an override of an unknown run
-            self._asked(name, f"preset {preset}: `runs.{name}`")
+            self._requested(name, f"preset {preset}: `runs.{name}`")
 
     def run(self, name: str) -> Run:
         """The run `name` on this preset. Raises UserError for an unknown name or contradictory keys."""
@@ -51,7 +51,7 @@ class Plan:
             self._check_ancestors(name)
         return self._runs[name]
 
-    def _asked(self, name: str, where: str) -> Run:
+    def _requested(self, name: str, where: str) -> Run:
         """The run `name`; a UserError starts with `where` it was requested."""
         try:
             return self.run(name)
@@ -208,9 +208,9 @@ class Plan:
         steps = {"num_steps": train.num_steps, "student_levels": train.student_levels}
         content["train"] = Train.model_validate(steps) if self.run(model).weights else train
         made = self.train(model) if sampler.checkpoint == "last" else self.select(entry)
-        apart = APART if sampler.checkpoint == "best" else 0
+        offset = CURVE_SEED_OFFSET if sampler.checkpoint == "best" else 0
         upstream = self._with_components({"model": made})
-        return content | {"upstream": upstream, "seed": (seed + apart) % 2**32}
+        return content | {"upstream": upstream, "seed": (seed + offset) % 2**32}
 
     def sample(self, entry: str) -> Spec:
         """The stored samples of an entry: all, or the `num_shown` of a streamed evaluation."""
@@ -271,7 +271,7 @@ class Plan:
             raise UserError(f"entry {entry}: {model} needs {wanted}, but {name} is {sampler.kind}")
         if model == "teacher":
             return model, name
-        run, checkpoint = self._asked(model, f"entry {entry}"), self.preset.samplers[name].checkpoint
+        run, checkpoint = self._requested(model, f"entry {entry}"), self.preset.samplers[name].checkpoint
         if run.weights and checkpoint != "last":
             raise UserError(f"entry {entry}: {model} is imported, with no snapshots to choose from; use another")
         if isinstance(checkpoint, int) and checkpoint not in (steps := run.train.snapshot_steps()):

@@ -295,6 +295,6 @@ def test_parse_names_a_missing_key():
         parse(Preset, {"name": "x", "data": {}}, "here")
 
 
-def test_misspelt_choice_of_preset_is_told_apart_from_a_key_of_presets():
+def test_misspelt_choice_of_preset_is_distinguished_from_a_key_of_presets():
     with pytest.raises(UserError, match="unknown key `prest`; did you mean 'preset'"):
         load_preset(FOLDER, "digits", {"prest": "smoke"})

@@ -1,4 +1,4 @@
-"""A damaged file stops the stage that reads it, which names the file and the remedy; the remedy mends it."""
+"""A damaged file stops the stage that reads it, which names the file and the remedy; the remedy repairs it."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class Damage:
     log: str
     complaint: str
     delete: str  # what the complaint says to delete
-    mended_by: str  # the one job that writes it again
+    repaired_by: str  # the one job that writes it again
 
 
 def flip_a_byte(path: Path) -> None:
@@ -38,7 +38,7 @@ SHARD = Damage(
     log="logs/smoke/grid/real.log",
     complaint=" was altered: its SHA-256 is not the manifest's; delete data/smoke/shards/manifest.json",
     delete="data/smoke/shards/manifest.json",
-    mended_by="shards",
+    repaired_by="shards",
 )
 LATENT = Damage(
     "data/smoke/latents/shard-00001.tar",
@@ -46,7 +46,7 @@ LATENT = Damage(
     log="logs/smoke/train/gan.log",
     complaint=" was altered: its SHA-256 is not the manifest's; delete data/smoke/latents/manifest.json",
     delete="data/smoke/latents/manifest.json",
-    mended_by="latents",
+    repaired_by="latents",
 )
 TEACHER = Damage(
     "results/smoke/teacher/teacher.safetensors",
@@ -54,7 +54,7 @@ TEACHER = Damage(
     log="logs/smoke/sample/teacher-sde.log",
     complaint=": its SHA-256 differs from the record's: the file was damaged or replaced; delete it",
     delete="results/smoke/teacher/teacher.safetensors",
-    mended_by="teacher",
+    repaired_by="teacher",
 )
 RECORD = Damage(
     "results/smoke/gan_ttur/generator.json",
@@ -62,7 +62,7 @@ RECORD = Damage(
     log="logs/smoke/sample/gan_ttur-student.log",
     complaint=": damaged JSON (",
     delete="results/smoke/gan_ttur/generator.json",
-    mended_by="train gan_ttur",
+    repaired_by="train gan_ttur",
 )
 METRICS = Damage(
     "results/smoke/dmd/student/metrics.json",
@@ -70,7 +70,7 @@ METRICS = Damage(
     log="logs/tables/table1.log",
     complaint=": damaged JSON (",
     delete="results/smoke/dmd/student/metrics.json",
-    mended_by="metrics dmd/student",
+    repaired_by="metrics dmd/student",
 )
 INFLICTED = {
     "data": {SHARD: flip_a_byte, LATENT: flip_a_byte},
@@ -90,7 +90,7 @@ def same(found: Path, finished: Path) -> bool:
 
 
 @pytest.mark.parametrize("inflicted", INFLICTED.values(), ids=INFLICTED.keys())
-def test_damage_stops_its_reader_and_the_remedy_mends_it(
+def test_damage_stops_its_reader_and_the_remedy_repairs_it(
     finished: Checkout, tmp_path: Path, inflicted: dict[Damage, Callable[[Path], None]]
 ):
     checkout = finished.copy(tmp_path / "dmd2")
@@ -112,11 +112,11 @@ def test_damage_stops_its_reader_and_the_remedy_mends_it(
 
     for damage in inflicted:
         (checkout / damage.delete).unlink()
-    mended = checkout.snakemake(*(damage.delete for damage in inflicted), "--cores", "2")
-    assert mended.returncode == 0, mended.stdout
-    assert jobs_in(mended.stdout) == {damage.mended_by for damage in inflicted}
+    repaired = checkout.snakemake(*(damage.delete for damage in inflicted), "--cores", "2")
+    assert repaired.returncode == 0, repaired.stdout
+    assert jobs_in(repaired.stdout) == {damage.repaired_by for damage in inflicted}
     for damage in inflicted:
         assert same(checkout / damage.path, finished / damage.path)
         assert same(checkout / damage.delete, finished / damage.delete)
     if inflicted.keys() <= {SHARD, LATENT}:
-        assert checkout.planned() == without_readers, "a mended shard leaves alone what was made from it"
+        assert checkout.planned() == without_readers, "a repaired shard leaves alone what was made from it"

@@ -74,14 +74,14 @@ def complaint(folder: Path, overlay: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(("overlay", "words"), KEYS.values(), ids=KEYS.keys())
-def test_mistake_in_the_users_keys_is_told_in_one_line(overlay: dict[str, Any], words: str):
+def test_mistake_in_the_users_keys_is_reported_in_one_line(overlay: dict[str, Any], words: str):
     said = complaint(REPOSITORY / "workflow", overlay)
     assert words in said
     assert "\n" not in said
 
 
 @pytest.mark.parametrize(("path", "old", "new", "words"), FILES.values(), ids=FILES.keys())
-def test_mistake_in_a_file_is_told_in_one_line(tmp_path: Path, path: str, old: str, new: str, words: str):
+def test_mistake_in_a_file_is_reported_in_one_line(tmp_path: Path, path: str, old: str, new: str, words: str):
     folder = shutil.copytree(REPOSITORY / "workflow", tmp_path / "workflow")
     text = (folder / path).read_text()
     assert old in text
@@ -91,7 +91,7 @@ def test_mistake_in_a_file_is_told_in_one_line(tmp_path: Path, path: str, old: s
     assert "\n" not in said
 
 
-def test_every_mistake_of_a_file_is_told_at_once():
+def test_every_mistake_of_a_file_is_reported_at_once():
     said = complaint(REPOSITORY / "workflow", {"train": {"iteratoins": 5}, "features": {"epochs": -1}})
     assert [line.partition(": ")[0] for line in said.splitlines()] == ["preset smoke", "preset smoke"]
     assert "`train.iteratoins`" in said

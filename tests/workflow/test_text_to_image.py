@@ -98,8 +98,8 @@ def test_a_text_table_is_left_alone_by_a_preset_of_classes(run: Checkout):
     assert planned.returncode == 0, planned.stdout
     assert "results/table1.csv" in planned.stdout
     assert "results/table2.csv" not in planned.stdout
-    asked = run.snakemake("results/table2.csv", "--cores", "1")
-    assert asked.returncode == 0, asked.stdout
+    requested = run.snakemake("results/table2.csv", "--cores", "1")
+    assert requested.returncode == 0, requested.stdout
     rows = list(csv.DictReader((run.folder / "results/table2.csv").open()))
     assert {row["source"] for row in rows} == {"quoted", "pending"}
     assert all("selected preset" in row["note"] for row in rows if row["source"] == "pending")
