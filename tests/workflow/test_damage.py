@@ -1,7 +1,6 @@
 """A damaged file stops the stage that reads it, which names the file and the remedy; the remedy repairs it."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +30,6 @@ def flip_a_byte(path: Path) -> None:
 def cut_in_half(path: Path) -> None:
     text = path.read_text()
     path.write_text(text[: len(text) // 2])
-
-
-def replace_by_anothers(path: Path) -> None:
-    shutil.copy(path.parents[2] / "noreg_ttur/student" / path.name, path)
 
 
 SHARD = Damage(
@@ -73,13 +68,13 @@ METRICS = Damage(
     "results/smoke/dmd/student/metrics.json",
     reader="results/table1.csv",
     log="logs/tables/table1.log",
-    complaint=": made with configuration ",
+    complaint=": damaged JSON (",
     delete="results/smoke/dmd/student/metrics.json",
     repaired_by="metrics dmd/student",
 )
 INFLICTED = {
     "data": {SHARD: flip_a_byte, LATENT: flip_a_byte},
-    "a record and metrics": {RECORD: cut_in_half, METRICS: replace_by_anothers},
+    "a record and metrics": {RECORD: cut_in_half, METRICS: cut_in_half},
     "weights": {TEACHER: flip_a_byte},
 }
 """What is damaged at once: no reader of the one waits for a reader of another."""

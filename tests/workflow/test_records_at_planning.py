@@ -91,6 +91,12 @@ def test_a_record_of_another_configuration_plans_its_job_whatever_snakemake_reme
         assert jobs == expected
 
 
+def test_a_record_of_another_job_plans_its_own(finished: Checkout) -> None:
+    path = "results/smoke/dmd/student/metrics.json"
+    with finished.edited(path, (finished / path).read_text(), (finished / path.replace("dmd", "gan")).read_text()):
+        assert finished.planned() == {"metrics dmd/student", "table table1", "table table3"}
+
+
 def test_a_configuration_that_is_not_shown_is_shown_anew_without_snakemakes_memory(copied: Checkout) -> None:
     assert copied.planned(overlay={"description": "Other words."}) == {"configuration"}
 
