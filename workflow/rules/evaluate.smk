@@ -22,7 +22,7 @@ rule features:
             f"--images {input.images}" if input.images else ""
         ),
     shell:
-        "bash {LAUNCH:q} 0 --log {log} --threads {threads} features --spec {params.spec:q}"
+        'bash "$DMD2_LAUNCH" 0 --log {log} --threads {threads} features --spec {params.spec:q}'
         " {params.images} --weights {output.weights}"
 
 
@@ -48,7 +48,7 @@ rule reference:
     params:
         spec=spec("reference"),
     shell:
-        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} reference --spec {params.spec:q}"
+        'bash "$DMD2_LAUNCH" {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} reference --spec {params.spec:q}'
         " --images {input.images} --extractor {input.extractor} --out {output.stats}"
 
 
@@ -74,7 +74,7 @@ rule sample:
         spec=spec("sample", ENTRY),
         components=components_option,
     shell:
-        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} sample --spec {params.spec:q}"
+        'bash "$DMD2_LAUNCH" {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} sample --spec {params.spec:q}'
         " --weights {input.weights} {params.components} --manifest {output.manifest}"
 
 
@@ -121,7 +121,7 @@ rule metrics:
             f"--{'weights' if is_streamed(wildcards) else 'samples'} {input.source}"
         ),
     shell:
-        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} metrics --spec {params.spec:q} {params.source} {params.components}"
+        'bash "$DMD2_LAUNCH" {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} metrics --spec {params.spec:q} {params.source} {params.components}'
         " --reference {input.reference} --extractor {input.extractor} --state {resources.state} --out {output}"
 
 
@@ -139,7 +139,7 @@ rule floor:
     params:
         spec=spec("metrics", "floor"),
     shell:
-        "bash {LAUNCH:q} 0 --log {log} --threads {threads} metrics --spec {params.spec:q}"
+        'bash "$DMD2_LAUNCH" 0 --log {log} --threads {threads} metrics --spec {params.spec:q}'
         " --reference {input.reference} --extractor {input.extractor} --state state --out {output}"
 
 
@@ -163,7 +163,7 @@ rule curve:
         spec=spec("curve", "{run}"),
         components=components_option,
     shell:
-        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} curve --spec {params.spec:q}"
+        'bash "$DMD2_LAUNCH" {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} curve --spec {params.spec:q}'
         " --snapshots {input.snapshots} {params.components} --reference {input.reference} --extractor {input.extractor}"
         " --state {resources.state} --out {output}"
 
@@ -184,5 +184,5 @@ rule select:
         spec=spec("select", "{run}/{sampler}"),
         curve=lambda wildcards, input: f"--curve {input.curve}" if input.curve else "",
     shell:
-        "bash {LAUNCH:q} 0 --log {log} select --spec {params.spec:q} {params.curve} --snapshots {input.snapshots}"
+        'bash "$DMD2_LAUNCH" 0 --log {log} select --spec {params.spec:q} {params.curve} --snapshots {input.snapshots}'
         " --generator {input.generator} --weights {output.weights}"

@@ -33,7 +33,7 @@ rule teacher:
         ),
         components=components_option,
     shell:
-        "bash {LAUNCH:q} {resources.processes} --preset {wildcards.preset} --log {log} --threads {threads} teacher"
+        'bash "$DMD2_LAUNCH" {resources.processes} --preset {wildcards.preset} --log {log} --threads {threads} teacher'
         " --spec {params.spec:q} {params.latents} {params.components} --state {resources.state} --weights {output.weights} --train-log {output.train_log}"
 
 
@@ -58,5 +58,5 @@ rule pairs:
         spec=spec("pairs"),
         components=components_option,
     shell:
-        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} pairs --spec {params.spec:q}"
+        'bash "$DMD2_LAUNCH" {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} pairs --spec {params.spec:q}'
         " --teacher {input.weights} {params.components} --manifest {output.manifest}"
