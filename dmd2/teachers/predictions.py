@@ -54,7 +54,7 @@ def boundaries(sigmas: Tensor) -> Tensor:
 
 
 def timestep(prediction: str, sigma: Tensor, limits: Tensor) -> Tensor:
-    """The timestep (B,) that the network is told at sigma (B,).
+    """The timestep (B,) that the network gets at sigma (B,).
 
     That is the index of the level nearest to sigma on a logarithmic scale, with `limits` = `boundaries(sigmas)`; for
     flow matching T * t, with t = sigma / (1 + sigma), which need not be whole.

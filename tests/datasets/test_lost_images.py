@@ -1,4 +1,4 @@
-"""Images that a source names but has not, or has twice, are told and not lost."""
+"""Images that a source names but has not, or has twice, are reported and not lost."""
 
 import zipfile
 from pathlib import Path

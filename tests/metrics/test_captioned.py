@@ -22,8 +22,8 @@ MEASURED = ("fid", "patch_fid", "prompt_diversity", "alignment")
 NUM = 1200  # twelve images of each composition, six of each caption
 
 
-class Told:
-    """An extractor of two features of the pixels, which is reported the digits; -1 stands for a wrong one."""
+class KnownDigits:
+    """An extractor of two features of the pixels, which knows the digits; -1 stands for a wrong one."""
 
     name, dim = "pair_classifier", 2
 
@@ -43,8 +43,8 @@ def pairs():
 
 
 @pytest.fixture(scope="module")
-def reported(pairs) -> Told:
-    return Told(pairs[0], targets(pairs[1]))
+def reported(pairs) -> KnownDigits:
+    return KnownDigits(pairs[0], targets(pairs[1]))
 
 
 @pytest.fixture(scope="module")
