@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import _checks, _library, reference
 from ._attach import attach, wanted
-from ._dispatch import implementation, use
-from ._layer import GroupNormSiLU, group_norm_silu
+from ._dispatch import folds, implementation, use
+from ._layer import GroupNormSiLU, group_norm_silu, residual_sum, sum_group_norm_silu
 from ._types import DenoisingLoss, GanCriticLoss, GanGeneratorLoss, LinearHead, MatchingLoss
 
 __all__ = [
@@ -24,12 +24,15 @@ __all__ = [
     "LinearHead",
     "MatchingLoss",
     "denoising_loss",
+    "folds",
     "gan_critic_loss",
     "gan_generator_loss",
     "group_norm_silu",
     "implementation",
     "matching_loss",
     "matching_loss_and_grad",
+    "residual_sum",
+    "sum_group_norm_silu",
     "use",
 ]
 

@@ -22,15 +22,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import _dispatch, ops, shapes
+from . import _dispatch, _library_norm, ops, shapes
 from ._sass import Statistics, statistics
 from .ops import _launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_REGISTERS = 128
 _statistics = functools.cache(statistics)  # several cases use the same reduction kernels
-_READ = ("x0", "real", "fake", "x", "uncond", "out", "target", "dy")
-_WRITTEN = ("grad", "y", "dx")
+_READ = ("x0", "real", "fake", "x", "uncond", "out", "target", "dy", "residual", "d_total")
+_WRITTEN = ("grad", "y", "dx", "total")
 
 
 class Compiled(NamedTuple):
@@ -91,6 +91,8 @@ class _Compiler:
 def _tile_elements(options: dict[str, Any]) -> int:
     if "CG_P" in options and "TILE" in options:
         return int(options["CG"] * options["TILE"])
+    if "SPAN" in options:
+        return int(options["ROWS"] * options["SPAN"])
     return int(options.get("BLOCK", 0) or options.get("ROWS", 0) * options.get("COLS", 0))
 
 
@@ -179,14 +181,28 @@ def _gan(kind: str) -> Callable[[torch.dtype], None]:
     return run
 
 
-def _norm(channels: int, side: int, groups: int, adaptive: bool, nhwc: bool) -> Callable[[torch.dtype], None]:
+def _norm(
+    channels: int, side: int, groups: int, adaptive: bool, nhwc: bool, added: str = ""
+) -> Callable[[torch.dtype], None]:
+    """`added` is what is added before the norm: nothing, `bias`, or `sum` for a bias and a residual."""
+
     def run(dtype: torch.dtype) -> None:
         x, w = torch.empty(2, channels, side, side, dtype=dtype), torch.empty(channels)
         rows = (torch.empty(2, channels, dtype=dtype),) * 2 if adaptive else (None, None)
         x = x.to(memory_format=torch.channels_last) if nhwc else x
-        module = ops.group_norm_nhwc if nhwc else ops.group_norm_silu
-        _, mean, rstd = module.forward(x, groups, w, w, 1e-5, *rows, True)
-        module.backward(x, x, mean, rstd, groups, w, w, *rows, True)
+        more = (w if added else None, x if added == "sum" else None, 1.0)
+        _, mean, rstd, _ = _library_norm._forward(x, groups, w, w, 1e-5, *rows, True, *more)
+        above = (more[0], added == "sum", more[1], 1.0)
+        _library_norm._backward(x, x, mean, rstd, groups, w, w, *rows, True, *above)
+
+    return run
+
+
+def _residual_sum(shape: tuple[int, ...], nhwc: bool) -> Callable[[torch.dtype], None]:
+    def run(dtype: torch.dtype) -> None:
+        x = torch.empty(shape, dtype=dtype)
+        x = x.to(memory_format=torch.channels_last) if nhwc else x
+        ops.residual_sum.forward(x, x, torch.empty(shape[1]), 1.0, nhwc)
 
     return run
 
@@ -216,6 +232,15 @@ def cases() -> dict[str, Callable[[torch.dtype], None]]:
     for channels, side in shapes.ADM_NORMS[::5]:  # their tiles don't depend on the group size
         name = f"norm nhwc {channels}ch {side}x{side}"
         found[name] = _norm(channels, side, shapes.ADM_GROUPS, adaptive=True, nhwc=True)
+    for channels, side in ((192, 64), (384, 64), (384, 32), (768, 32), (576, 16), (768, 16), (768, 8)):
+        for added in ("bias", "sum"):
+            for layout in ("nchw", "nhwc"):
+                name = f"norm {layout} {added} {channels}ch {side}x{side}"
+                found[name] = _norm(channels, side, shapes.ADM_GROUPS, added == "bias", layout == "nhwc", added)
+    for channels, side in ((320, 64), (640, 32), (1280, 16), (2560, 16)):  # SD and SDXL
+        found[f"norm nhwc bias {channels}ch {side}x{side}"] = _norm(channels, side, 32, False, True, "bias")
+    for layout in ("nchw", "nhwc"):
+        found[f"residual sum {layout} 192ch 64x64"] = _residual_sum((2, 192, 64, 64), layout == "nhwc")
     for name, (_, channels, side) in shapes.HEAD_NORMS.items():
         found[f"norm {name}"] = _norm(channels, side, 32, adaptive=False, nhwc=False)
     return found

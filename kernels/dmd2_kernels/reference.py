@@ -146,3 +146,17 @@ def group_norm_silu(
         gain = (scale.to(dtype) + 1).view(*scale.shape, *ones)
         z = torch.addcmul(shift.to(dtype).view(*shift.shape, *ones), z, gain)
     return (F.silu(z) if silu else z).to(x.dtype)
+
+
+def add_channels(x: Tensor, channel_bias: Tensor) -> Tensor:
+    """x (B, C, ...) + channel_bias (C,) or (B, C), in the dtype of the arithmetic and rounded to x's."""
+    dtype = accumulation_dtype(x)
+    bias = channel_bias.to(dtype)
+    return (x.to(dtype) + bias.reshape(*(bias.shape if bias.ndim == 2 else (1, -1)), *(1,) * (x.ndim - 2))).to(x.dtype)
+
+
+def residual_sum(x: Tensor, residual: Tensor, channel_bias: Tensor | None, scale: float) -> Tensor:
+    """scale * (x + channel_bias + residual), rounded once to x's dtype."""
+    dtype = accumulation_dtype(x, residual)
+    total = x.to(dtype) if channel_bias is None else add_channels(x.to(dtype), channel_bias)
+    return (scale * (total + residual.to(dtype))).to(x.dtype)
