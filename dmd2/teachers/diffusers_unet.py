@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dmd2.errors import UserError
 from dmd2.method.denoiser import Cond, Denoiser, Prediction
 from dmd2.method.noise import expand
-from dmd2.teachers.diffusers_layers import Recomputed, replace_layers
+from dmd2.teachers.diffusers_layers import Recomputed, norm_act, replace_layers
 from dmd2.teachers.predictions import boundaries, input_scale, linear_head, timestep
 from dmd2.teachers.unet_configs import check_config
 
@@ -172,7 +172,7 @@ class DiffusersDenoiser(Denoiser):
             h = block(hidden_states=h, temb=emb, res_hidden_states_tuple=skips[-num:], **_attended(block, text))
             skips = skips[:-num]
         if self.conv_norm_out is not None:
-            h = self.conv_act(self.conv_norm_out(h))
+            h = norm_act(self.conv_norm_out, self.conv_act, h)
         out: Tensor = self.conv_out(h)
         return out
 

@@ -41,10 +41,13 @@ PADDED = 32_768  # the largest tile, in padded elements: 64 of them a thread wit
 LOOPED = 4_096  # padded elements of a tile where the group is larger than one
 
 
-def budget(group_channels: int, itemsize: int, *, backward: bool) -> int:
-    """The maximum elements of a group that fit in registers without spilling; channels' gains need registers too."""
+def budget(group_channels: int, itemsize: int, *, backward: bool, added: bool = False) -> int:
+    """The maximum elements of a group that fit in registers without spilling; channels' gains need registers too.
+
+    `added`: whether a bias or a residual is added.
+    """
     if group_channels <= 8:
-        return 24_576
+        return 16_384 if backward and added else 24_576
     if backward:  # which holds two tiles
         return 16_384
     return 24_576 if itemsize == 2 else 20_480
@@ -251,8 +254,9 @@ def backward(
 ) -> Gradients:
     """The gradients for contiguous dy and x, in two launches."""
     group_channels, num_pixels = x.shape[1] // num_groups, x[0, 0].numel()
-    rows, tile, tiles, num_warps = tiling(group_channels, num_pixels, budget(group_channels, x.itemsize, backward=True))
     dx, biased = torch.empty_like(x), above.channel_bias is not None
+    resident = budget(group_channels, x.itemsize, backward=True, added=biased or above.total)
+    rows, tile, tiles, num_warps = tiling(group_channels, num_pixels, resident)
     sums = mean.new_empty(3 if biased else 2, len(x), x.shape[1])
     d_scale = None if scale is None else torch.empty_like(scale)
     d_shift = None if shift is None else torch.empty_like(shift)
