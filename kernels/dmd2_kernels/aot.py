@@ -31,6 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_REGISTERS = 128
 _statistics = functools.cache(statistics)  # several cases use the same reduction kernels
 _READ = ("x0", "real", "fake", "x", "uncond", "out", "target", "dy", "residual", "d_total")
+_READ_ONCE = ("residual", "d_total")  # also where a group is walked twice
 _WRITTEN = ("grad", "y", "dx", "total")
 
 
@@ -112,10 +113,13 @@ def recording(arch: int, case: str, dtype: str, into: list[Compiled]) -> Iterato
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__.lstrip('_')}"
         sweeps = 2 if options.get("TILES", 1) > 1 else 1
         read = sweeps * _bulk_bytes(kernel, args, options, _READ)
+        read -= (sweeps - 1) * _bulk_bytes(kernel, args, options, _READ_ONCE)
         written = _bulk_bytes(kernel, args, options, _WRITTEN)
         named = zip(kernel.arg_names, args, strict=False)
         tensors = [(name, value) for name, value in named if isinstance(value, Tensor)]
-        moved = sum(t.numel() * t.itemsize * (sweeps if name in _READ else 1) for name, t in tensors)
+        moved = sum(
+            t.numel() * t.itemsize * (1 if name in _READ_ONCE or name not in _READ else sweeps) for name, t in tensors
+        )
         compiled = kernel.warmup(*args, grid=(num_programs,), **options)
         code = _statistics(compiled.asm["cubin"])
         into.append(Compiled(case, name, dtype, arch, options["num_warps"], read, written, moved, code))

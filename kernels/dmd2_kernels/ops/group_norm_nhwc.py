@@ -204,7 +204,7 @@ def _apply_slopes(
     )
     out = slope_x(d_total, xhat, dz, gain[None, :], r, c1, c2, offs, mask, SCALE, ACC)
     if partial is not None:
-        tl.store(partial + row * num_channels + channels, tl.sum(out, 0), mask=inside)
+        tl.store(partial + row * num_channels + channels, tl.sum(tl.where(mask, out, 0.0), 0), mask=inside)
     tl.store(dx + offs, out.to(dx.dtype.element_ty), mask=mask)
 
 
@@ -278,10 +278,11 @@ def backward(
         _merge_slopes, mean.numel(), partial, *vectors, means, sums, d_scale, d_shift, num_samples, num_groups,
         num_pixels, blocks, CG=cg, CG_P=triton.next_power_of_2(cg), NUM=MERGE_ROWS, ACC=acc, num_warps=4,
     )  # fmt: skip
+    more = above.d_total is not None or above.channel_bias is not None  # which need registers
     third = None if above.channel_bias is None else partial[0]  # read by now, and written again
     launch(
         _apply_slopes, grid, dy, x, above.d_total, mean, rstd, *vectors, again, means, dx, third, num_samples,
-        num_groups, stride, *sizes, SCALE=above.scale, **tile,
+        num_groups, stride, *sizes, SCALE=above.scale, **{**tile, "num_warps": 16 if more else 8},
     )  # fmt: skip
     d_weight, d_bias, _ = parameter_gradients(sums, weight, bias, None)
     d_channel_bias = None

@@ -132,7 +132,7 @@ def _backward(
     )
     if BIASED:
         third = tl.full((), 2 * num_samples, tl.int64) * num_channels
-        tl.store(sums + third + b * num_channels + channels, tl.sum(out, 0), mask=inside)
+        tl.store(sums + third + b * num_channels + channels, tl.sum(tl.where(mask, out, 0.0), 0), mask=inside)
 
 
 def forward(

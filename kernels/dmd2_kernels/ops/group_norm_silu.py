@@ -179,7 +179,7 @@ def _backward(
         c1, c2 = _group_means(p1, p2, gain, total, ACC)
         out = slope_x(d_total, xhat, dz, gain[:, None], rstd, c1, c2, base + offs, mask, SCALE, ACC)
         if BIASED:
-            p3 = tl.sum(out, 1)
+            p3 = tl.sum(tl.where(mask, out, 0.0), 1)
         tl.store(dx + base + offs, out.to(dx.dtype.element_ty), mask=mask)
     else:
         p1, p2 = tl.zeros((CG_P,), ACC), tl.zeros((CG_P,), ACC)
@@ -198,7 +198,7 @@ def _backward(
             )
             out = slope_x(d_total, xhat, dz, gain[:, None], rstd, c1, c2, base + offs, mask, SCALE, ACC)
             if BIASED:
-                p3 += tl.sum(out, 1)
+                p3 += tl.sum(tl.where(mask, out, 0.0), 1)
             tl.store(dx + base + offs, out.to(dx.dtype.element_ty), mask=mask)
     store_parameter_sums(
         p1, p2, weight, bias, scale, sums, d_scale, d_shift, b, channels, num_samples, num_groups * CG, channel_mask,
