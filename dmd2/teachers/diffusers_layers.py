@@ -78,9 +78,14 @@ class Recomputed(nn.Module):
         return checkpoint(super().forward, *args, **options, **kwargs)
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether norm and activation are one op; where the reference runs (a CPU), the layers are diffusers' own."""
+    return dk.implementation(x) != "reference"
+
+
 def norm_act(norm: nn.Module, act: nn.Module, x: Tensor, **added: Tensor | None) -> Tensor:
     """act(norm(x)), in one op where its kernel runs; `added` are arguments of `dmd2_kernels.group_norm_silu`."""
-    if isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU) and dk.implementation(x) != "reference":
+    if isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU) and fuses(x):
         return dk.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **added)
     assert not any(t is not None for t in added.values())
     out: Tensor = act(norm(x))
@@ -88,14 +93,11 @@ def norm_act(norm: nn.Module, act: nn.Module, x: Tensor, **added: Tensor | None)
 
 
 class FusedResnet(ResnetBlock2D):
-    """The residual block of diffusers with GroupNorm and SiLU as one op, biases and additions folded (`dk.folds`).
-
-    Where the reference runs (a CPU), the block is diffusers' own.
-    """
+    """The residual block of diffusers with GroupNorm and SiLU as one op, biases and additions folded (`dk.folds`)."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """(B, C_in, H, W), (B, E) -> (B, C_out, H', W')."""
-        if dk.implementation(input_tensor) == "reference" or not isinstance(self.nonlinearity, nn.SiLU):
+        if not fuses(input_tensor) or not isinstance(self.nonlinearity, nn.SiLU):
             whole: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
             return whole
         h = norm_act(self.norm1, self.nonlinearity, input_tensor)
