@@ -155,6 +155,10 @@ class Runtime(Model):
         True, description="deterministic CUDA algorithms, so that a resumed run is the same bit for bit"
     )
     compile: bool = Field(False, description="torch.compile of the networks' blocks; equal up to rounding")
+    cuda_graphs: bool = Field(
+        False,
+        description="a student's iterations as CUDA graphs, bit for bit the same; unverified; ignored on the CPU",
+    )
     activation_checkpointing: bool = Field(False, description="recompute the networks' blocks instead of storing them")
     async_checkpoints: bool = Field(True, description="write checkpoints in the background")
     collective_timeout_minutes: float = Field(10.0, gt=0, description="timeout of collective calls, which ends the job")

@@ -107,6 +107,10 @@ class Distillation:
             rate=warmup(train.warmup_iterations),
         )
 
+    def rates(self, index: int) -> tuple[float, float]:
+        """The generator's and the critic's learning rate at iteration `index`."""
+        return self._generator_optimizer.rate_at(index), self._critic_optimizer.rate_at(index)
+
     def step(self, index: int) -> dict[str, Tensor]:
         """Iteration `index`, from 0 (paper, algorithm 1): every R-th updates the generator, each one the critic.
 
