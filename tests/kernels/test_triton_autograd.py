@@ -71,7 +71,12 @@ def calls(device: str) -> dict[str, tuple[Callable[..., object], tuple[object, .
     nhwc = torch.randn(2, 6, 4, 4, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
     w, b = (torch.randn(6, device=device, requires_grad=True) for _ in range(2))
     s, t = (torch.randn(2, 6, device=device, requires_grad=True) for _ in range(2))
+    other = torch.randn(2, 6, 4, 4, device=device, requires_grad=True)
+    column, rows = (torch.randn(*n, device=device, requires_grad=True) for n in ((6,), (2, 6)))
     return {
+        "norm of a sum": (OPS.group_norm_silu, (image, 2, w, b, 1e-5, s, t, True, column, other, 0.7)),
+        "norm with rows of biases": (OPS.group_norm_silu, (nhwc, 2, w, b, 1e-5, None, None, True, rows, None, 1.0)),
+        "residual sum": (OPS.residual_sum, (nhwc, other, column, 0.7)),
         "matching": (OPS.matching_loss, (x0, real, fake, None, None, None, None, 1.0)),
         "matching head": (OPS.matching_loss, (x0, real, fake, x, a, k, real, 1.5)),
         "matching and grad": (OPS.matching_loss_and_grad, (x0.detach(), real, fake, x, a, k, None, 1.0)),
