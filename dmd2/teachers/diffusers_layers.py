@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,11 +83,20 @@ def fuses(x: Tensor) -> bool:
     return dk.implementation(x) != "reference"
 
 
-def norm_act(norm: nn.Module, act: nn.Module, x: Tensor, **added: Tensor | None) -> Tensor:
-    """act(norm(x)), in one op where its kernel runs; `added` are arguments of `dmd2_kernels.group_norm_silu`."""
+class Added(NamedTuple):
+    """What a norm gets beside its input; see `dmd2_kernels.group_norm_silu`."""
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    channel_bias: Tensor | None = None
+
+
+def norm_act(norm: nn.Module, act: nn.Module, x: Tensor, added: Added | None = None) -> Tensor:
+    """act(norm(x)), in one op where its kernel runs; only there with `added`."""
     if isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU) and fuses(x):
-        return dk.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **added)
-    assert not any(t is not None for t in added.values())
+        more = {} if added is None else added._asdict()
+        return dk.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **more)
+    assert added is None
     out: Tensor = act(norm(x))
     return out
 
@@ -105,7 +114,7 @@ class FusedResnet(ResnetBlock2D):
             if change is not None:
                 input_tensor, h = change(input_tensor), change(h)
         h, bias = _convolved(self.conv1, h)
-        h = norm_act(self.norm2, self.nonlinearity, h, **self._from_time(temb, bias))
+        h = norm_act(self.norm2, self.nonlinearity, h, self._from_time(temb, bias))
         h, bias = _convolved(self.conv2, self.dropout(h))
         residual, more = input_tensor, None
         if self.conv_shortcut is not None:
@@ -115,15 +124,15 @@ class FusedResnet(ResnetBlock2D):
             return (residual + h) / self.output_scale_factor
         return dk.residual_sum(h, residual, bias, 1 / self.output_scale_factor)
 
-    def _from_time(self, temb: Tensor | None, bias: Tensor | None) -> dict[str, Tensor | None]:
+    def _from_time(self, temb: Tensor | None, bias: Tensor | None) -> Added:
         """What the second norm gets from the embedding (B, E) and from the bias of the convolution before it."""
         if self.time_emb_proj is None or temb is None:
-            return {"channel_bias": bias}
+            return Added(channel_bias=bias)
         rows = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         if self.time_embedding_norm == "default":
-            return {"channel_bias": _sum(rows, bias)}
+            return Added(channel_bias=_sum(rows, bias))
         scale, shift = rows.chunk(2, dim=1)
-        return {"scale": scale, "shift": shift, "channel_bias": bias}
+        return Added(scale, shift, bias)
 
 
 def _convolved(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -115,7 +115,8 @@ class Block(nn.Module):
 
     def _folded_end(self, h: Tensor, x: Tensor) -> Tensor:
         """The second convolution, skip and attention; biases, additions and scales in one pass of each sum."""
-        h, bias, scale = self.conv1(h, biased=False), self.conv1.bias, self.style.skip_scale
+        h, scale = self.conv1(h, biased=False), self.style.skip_scale
+        bias: Tensor = self.conv1.bias
         if isinstance(self.skip, Conv):
             residual, bias = self.skip(x, biased=False), bias + self.skip.bias
         else:

@@ -16,10 +16,12 @@ def _norm(
         x, w = torch.empty(2, channels, side, side, dtype=dtype), torch.empty(channels)
         rows = (torch.empty(2, channels, dtype=dtype),) * 2 if adaptive else (None, None)
         x = x.to(memory_format=torch.channels_last) if nhwc else x
-        more = (w if added else None, x if added == "sum" else None, 1.0)
-        _, mean, rstd, _ = _library_norm._forward(x, groups, w, w, 1e-5, *rows, True, *more)
-        above = (more[0], added == "sum", more[1], 1.0)
-        _library_norm._backward(x, x, mean, rstd, groups, w, w, *rows, True, *above)
+        bias, residual = w if added else None, x if added == "sum" else None
+        vectors = (w, w, 1e-5, *rows, True)
+        _, mean, rstd, _ = _library_norm._forward(x, groups, *vectors, channel_bias=bias, residual=residual)
+        _library_norm._backward(
+            x, x, mean, rstd, groups, w, w, *rows, True, channel_bias=bias, is_total=added == "sum", d_total=residual
+        )
 
     return run
 

@@ -34,12 +34,12 @@ def _implementation(kernels: ModuleType, x: Tensor, num_groups: int, *, backward
     """The host function for x's memory order and size."""
     name = "backward" if backward else "forward"
     if not channels_last(x):
-        return getattr(kernels.group_norm_silu, name)  # type: ignore[no-any-return]
+        return getattr(kernels.group_norm_silu, name)
     once = kernels.group_norm_nhwc_once
     group_channels = x.shape[1] // num_groups
     run = once.run_of(x[0, 0].numel(), num_groups, group_channels, x.itemsize, backward=backward)
     if run is None:
-        return getattr(kernels.group_norm_nhwc, name)  # type: ignore[no-any-return]
+        return getattr(kernels.group_norm_nhwc, name)
     return lambda *args: getattr(once, name)(run, *args)
 
 
@@ -183,6 +183,6 @@ def apply(*inputs: Any) -> tuple[Tensor, Tensor]:
         out = group_norm_silu(*inputs)  # traced, fake and distributed tensors need the op
         return out[0], out[3]
     if torch.is_grad_enabled():
-        return _Direct.apply(*inputs)  # type: ignore[no-any-return]
+        return _Direct.apply(*inputs)
     out = _forward(*inputs)
     return out[0], out[3]

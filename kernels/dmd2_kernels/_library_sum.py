@@ -16,7 +16,7 @@ def _forward(x: Tensor, residual: Tensor, channel_bias: Tensor, scale: float) ->
     kernels = kernels_for(x, "residual_sum")
     x = x if channels_last(x) else x.contiguous()
     other = like(residual.to(x.dtype), x)
-    return kernels.residual_sum.forward(x, other, channel_bias.contiguous(), scale, channels_last(x))  # type: ignore[no-any-return]
+    return kernels.residual_sum.forward(x, other, channel_bias.contiguous(), scale, channels_last(x))
 
 
 residual_sum = torch.library.custom_op("dmd2::residual_sum", _forward, mutates_args=())
@@ -62,5 +62,5 @@ def apply(*inputs: Any) -> Tensor:
     """`residual_sum` with the least overhead that the tensors allow."""
     x = inputs[0]
     if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
-        return residual_sum(*inputs)  # type: ignore[no-any-return]
-    return _Direct.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)  # type: ignore[no-any-return]
+        return residual_sum(*inputs)
+    return _Direct.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)
