@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -33,17 +34,23 @@ RANK_VARIABLES = (
 """Variables that torch or dmd2 takes a process's rank from; also all that begin with `TORCHELASTIC_`."""
 
 
-def drop_foreign_ranks() -> list[str]:
-    """Removes the rank variables from this process's environment unless its parent is the launcher that set them.
+def drop_foreign_ranks() -> None:
+    """Removes the rank variables from this process's environment unless its parent is a launcher, which set them.
 
-    Those of another job in the same shell would make it wait for ranks that do not exist. Returns the removed names.
+    Those of another job in the same shell would make it wait for ranks that do not exist. Launchers are this module and
+    torchrun.
     """
-    if os.environ.get(LAUNCHER) == str(os.getppid()):
-        return []
-    removed = _rank_variables(os.environ)
-    for name in removed:
-        del os.environ[name]
-    return removed
+    if os.environ.get(LAUNCHER) != str(os.getppid()) and not _parent_is_torchrun():
+        for name in _rank_variables(os.environ):
+            del os.environ[name]
+
+
+def _parent_is_torchrun() -> bool:
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"torchrun" in command or b"torch.distributed" in command
 
 
 def _rank_variables(env: Mapping[str, str]) -> list[str]:
