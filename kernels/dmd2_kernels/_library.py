@@ -26,7 +26,7 @@ def _is_nhwc(t: Tensor) -> bool:
 
 
 def arranged(raw: list[Tensor | None], images: list[Tensor | None]) -> tuple[list[Tensor | None], int]:
-    """Raw outputs and images, dense, and C if only the former are in channels_last, else 0.
+    """Raw outputs and images, dense, and C if only the former are in channels_last, else 1.
 
     The first of each list, which is not None, decides about the others; what has the layout already is not copied.
     """
@@ -34,11 +34,11 @@ def arranged(raw: list[Tensor | None], images: list[Tensor | None]) -> tuple[lis
     assert first is not None
     assert image is not None
     if not _is_nhwc(first):
-        return _flat(*raw, *images), 0
+        return _flat(*raw, *images), 1
     last = torch.channels_last
     outputs = [None if t is None else t.contiguous(memory_format=last) for t in raw]
     if _is_nhwc(image):
-        return [*outputs, *(None if t is None else t.contiguous(memory_format=last) for t in images)], 0
+        return [*outputs, *(None if t is None else t.contiguous(memory_format=last) for t in images)], 1
     return [*outputs, *_flat(*images)], first.shape[1]
 
 
@@ -68,10 +68,10 @@ matching_loss_and_grad = torch.library.custom_op("dmd2::matching_loss_and_grad",
 @matching_loss_and_grad.register_fake
 def _(x0, real, fake, x, a, k, uncond, factor, guidance, scale, grad_dtype):
     dtype = accumulation_dtype(x0, real, fake, x, uncond, factor)
-    (_, image), _ = arranged([real], [x0])
+    (dense, _), _ = arranged([real], [x0])
     squares = x0.new_empty(x0.shape[0], _chunks.matching_chunks(x0[0].numel(), dtype), dtype=dtype)
     terms, weight = squares.new_empty(squares.numel()), squares.new_empty(x0.shape[0])
-    return terms, weight, squares, squares.new_empty(squares.shape, dtype=torch.int64), _like(image, grad_dtype)
+    return terms, weight, squares, squares.new_empty(squares.shape, dtype=torch.int64), _like(dense, grad_dtype)
 
 
 def _like(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,17 +20,17 @@ from .. import _chunks
 from ..reference import accumulation_dtype
 from ._device import exact_div
 from ._launch import launch, tl_accumulation
-from .score_difference import image_offsets
+from .score_difference import image_place
 
 
 @triton.jit
-def _residual(out, target, x, a, k, b, raw, image, mask, ACC: tl.constexpr):
+def _residual(out, target, x, a, k, b, raw, offs, base, image, mask, ACC: tl.constexpr):
     """x0_hat - target, 0 outside the sample."""
-    x0_hat = tl.load(out + raw, mask=mask, other=0.0).to(ACC)
+    x0_hat = tl.load(out + raw + offs, mask=mask, other=0.0).to(ACC)
     if k is not None:
-        at_x = tl.load(x + image, mask=mask, other=0.0).to(ACC)
+        at_x = tl.load(x + base + image, mask=mask, other=0.0).to(ACC)
         x0_hat = tl.load(a + b).to(ACC) * at_x + tl.load(k + b).to(ACC) * x0_hat
-    return tl.where(mask, x0_hat - tl.load(target + image, mask=mask, other=0.0).to(ACC), 0.0)
+    return tl.where(mask, x0_hat - tl.load(target + base + image, mask=mask, other=0.0).to(ACC), 0.0)
 
 
 @triton.jit
@@ -40,10 +40,10 @@ def _loss_and_grad(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     b, c = pid // num_chunks, pid % num_chunks
-    n = c * BLOCK + tl.arange(0, BLOCK)
-    mask = n < num
-    raw, image = b * num + n, b * num + image_offsets(n, num, CHANNELS)
-    residual = _residual(out, target, x, a, k, b, raw, image, mask, ACC)
+    raw, offs = b * num + c * BLOCK, tl.arange(0, BLOCK)
+    mask = offs < num - c * BLOCK
+    base, image = image_place(b, c * BLOCK, offs, num, CHANNELS)
+    residual = _residual(out, target, x, a, k, b, raw, offs, base, image, mask, ACC)
     numel = tl.full((), num, ACC) * tl.full((), num_samples, ACC)
     share = exact_div(tl.load(weight + b).to(ACC), numel, ACC)
     tl.store(terms + pid, share * tl.sum(residual * residual))
@@ -51,7 +51,7 @@ def _loss_and_grad(
         slope = 2.0 * SCALE * share
         if k is not None:
             slope *= tl.load(k + b).to(ACC)
-        tl.store(grad + raw, (slope * residual).to(grad.dtype.element_ty), mask=mask)
+        tl.store(grad + raw + offs, (slope * residual).to(grad.dtype.element_ty), mask=mask)
 
 
 def loss_and_grad(
@@ -67,7 +67,7 @@ def loss_and_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """The parts of the loss (B * K,), and the gradient wrt. out, in out's layout, if it has a dtype; in one launch.
 
-    Inputs are dense and in one layout, or, with `channels`, target and x are contiguous and out is in channels_last.
+    Inputs are dense and in one layout, or, with `channels` above 1, target and x are contiguous and out is in channels_last.
     """
     tensors = (out, target, weight, x)
     num_samples, num = len(out), out[0].numel()

@@ -18,11 +18,12 @@ Both write sums of the gradient beside it, per sample or per chunk, for the log;
 atomics and no grid barrier, and sums have a fixed order. float64 (tests) takes the second form at any size.
 
 Special values are as in the reference: w = 0 makes 0/0 a 0 and d/0 the largest number, and all of g counts as
-non-finite; NaN in w makes the sample's g 0; NaN in d makes that element 0.
+non-finite; NaN in w makes the sample's g 0; NaN in d makes that element 0. Only a w below 2.9e-39 is taken for 0, as
+1 / w overflows.
 
-Networks run in channels_last and images are contiguous, so raw outputs (real, fake, uncond) and images (x0, x, the
-gradient) may have different layouts: the elements of a sample are taken in the order of the raw outputs, and
-`image_offsets` finds them in the images. Nothing is copied to another layout.
+Networks run in channels_last and images are contiguous, so raw outputs (real, fake, uncond, and
+the gradient) and images (x0, x) may have different layouts: the elements of a sample are taken in the order of the raw outputs, and
+`image_place` finds them in the images. Nothing is copied to another layout.
 
 Shapes: B samples, N elements in each, K chunks of BLOCK elements, C channels.
 """
@@ -39,49 +40,54 @@ from ._launch import launch, tl_accumulation
 
 
 @triton.jit
-def image_offsets(n, num, CHANNELS: tl.constexpr):
-    """Offsets in an image (C, H, W) of the elements n of one in (H, W, C); n itself with CHANNELS 0, equal layouts."""
-    if CHANNELS == 0:
-        return n
-    return (n % CHANNELS) * (num // CHANNELS) + n // CHANNELS
+def image_place(b, start, offs, num, CHANNELS: tl.constexpr):
+    """(base, offsets) in the images of elements start + offs of sample b; those of the raw outputs are b num + start.
+
+    With CHANNELS above 1 the raw outputs are (H, W, C) and the images (C, H, W).
+    """
+    if CHANNELS == 1:
+        return b * num + start, offs
+    else:
+        n = start + offs
+        return b * num, (n % CHANNELS) * (num // CHANNELS) + n // CHANNELS
 
 
 @triton.jit
-def _teacher(real, uncond, at, mask, GUIDANCE: tl.constexpr, ACC: tl.constexpr):
+def _teacher(real, uncond, base, offs, mask, GUIDANCE: tl.constexpr, ACC: tl.constexpr):
     """r: the teacher's raw output, guided."""
-    r = tl.load(real + at, mask=mask, other=0.0).to(ACC)
+    r = tl.load(real + base + offs, mask=mask, other=0.0).to(ACC)
     if uncond is not None:
-        u = tl.load(uncond + at, mask=mask, other=0.0).to(ACC)
+        u = tl.load(uncond + base + offs, mask=mask, other=0.0).to(ACC)
         r = u + GUIDANCE * (r - u)
     return r
 
 
 @triton.jit
-def _direction(fake, k, r, b, at, mask, ACC: tl.constexpr):
+def _direction(fake, k, r, b, base, offs, mask, ACC: tl.constexpr):
     """d = k (f - r)."""
-    d = tl.load(fake + at, mask=mask, other=0.0).to(ACC) - r
+    d = tl.load(fake + base + offs, mask=mask, other=0.0).to(ACC) - r
     if k is not None:
         d *= tl.load(k + b).to(ACC)
     return d
 
 
 @triton.jit
-def _distance(x0, x, a, k, r, b, at, mask, ACC: tl.constexpr):
+def _distance(x0, x, a, k, r, b, base, offs, mask, ACC: tl.constexpr):
     """|x0 - x0_real|, 0 outside the sample."""
     if k is not None:
-        at_x = tl.load(x + at, mask=mask, other=0.0).to(ACC)
+        at_x = tl.load(x + base + offs, mask=mask, other=0.0).to(ACC)
         r = tl.load(a + b).to(ACC) * at_x + tl.load(k + b).to(ACC) * r
-    v = tl.load(x0 + at, mask=mask, other=0.0).to(ACC)
+    v = tl.load(x0 + base + offs, mask=mask, other=0.0).to(ACC)
     return tl.where(mask, tl.abs(v - r), 0.0)
 
 
 @triton.jit
 def _write(
-    d, w, factor, grad, terms, squares, nonfinite, place, b, at, mask, num_samples, num,
+    d, w, factor, grad, terms, squares, nonfinite, place, b, base, offs, mask, num_samples, num,
     SCALE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of the gradient, h g SCALE / (B N) with g = d / w, and its sums to a place in each table."""
-    g = exact_div(d, tl.zeros_like(d) + w, ACC)
+    g = d * exact_div(tl.full((), 1.0, ACC), w, ACC)  # 1 / w keeps what follows: 0, infinite and NaN w
     bad = tl.sum(tl.where(mask & is_nonfinite(g), 1.0, 0.0))
     g = tl.where(mask, nan_to_num(g, ACC), 0.0)
     numel = tl.full((), num, ACC) * tl.full((), num_samples, ACC)
@@ -94,10 +100,8 @@ def _write(
     tl.store(squares + place, square)
     tl.store(terms + place, half)
     tl.store(nonfinite + place, bad.to(nonfinite.dtype.element_ty))
-    g = exact_div(g, tl.zeros_like(g) + numel, ACC)
-    if SCALE != 1.0:
-        g *= SCALE
-    tl.store(grad + at, g.to(grad.dtype.element_ty), mask=mask)
+    g *= exact_div(tl.full((), SCALE, ACC), numel, ACC)
+    tl.store(grad + base + offs, g.to(grad.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -106,14 +110,14 @@ def _whole_sample(
     GUIDANCE: tl.constexpr, SCALE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, BLOCK)
-    mask = n < num
-    raw, image = b * num + n, b * num + image_offsets(n, num, CHANNELS)
-    r = _teacher(real, uncond, raw, mask, GUIDANCE, ACC)
-    d = _direction(fake, k, r, b, raw, mask, ACC)
-    w = exact_div(tl.sum(_distance(x0, x, a, k, r, b, image, mask, ACC)), tl.full((), num, ACC), ACC)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < num
+    base, image = image_place(b, 0, offs, num, CHANNELS)
+    r = _teacher(real, uncond, b * num, offs, mask, GUIDANCE, ACC)
+    w = exact_div(tl.sum(_distance(x0, x, a, k, r, b, base, image, mask, ACC)), tl.full((), num, ACC), ACC)
+    d = _direction(fake, k, r, b, b * num, offs, mask, ACC)
     tl.store(weight + b, w)
-    _write(d, w, factor, grad, terms, squares, nonfinite, b, b, image, mask, num_samples, num, SCALE, ACC)
+    _write(d, w, factor, grad, terms, squares, nonfinite, b, b, b * num, offs, mask, num_samples, num, SCALE, ACC)
 
 
 @triton.jit
@@ -123,33 +127,32 @@ def _distances(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     b, c = pid // num_chunks, pid % num_chunks
-    n = c * BLOCK + tl.arange(0, BLOCK)
-    mask = n < num
-    r = _teacher(real, uncond, b * num + n, mask, GUIDANCE, ACC)
-    distance = _distance(x0, x, a, k, r, b, b * num + image_offsets(n, num, CHANNELS), mask, ACC)
-    tl.store(partial + pid, tl.sum(distance))
+    offs = tl.arange(0, BLOCK)
+    mask = offs < num - c * BLOCK
+    base, image = image_place(b, c * BLOCK, offs, num, CHANNELS)
+    r = _teacher(real, uncond, b * num + c * BLOCK, offs, mask, GUIDANCE, ACC)
+    tl.store(partial + pid, tl.sum(_distance(x0, x, a, k, r, b, base, image, mask, ACC)))
 
 
 @triton.jit
 def _chunk_gradients(
     partial, real, fake, k, uncond, factor, grad, terms, weight, squares, nonfinite, num_samples, num, num_chunks,
-    GUIDANCE: tl.constexpr, SCALE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr,
-    ACC: tl.constexpr,
+    GUIDANCE: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     b, c = pid // num_chunks, pid % num_chunks
-    n = c * BLOCK + tl.arange(0, BLOCK)
-    mask = n < num
+    offs = tl.arange(0, BLOCK)
+    mask = offs < num - c * BLOCK
     total = tl.zeros((COLS,), ACC)
     for start in range(0, num_chunks, COLS):
         cols = start + tl.arange(0, COLS)
         total += tl.load(partial + b * num_chunks + cols, mask=cols < num_chunks, other=0.0).to(ACC)
     w = exact_div(tl.sum(total), tl.full((), num, ACC), ACC)
     tl.store(weight + b, w, mask=c == 0)
-    r = _teacher(real, uncond, b * num + n, mask, GUIDANCE, ACC)
-    d = _direction(fake, k, r, b, b * num + n, mask, ACC)
-    image = b * num + image_offsets(n, num, CHANNELS)
-    _write(d, w, factor, grad, terms, squares, nonfinite, pid, b, image, mask, num_samples, num, SCALE, ACC)
+    base = b * num + c * BLOCK
+    r = _teacher(real, uncond, base, offs, mask, GUIDANCE, ACC)
+    d = _direction(fake, k, r, b, base, offs, mask, ACC)
+    _write(d, w, factor, grad, terms, squares, nonfinite, pid, b, base, offs, mask, num_samples, num, SCALE, ACC)
 
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -177,20 +180,20 @@ def loss_and_grad(
     channels: int,
     grad_dtype: torch.dtype,
 ) -> Outputs:
-    """(terms, weight, squares, nonfinite) as in `tables`, and the gradient in x0's layout, in one launch or two.
+    """(terms, weight, squares, nonfinite) as in `tables`, and the gradient in real's layout, in one launch or two.
 
-    Inputs are dense and in one layout, or, with `channels`, images are contiguous and raw outputs in channels_last.
+    Inputs are dense and in one layout, or, with `channels` above 1, images are contiguous and raw outputs in channels_last.
     """
     tensors = (x0, real, fake, x, uncond, factor)
     num_samples, num = len(x0), x0[0].numel()
     dtype, acc = accumulation_dtype(*tensors), tl_accumulation(*tensors)
-    out, grad = tables(x0, dtype), torch.empty_like(x0, dtype=grad_dtype)
+    out, grad = tables(x0, dtype), torch.empty_like(real, dtype=grad_dtype)
     if _chunks.in_one_launch(num, dtype):
         block = max(triton.next_power_of_2(num), 128)
         launch(
             _whole_sample, num_samples, x0, real, fake, x, a, k, uncond, factor, grad, *out, num_samples, num,
             GUIDANCE=guidance, SCALE=scale, CHANNELS=channels, BLOCK=block, ACC=acc,
-            num_warps=min(16, max(4, block // 1024)),
+            num_warps=min(32, max(4, block // 512)),
         )  # fmt: skip
         return *out, grad
     block, num_warps = _chunks.chunk(num)
@@ -203,7 +206,7 @@ def loss_and_grad(
     launch(
         _chunk_gradients, num_samples * num_chunks,
         partial, real, fake, k, uncond, factor, grad, *out, num_samples, num, num_chunks,
-        GUIDANCE=guidance, SCALE=scale, CHANNELS=channels, BLOCK=block,
+        GUIDANCE=guidance, SCALE=scale, BLOCK=block,
         COLS=min(1024, max(16, triton.next_power_of_2(num_chunks))),
         ACC=acc, num_warps=num_warps,
     )  # fmt: skip
