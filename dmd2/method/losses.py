@@ -19,6 +19,7 @@ from torch import Tensor
 from dmd2.config import Train
 from dmd2.method.critic import Critic
 from dmd2.method.denoiser import Cond, Prediction, Teacher, concat
+from dmd2.method.divergence import sample_weights
 from dmd2.method.noise import NoiseGrid, add_noise
 from dmd2.training.rng import normal
 from dmd2_kernels import (
@@ -69,7 +70,8 @@ def matching_gradient(
     `matching_weight`.
     """
     part = noised(x0, cond, teacher.grid, train.matching_levels, rng)
-    return _matching(x0, part, _real_prediction(part, teacher, train), _fake_prediction(part, critic), train)
+    real, (fake, logits) = _real_prediction(part, teacher, train), _fake_prediction(part, teacher, critic, train)
+    return _matching(x0, part, real, fake, teacher, train, logits)
 
 
 def gan_gradient(
@@ -118,9 +120,10 @@ def shared_gradients(
             real = Guided(estimate)
         else:
             real, features = _real_prediction(part, teacher, train), _teachers_features(part, teacher, train)
-        fake = _fake_prediction(part, critic)
+        with torch.no_grad():
+            fake, _ = critic(*part, num_denoise=num)
         _, logits = critic(*part, num_denoise=0, features=features)
-    matching = _matching(x0, part, real, fake, train)
+    matching = _matching(x0, part, real, fake, teacher, train, logits)
     return matching, _gan_gradient(logits, leaf, train)
 
 
@@ -131,9 +134,16 @@ class Guided(NamedTuple):
     uncond: Tensor | None = None
 
 
-def _matching(x0: Tensor, part: Noised, real: Guided, fake: Prediction, train: Train) -> Matching:
-    """The matching loss and gradient: the kernel converts raw outputs to x0 and guides them as it reads them."""
-    head = real.cond.head
+def _matching(
+    x0: Tensor, part: Noised, real: Guided, fake: Prediction, teacher: Teacher, train: Train, logits: Tensor | None
+) -> Matching:
+    """The matching loss and gradient: the kernel converts raw outputs to x0 and guides them as it reads them.
+
+    `logits` (B, K) of D at `part` are read only with an f-divergence.
+    """
+    head, weight = real.cond.head, None
+    if train.f_divergence is not None and logits is not None:
+        weight = sample_weights(logits, part.sigma, teacher.grid, train.f_divergence)
     return matching_loss_and_grad(
         x0,
         real.cond.out.detach(),
@@ -142,6 +152,7 @@ def _matching(x0: Tensor, part: Noised, real: Guided, fake: Prediction, train: T
         head=head,
         real_uncond=real.uncond,
         guidance_scale=1.0 if real.uncond is None else train.guidance_scale,
+        sample_weight=weight,
         scale=train.matching_weight,
     )
 
@@ -159,8 +170,16 @@ def _real_prediction(part: Noised, teacher: Teacher, train: Train) -> Guided:
 
 
 @torch.no_grad()
-def _fake_prediction(part: Noised, critic: Critic) -> Prediction:
-    return critic(*part, num_denoise=part.x.shape[0])[0]
+def _fake_prediction(
+    part: Noised, teacher: Teacher, critic: Critic, train: Train
+) -> tuple[Prediction, Tensor | None]:
+    """The critic's prediction and, with an f-divergence, D's logits of the same samples."""
+    num = part.x.shape[0]
+    if train.f_divergence is None:
+        return critic(*part, num_denoise=num)
+    if train.gan_features == "teacher":
+        return critic(*part, num_denoise=num, features=_teachers_features(part, teacher, train))
+    return critic(*part, num_denoise=num, logits_from=0)
 
 
 def _teachers_features(part: Noised, teacher: Teacher, train: Train) -> list[Tensor]:
