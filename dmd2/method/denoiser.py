@@ -49,6 +49,7 @@ class Denoiser(nn.Module, abc.ABC):
 
     shardable: bool = True
     """Whether layout "shard" applies: not to one that shares its weights with others."""
+
     @property
     def predicts_x0(self) -> bool:
         """Whether `predict_and_tap` gives x0 itself, or a raw output with a linear head, for the loss kernels."""

@@ -170,9 +170,7 @@ def _real_prediction(part: Noised, teacher: Teacher, train: Train) -> Guided:
 
 
 @torch.no_grad()
-def _fake_prediction(
-    part: Noised, teacher: Teacher, critic: Critic, train: Train
-) -> tuple[Prediction, Tensor | None]:
+def _fake_prediction(part: Noised, teacher: Teacher, critic: Critic, train: Train) -> tuple[Prediction, Tensor | None]:
     """The critic's prediction and, with an f-divergence, D's logits of the same samples."""
     num = part.x.shape[0]
     if train.f_divergence is None:

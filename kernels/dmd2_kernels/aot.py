@@ -14,7 +14,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,54 +25,14 @@ from triton.backends.compiler import GPUTarget
 import dmd2_kernels as dk
 
 from . import _dispatch, ops, shapes
-from ._sass import Statistics, statistics
+from ._sass import Compiled, statistics
 from .ops import _launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MAX_REGISTERS = 128
 _statistics = functools.cache(statistics)  # several cases use the same reduction kernels
 _READ = ("x0", "real", "fake", "x", "uncond", "out", "target", "dy")
 _WRITTEN = ("grad", "y", "dx")
 _IMAGES = ("x0", "x", "target")  # of the losses; found by offset where raw outputs are in channels_last
-
-
-class Compiled(NamedTuple):
-    """One kernel compiled for one call; read_bytes and written_bytes are the minimum traffic of one program's tile."""
-
-    case: str
-    kernel: str
-    dtype: str
-    arch: int
-    num_warps: int
-    read_bytes: int
-    written_bytes: int
-    moved_bytes: int  # by the whole launch: each tensor once, or twice if it is read twice
-    code: Statistics
-
-    def faults(self) -> list[str]:
-        """The reasons for which `--check` fails."""
-        code, threads = self.code, 32 * self.num_warps
-        found = [
-            f"{count} {what}"
-            for count, what in (
-                (code.spills, "spill instructions"),
-                (code.doubles, "float64 instructions"),
-                (code.atomics, "atomics"),
-            )
-            if count
-        ]
-        if code.registers > MAX_REGISTERS:
-            found.append(f"{code.registers} registers, more than {MAX_REGISTERS}")
-        if "ragged" in self.case:
-            return found
-        for what, needed, widths in (
-            ("read", self.read_bytes, code.loads),
-            ("written", self.written_bytes, code.stores),
-        ):
-            wide = sum(bits // 8 * count for bits, count in widths.items() if bits >= 128) * threads
-            if needed >= 16 * threads and wide < needed:
-                found.append(f"{wide} of {needed} bytes {what} in 128 bits or more: {widths}")
-        return found
 
 
 class _Compiler:
@@ -168,7 +128,20 @@ def _beyond_int32(dtype: torch.dtype) -> None:
         SCALE=1.0, GUIDANCE=1.0, COLS=1024, **options,
     )  # fmt: skip
     _launch.launch(
-        denoising._loss_and_grad, 1, x0, real, sums, None, None, None, grad, sums, 2, *sizes, SCALE=1.0, CHANNELS=1,
+        denoising._loss_and_grad,
+        1,
+        x0,
+        real,
+        sums,
+        None,
+        None,
+        None,
+        grad,
+        sums,
+        2,
+        *sizes,
+        SCALE=1.0,
+        CHANNELS=1,
         **options,
     )
 

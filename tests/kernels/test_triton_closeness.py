@@ -88,9 +88,7 @@ def test_outputs_in_channels_last_are_read_where_they_lie(shape: tuple[int, ...]
     nhwc = [t.contiguous(memory_format=torch.channels_last) for t in raw]
     head, weight = epsilon_head(shape[0], device), torch.linspace(0.5, 2, shape[0], device=device)
     for layout, (mine, other, free) in (("plain", raw), ("nhwc", nhwc)):
-        out, grad = dk.matching_loss_and_grad(
-            x0, mine, other, x=x, head=head, real_uncond=free, guidance_scale=3.0
-        )
+        out, grad = dk.matching_loss_and_grad(x0, mine, other, x=x, head=head, real_uncond=free, guidance_scale=3.0)
         sums, slope = dk.denoising_loss_and_grad(mine, x0, weight, x=x, head=head)
         if layout == "plain":
             expected = (out.loss, out.weight, grad, sums.loss, slope)

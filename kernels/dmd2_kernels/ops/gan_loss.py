@@ -21,6 +21,7 @@ from ..reference import accumulation_dtype
 from ._device import exact_div, sigmoid, softplus
 from ._launch import launch, tl_accumulation
 
+
 @triton.jit
 def _loss(v, SIGN: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr):
     """One logit's loss: softplus(SIGN * l), relu(1 + SIGN * l) or SIGN * l."""
