@@ -173,9 +173,9 @@ def gan_critic_loss_and_grad(
     r1_weight: float = 0.0,
     scale: float = 1.0,
 ) -> tuple[GanCriticSums, CriticGradients]:
-    """Sums of the critic's GAN loss, and `scale` times its gradients wrt. logits (B,) or (B, 1); batch sizes may differ.
+    """Sums of the critic's GAN loss, and `scale` times its gradients wrt. the logits, each (B,) or (B, 1).
 
-    kind is softplus (the paper's) or hinge. `perturbed_data_logits` adds the approximate R1 penalty r1_weight * mean
+    Batch sizes may differ. kind is softplus (the paper's) or hinge. `perturbed_data_logits` adds the approximate R1 penalty r1_weight * mean
     (perturbed - data)^2; the caller perturbs the noised data sample, so that a perturbation of 0 has a penalty of 0.
     Without a graph: continue with `torch.autograd.backward`. Raises TypeError or ValueError that names a wrong
     argument.

@@ -5,8 +5,8 @@
 
 A row is one op at one shape by one provider in one mode; a rerun replaces rows with the same key and keeps the rest.
 Rows are written as they are measured. Without a GPU (or with --static) the columns of time are empty and `timing` is
-pending. The providers: eager torch, torch.compile, the fused op and, if importable, Liger's and apex's GroupNorm. At the
-end all rows of the CSV are printed as one table, the older with their commit.
+pending. The providers: eager torch, torch.compile, the fused op and, if importable, Liger's and apex's GroupNorm. All
+rows of the CSV are printed as one table at the end, each with its GPU, versions and commit.
 --jobs compiles everything first in that many processes, into the compilers' caches.
 """
 

@@ -38,7 +38,10 @@ BAD = {
     "weight of the elements": (lambda: dk.denoising_loss(X, X, X), r"weight has shape .*must be \(2,\)"),
     "target of another shape": (lambda: dk.denoising_loss_and_grad(X, X[:, :1], ONE[:2]), "target has shape"),
     "unknown kind": (lambda: dk.gan_generator_loss(ONE, kind="wgan"), "kind is 'wgan'; it must be one of"),
-    "patch logits": (lambda: dk.gan_critic_loss_and_grad(ONE, X), r"data_logits has shape \(2, 3, 4, 4\); it must be \(B,\)"),
+    "patch logits": (
+        lambda: dk.gan_critic_loss_and_grad(ONE, X),
+        r"data_logits has shape \(2, 3, 4, 4\); it must be \(B,\)",
+    ),
     "perturbed of another batch": (
         lambda: dk.gan_critic_loss(ONE, ONE, perturbed_data_logits=ONE[:2], r1_weight=1.0),
         "perturbed_data_logits has shape",

@@ -29,7 +29,7 @@ def launches(found: list[Launch], kernel: str) -> Launch:
 def run_losses() -> list[Tensor]:
     """Every loss and its gradient, on ragged sizes with heads and guidance; the tensors that come out."""
     torch.manual_seed(0)
-    real, fake, uncond, out = torch.randn(4, 3, 2, 37, 31).to(torch.bfloat16)
+    real, fake, uncond = torch.randn(3, 3, 2, 37, 31).to(torch.bfloat16)
     x0, x = torch.randn(2, 3, 2, 37, 31)
     nhwc = [t.contiguous(memory_format=torch.channels_last) for t in (real, fake, uncond)]
     head = dk.LinearHead.edm(torch.tensor([0.1, 1.0, 30.0]), 0.5)

@@ -67,7 +67,8 @@ def loss_and_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """The parts of the loss (B * K,), and the gradient wrt. out, in out's layout, if it has a dtype; in one launch.
 
-    Inputs are dense and in one layout, or, with `channels` above 1, target and x are contiguous and out is in channels_last.
+    Inputs are dense and in one layout, or, with `channels` above 1, target and x are contiguous and out is
+    channels_last.
     """
     tensors = (out, target, weight, x)
     num_samples, num = len(out), out[0].numel()

@@ -21,8 +21,8 @@ Special values are as in the reference: w = 0 makes 0/0 a 0 and d/0 the largest 
 non-finite; NaN in w makes the sample's g 0; NaN in d makes that element 0. Only a w below 2.9e-39 is taken for 0, as
 1 / w overflows.
 
-Networks run in channels_last and images are contiguous, so raw outputs (real, fake, uncond, and
-the gradient) and images (x0, x) may have different layouts: the elements of a sample are taken in the order of the raw outputs, and
+Networks run in channels_last and images are contiguous, so raw outputs (real, fake, uncond, and the gradient) and images
+(x0, x) may have different layouts: the elements of a sample are taken in the order of the raw outputs, and
 `image_place` finds them in the images. Nothing is copied to another layout.
 
 Shapes: B samples, N elements in each, K chunks of BLOCK elements, C channels.
@@ -45,11 +45,11 @@ def image_place(b, start, offs, num, CHANNELS: tl.constexpr):
 
     With CHANNELS above 1 the raw outputs are (H, W, C) and the images (C, H, W).
     """
-    if CHANNELS == 1:
-        return b * num + start, offs
-    else:
+    base, image = b * num + start, offs
+    if CHANNELS > 1:
         n = start + offs
-        return b * num, (n % CHANNELS) * (num // CHANNELS) + n // CHANNELS
+        base, image = b * num, (n % CHANNELS) * (num // CHANNELS) + n // CHANNELS
+    return base, image
 
 
 @triton.jit
@@ -182,7 +182,8 @@ def loss_and_grad(
 ) -> Outputs:
     """(terms, weight, squares, nonfinite) as in `tables`, and the gradient in real's layout, in one launch or two.
 
-    Inputs are dense and in one layout, or, with `channels` above 1, images are contiguous and raw outputs in channels_last.
+    Inputs are dense and in one layout, or, with `channels` above 1, images are contiguous and raw outputs are
+    channels_last.
     """
     tensors = (x0, real, fake, x, uncond, factor)
     num_samples, num = len(x0), x0[0].numel()
