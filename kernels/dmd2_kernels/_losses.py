@@ -175,10 +175,10 @@ def gan_critic_loss_and_grad(
 ) -> tuple[GanCriticSums, CriticGradients]:
     """Sums of the critic's GAN loss, and `scale` times its gradients wrt. the logits, each (B,) or (B, 1).
 
-    Batch sizes may differ. kind is softplus (the paper's) or hinge. `perturbed_data_logits` adds the approximate R1 penalty r1_weight * mean
-    (perturbed - data)^2; the caller perturbs the noised data sample, so that a perturbation of 0 has a penalty of 0.
-    Without a graph: continue with `torch.autograd.backward`. Raises TypeError or ValueError that names a wrong
-    argument.
+    Batch sizes may differ. kind is softplus (the paper's) or hinge. `perturbed_data_logits` adds the approximate R1
+    penalty r1_weight * mean (perturbed - data)^2; the caller perturbs the noised data sample, so that a perturbation of
+    0 has a penalty of 0. Without a graph: continue with `torch.autograd.backward`. Raises TypeError or ValueError that
+    names a wrong argument.
     """
     _critic_arguments(gen_logits, data_logits, kind, perturbed_data_logits, r1_weight)
     sources = (gen_logits, data_logits, perturbed_data_logits)

@@ -21,8 +21,8 @@ Special values are as in the reference: w = 0 makes 0/0 a 0 and d/0 the largest 
 non-finite; NaN in w makes the sample's g 0; NaN in d makes that element 0. Only a w below 2.9e-39 is taken for 0, as
 1 / w overflows.
 
-Networks run in channels_last and images are contiguous, so raw outputs (real, fake, uncond, and the gradient) and images
-(x0, x) may have different layouts: the elements of a sample are taken in the order of the raw outputs, and
+Networks run in channels_last and images are contiguous, so raw outputs (real, fake, uncond, also the gradient) and
+images (x0, x) may have different layouts: the elements of a sample are taken in the order of the raw outputs, and
 `image_place` finds them in the images. Nothing is copied to another layout.
 
 Shapes: B samples, N elements in each, K chunks of BLOCK elements, C channels.
