@@ -64,7 +64,7 @@ def test_the_static_rows_have_bytes_and_no_times(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "launches"), [("imagenet", 4), ("sdxl-guided", 5)])
 def test_an_iterations_losses_read_and_write_each_byte_once(name: str, launches: int) -> None:
-    """But two of SDXL's: its samples need two passes over the teacher's outputs, for the normaliser and the direction."""
+    """But the teacher's two outputs at SDXL's size: first for the normaliser, then for the direction."""
     case = CASES["iteration", name, "channels_last"]
     step, moved = list[str](), list[int]()
 
@@ -128,7 +128,14 @@ def test_a_rerun_replaces_its_rows_and_keeps_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rate", ["", "1500"])
 def test_the_plot_is_drawn_with_and_without_times_and_repeats_its_bytes(rate: str, tmp_path: Path) -> None:
-    keys = {"op": "matching", "case": "c", "memory_format": "contiguous", "mode": "full", "gpu": "H100"}
+    keys = {
+        "op": "matching",
+        "case": "c",
+        "memory_format": "contiguous",
+        "mode": "full",
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "commit": "0",
+    }
     rows = [
         keys | {"provider": name, "bytes_floor": "100", "bytes_moved": moved, "achieved_GBps": rate}
         for name, moved in (("eager", "400"), ("fused", "120"))
