@@ -100,10 +100,7 @@ class Critic(nn.Module):
         """The fake score's prediction of the first `num` samples."""
         if num == 0:
             return Prediction(x[:0].detach())
-        x, sigma, cond = x[:num], sigma[:num], first(cond, num)
-        if self.fake.predicts_x0:
-            return Prediction(self.fake(x, sigma, cond))
-        return self.fake.predict_and_tap(x, sigma, cond, num, num_taps=0)[0]
+        return self.fake.predict(x[:num], sigma[:num], first(cond, num))
 
     def _judge(self, features: Sequence[Tensor]) -> Tensor:
         return torch.stack([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1)

@@ -105,19 +105,20 @@ class DiffusersDenoiser(Denoiser):
         """See `Denoiser`; x0 = a x + k F(c_in x; t, cond), with a, k and c_in of the network's kind of prediction."""
         (out, head), features = self.predict_and_tap(x, sigma, cond, num_denoise, num_taps)
         assert head is not None
+        out = out.to(head.a.dtype)
         return expand(head.a, out) * x[:num_denoise].to(out.dtype) + expand(head.k, out) * out, features
 
     def predict_and_tap(
         self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
     ) -> tuple[Prediction, list[Tensor]]:
-        """See `Denoiser`: the network's raw output with its head, float32."""
+        """See `Denoiser`: the network's raw output in its own dtype, with its head."""
         wide = torch.promote_types(x.dtype, torch.float32)
         encoding = self._encode(x, sigma, cond)
         features = self._tapped(encoding, num_taps)
         if num_denoise == 0:
             out = x[:0].detach().to(wide)
         else:
-            out = self._decode(encoding.first(num_denoise)).to(wide)
+            out = self._decode(encoding.first(num_denoise))
         return Prediction(out, linear_head(self.prediction, sigma[:num_denoise].to(wide))), features
 
     def _tapped(self, encoding: Encoding, num_taps: int) -> list[Tensor]:
