@@ -19,6 +19,7 @@ from dmd2.config import Train
 from dmd2.method.critic import Critic
 from dmd2.method.denoiser import Cond, Prediction, Teacher, concat, guided
 from dmd2.method.noise import NoiseGrid, add_noise
+from dmd2.method.sid import sid_gradient
 from dmd2.training.rng import normal
 from dmd2_kernels import (
     DenoisingLoss,
@@ -58,8 +59,13 @@ def matching_gradient(
     """The distribution-matching loss and its gradient with respect to the generated images (paper, eq. 2 and 3).
 
     x0 (B, ...) detached. With x at a random level, d L / d x0 = (x0_fake - x0_real) / mean|x0 - x0_real| / numel, the
-    mean per sample: the critic's estimate minus the teacher's, in units of the teacher's correction.
+    mean per sample: the critic's estimate minus the teacher's, in units of the teacher's correction. With `sid_alpha`
+    it is SiD's loss and gradient.
     """
+    if train.sid_alpha is not None:
+        leaf = x0.detach().requires_grad_()
+        noisy = noised(leaf, cond, teacher.grid, train.matching_levels, rng)
+        return sid_gradient(leaf, *noisy, teacher, critic, train)
     part = noised(x0, cond, teacher.grid, train.matching_levels, rng)
     return _matching(x0, part, _real_prediction(part, teacher, train), _fake_prediction(part, critic), train)
 

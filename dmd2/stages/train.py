@@ -34,6 +34,7 @@ from dmd2.teachers import load_teacher
 from dmd2.training import ranks, sharding
 from dmd2.training.checkpoint_store import CheckpointStore, save_weights
 from dmd2.training.loop import fit, log
+from dmd2.training.post_hoc_ema import ema_suffix
 from dmd2_kernels import implementation
 
 COLLAPSE = 0.15
@@ -148,7 +149,16 @@ def train(
             kernels = implementation(next(run.generator.parameters()))
             log.info("%s: digest %s on %s, losses by the %s kernels", spec.name, spec.digest, device, kernels)
             snapshots = config.snapshot_steps()
-            took = fit(run, config.iterations, store, runtime, title=spec.name, snapshots=snapshots, alarm=_alarm)
+            took = fit(
+                run,
+                config.iterations,
+                store,
+                runtime,
+                title=spec.name,
+                snapshots=snapshots,
+                averages=run.averages,
+                alarm=_alarm,
+            )
             networks, generator = sharding.gather(run.networks()), sharding.gather(run.export())
         if ranks.rank() == 0:  # after the process group: what follows may take longer than its timeout
             facts = {
@@ -252,7 +262,7 @@ def _publish_snapshots(store: CheckpointStore, facts: dict[str, Any], manifest: 
     """
     folder, train = manifest.parent / "snapshots", spec.need("train")
     clock = {row["step"]: row for row in map(json.loads, (store.folder / "log.jsonl").read_text().splitlines())}
-    listed = []
+    listed, averages = [], []
     for step in train.snapshot_steps():
         target = folder / f"{step:08d}.safetensors"
         with atomic(target) as temporary:
@@ -260,4 +270,11 @@ def _publish_snapshots(store: CheckpointStore, facts: dict[str, Any], manifest: 
         known = {name: value for name, value in facts.items() if name not in TRAINING}
         write_record(target, spec, **known | _progress(train, step, clock.get(step), facts["device"]))
         listed.append({"step": step, "file": f"snapshots/{target.name}"})
-    write_json(manifest, {"snapshots": listed, "digest": spec.digest})
+        for width in train.ema_lengths or ():
+            average = target.with_name(f"{step:08d}{ema_suffix(width)}.safetensors")
+            with atomic(average) as temporary:
+                shutil.copyfile(store.folder / f"snapshot-{average.name}", temporary)
+            write_record(average, spec, step=step, ema_length=width)
+            averages.append({"step": step, "ema_length": width, "file": f"snapshots/{average.name}"})
+    found = {"snapshots": listed, "digest": spec.digest}
+    write_json(manifest, found | ({"averages": averages} if averages else {}))
