@@ -261,13 +261,11 @@ class Distillation:
 
     def export(self) -> dict[str, Tensor]:
         """The generator to sample with: its EMA weights, or its weights if the run has no EMA."""
-        weights = self.ema.weights()
-        return weights if self._merged is None else self._merged(weights)
+        return (self._merged or dict)(self.ema.weights())
 
     def averages(self) -> dict[str, dict[str, Tensor]]:
         """The generator's power-function averages, by the suffix of their files (`ema_suffix`)."""
-        merged = self._merged or dict
-        return {ema_suffix(width): merged(average.weights()) for width, average in self._averages.items()}
+        return {ema_suffix(width): (self._merged or dict)(a.weights()) for width, a in self._averages.items()}
 
     def networks(self) -> dict[str, Tensor]:
         """State dicts of generator and critic, for a run that starts from this one."""
