@@ -16,6 +16,8 @@ class Model(BaseModel):
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """One 32-bit word, so that different (seed, step, rank) never seed the same random numbers."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
+WIDEST = 0.288
+"""Widths of power-function averages of weights (EDM2) are below this; a plain mean has 0.2887."""
 Precision = Literal["fp32", "bf16"]
 """Compute precision of networks; weights, preconditioning and losses stay float32."""
 

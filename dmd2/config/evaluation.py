@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dmd2.config.base import Model, Precision, Seed, WeightsFile
+from dmd2.config.base import WIDEST, Model, Precision, Seed, WeightsFile
 from dmd2.config.data import Prompts
 from dmd2.config.protocols import PROTOCOLS, MeasureName
 from dmd2.config.protocols import Name as ProtocolName
@@ -50,11 +50,19 @@ class Sampler(Model):
     checkpoint: Literal["last", "best"] | Annotated[int, Field(gt=0)] = Field(
         "last", description="of a student: the last, the best snapshot by FID on the curve, or that of an iteration"
     )
+    ema_length: float | None = Field(
+        None, gt=0, lt=WIDEST, description="of a student: width of its average, of a run with `ema_lengths`"
+    )
 
     @property
     def of_teacher(self) -> bool:
         """Whether it samples from a teacher, not from a student."""
         return self.kind != "few_step"
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether a student's weights are selected or combined from its snapshots."""
+        return self.checkpoint != "last" or self.ema_length is not None
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> Self:
@@ -68,8 +76,10 @@ class Sampler(Model):
             raise ValueError("`scheduler` and `options` belong to kind diffusers, and only there")
         if self.guidance_scale is not None and not self.of_teacher:
             raise ValueError("`guidance_scale` belongs to a teacher's sampler: a student is not guided")
-        if self.of_teacher and self.checkpoint != "last":
-            raise ValueError("`checkpoint` belongs to kind few_step: a teacher has one set of weights")
+        if self.of_teacher and self.is_selected:
+            raise ValueError("`checkpoint` and `ema_length` belong to kind few_step: a teacher has one set of weights")
+        if self.ema_length is not None and self.checkpoint == "best":
+            raise ValueError("`ema_length` combines snapshots up to a checkpoint; set that to `last` or an iteration")
         if self.s_max is not None and self.s_max < self.s_min:
             raise ValueError(f"s_max {self.s_max} is below s_min {self.s_min}: no step would be stochastic")
         return self

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from dmd2.config.base import Beta, Model, Precision, Seed, WeightsFile
+from dmd2.config.base import WIDEST, Beta, Model, Precision, Seed, WeightsFile
 
 
 class LoRA(Model):
@@ -81,6 +81,15 @@ class Train(Model):
     warmup_iterations: int = Field(72, ge=0)  # 500 scheduler steps / the paper's 7 GPUs
     grad_clip: float = Field(10.0, gt=0)
     ema_decay: float = Field(0.0, ge=0, lt=1)  # the paper uses no EMA
+    ema_lengths: tuple[float, ...] | None = Field(
+        None,
+        min_length=1,
+        description="widths of power-function averages that are exported with every snapshot, from which a sampler's "
+        "`ema_length` makes any other (EDM2); each costs a copy of the generator",
+    )
+    sid_alpha: float | None = Field(
+        None, gt=0, description="SiD's loss with this alpha in place of the matching gradient (1.2 in its paper)"
+    )
     init_run: str | None = Field(None, description="run whose networks initialise this one, instead of the teacher")
 
     @property
@@ -134,6 +143,16 @@ class Train(Model):
                 raise ValueError(f"student_levels {list(levels)} must be as many as num_steps, {self.num_steps}")
             if list(levels) != sorted(set(levels), reverse=True) or levels[-1] < 0:
                 raise ValueError(f"student_levels {list(levels)} must descend")
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_the_terms(self) -> Self:
+        if self.sid_alpha is not None and (self.matching_weight == 0 or self.share_levels or self.f_divergence):
+            raise ValueError("sid_alpha needs a matching_weight above 0, no share_levels and no f_divergence")
+        if (widths := self.ema_lengths) is not None and (list(widths) != sorted(set(widths)) or widths[0] <= 0):
+            raise ValueError(f"ema_lengths {list(widths)} must ascend from above 0")
+        if self.ema_lengths is not None and self.ema_lengths[-1] >= WIDEST:
+            raise ValueError(f"ema_lengths {list(self.ema_lengths)} must be below {WIDEST}, the width of a plain mean")
         return self
 
     def snapshot_steps(self) -> list[int]:

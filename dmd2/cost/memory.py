@@ -148,7 +148,7 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def state_of(run: Distillation, train: config.Train) -> State:
-    """What is there throughout: weights, two moments of AdamW for each trained parameter, and the average."""
+    """What is there throughout: weights, two moments of AdamW for each trained parameter, and the averages."""
     weights = {
         name: num_bytes((*network.parameters(), *network.buffers()))
         for name, network in (("generator", run.generator), ("critic", run.critic), ("teacher", run.teacher.denoiser))
@@ -159,7 +159,7 @@ def state_of(run: Distillation, train: config.Train) -> State:
     return State(
         **weights,
         optimizers=2 * sum(gradients) + counts,
-        average=weights["generator"] if train.ema_decay else 0,
+        average=weights["generator"] * ((train.ema_decay > 0) + len(train.ema_lengths or ())),
         generator_gradients=gradients[0],
         critic_gradients=gradients[1],
         largest_unit=max(num_bytes(block.parameters()) for block in blocks(run.generator)),

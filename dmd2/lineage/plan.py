@@ -207,7 +207,7 @@ class Plan:
         train = self.run(model).train
         steps = {"num_steps": train.num_steps, "student_levels": train.student_levels}
         content["train"] = Train.model_validate(steps) if self.run(model).weights else train
-        made = self.train(model) if sampler.checkpoint == "last" else self.select(entry)
+        made = self.select(entry) if sampler.is_selected else self.train(model)
         offset = CURVE_SEED_OFFSET if sampler.checkpoint == "best" else 0
         upstream = self._with_components({"model": made})
         return content | {"upstream": upstream, "seed": (seed + offset) % 2**32}
@@ -271,9 +271,14 @@ class Plan:
             raise UserError(f"entry {entry}: {model} needs {wanted}, but {name} is {sampler.kind}")
         if model == "teacher":
             return model, name
-        run, checkpoint = self._requested(model, f"entry {entry}"), self.preset.samplers[name].checkpoint
-        if run.weights and checkpoint != "last":
+        run, checkpoint = self._requested(model, f"entry {entry}"), sampler.checkpoint
+        if run.weights and sampler.is_selected:
             raise UserError(f"entry {entry}: {model} is imported, with no snapshots to choose from; use another")
+        if sampler.ema_length is not None and run.train.ema_lengths is None:
+            raise UserError(
+                f"entry {entry}: samplers.{name}.ema_length is {sampler.ema_length}, but {model} stores no averages; "
+                f"set its ema_lengths"
+            )
         if isinstance(checkpoint, int) and checkpoint not in (steps := run.train.snapshot_steps()):
             raise UserError(
                 f"entry {entry}: samplers.{name}.checkpoint is {checkpoint}, but {model} has snapshots after "

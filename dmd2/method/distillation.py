@@ -22,6 +22,7 @@ from dmd2.method.noise import add_noise, expand
 from dmd2.training import sharding
 from dmd2.training.micro_batches import BatchReader, MicroBatches, means
 from dmd2.training.optimizer import EMA, FiniteGuard, Optimizer, warmup
+from dmd2.training.post_hoc_ema import ema_suffix, power_decay
 from dmd2.training.rng import normal, shared_choice
 
 
@@ -92,6 +93,7 @@ class Distillation:
             self.teacher.denoiser.store(teacher.storage)
             sharding.place(self.teacher.denoiser, layout, entry_points=("denoise_and_tap", "predict_and_tap"))
         self.ema = EMA(self.generator, train.ema_decay)
+        self._averages = {width: EMA(self.generator, power_decay(width)) for width in train.ema_lengths or ()}
         self.guard = FiniteGuard(self.device)
         self._generator_optimizer = self._optimizer(self.generator, train.generator_learning_rate)
         self._critic_optimizer = self._optimizer(self.critic, train.critic_learning_rate)
@@ -145,7 +147,7 @@ class Distillation:
         metrics = {}
         if moves_generator:
             metrics = self._update(self._generator_optimizer, index, means(rows), "generator_grad_norm")
-            self.ema.update()
+            self._update_averages()
 
         if moves_critic:
             rows = [
@@ -162,8 +164,12 @@ class Distillation:
             return {}
         rows = [{"regression_loss": self._add_regression(index, number)} for number in range(self.micro_batches.num)]
         metrics = self._update(self._generator_optimizer, index, means(rows), "generator_grad_norm")
-        self.ema.update()
+        self._update_averages()
         return metrics
+
+    def _update_averages(self) -> None:
+        for average in (self.ema, *self._averages.values()):
+            average.update()
 
     def _update(self, optimizer: Optimizer, index: int, metrics: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
         """Optimizer step, skipped if a loss or the gradient is not finite; returns `metrics` with the gradient norm."""
@@ -258,8 +264,11 @@ class Distillation:
 
     def export(self) -> dict[str, Tensor]:
         """The generator to sample with: its EMA weights, or its weights if the run has no EMA."""
-        weights = self.ema.weights()
-        return weights if self._merged is None else self._merged(weights)
+        return (self._merged or dict)(self.ema.weights())
+
+    def averages(self) -> dict[str, dict[str, Tensor]]:
+        """The generator's power-function averages, by the suffix of their files (`ema_suffix`)."""
+        return {ema_suffix(width): (self._merged or dict)(a.weights()) for width, a in self._averages.items()}
 
     def networks(self) -> dict[str, Tensor]:
         """State dicts of generator and critic, for a run that starts from this one."""
@@ -273,6 +282,7 @@ class Distillation:
         return {
             "networks": self.networks(),
             "average": self.ema.state_dict(),
+            **({"averages": [a.state_dict() for a in self._averages.values()]} if self._averages else {}),
             "generator_optimizer": self._generator_optimizer.state_dict(),
             "critic_optimizer": self._critic_optimizer.state_dict(),
         }
@@ -283,6 +293,8 @@ class Distillation:
         self.generator.load_state_dict(_part(networks, "generator."))
         self.critic.load_state_dict(_part(networks, "critic."))
         self.ema.load_state_dict(state["average"])
+        for average, stored in zip(self._averages.values(), state.get("averages", []), strict=True):
+            average.load_state_dict(stored)
         self._generator_optimizer.load_state_dict(state["generator_optimizer"])
         self._critic_optimizer.load_state_dict(state["critic_optimizer"])
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from dmd2.method.critic import Critic
 from dmd2.method.denoiser import Cond, Prediction, Teacher, concat
 from dmd2.method.divergence import sample_weights
 from dmd2.method.noise import NoiseGrid, add_noise
+from dmd2.method.sid import sid_gradient
 from dmd2.training.rng import normal
 from dmd2_kernels import (
     DenoisingSums,
@@ -67,8 +69,12 @@ def matching_gradient(
 
     x0 (B, ...) detached. With x at a random level, d L / d x0 = (x0_fake - x0_real) / mean|x0 - x0_real| / numel, the
     mean per sample: the critic's estimate minus the teacher's, in units of the teacher's correction; times
-    `matching_weight`.
+    `matching_weight`. With `sid_alpha` it is SiD's loss and gradient.
     """
+    if train.sid_alpha is not None:
+        leaf = x0.detach().requires_grad_()
+        noisy = noised(leaf, cond, teacher.grid, train.matching_levels, rng)
+        return sid_gradient(leaf, *noisy, teacher, critic, train)
     part = noised(x0, cond, teacher.grid, train.matching_levels, rng)
     real, (fake, logits) = _real_prediction(part, teacher, train), _fake_prediction(part, teacher, critic, train)
     return _matching(x0, part, real, fake, teacher, train, logits)
@@ -253,7 +259,7 @@ def _denoising(
 
 def _product(scale: float, weight: float) -> float:
     """Rounded to float32, as a graph of the weighted sum would."""
-    return (torch.tensor(scale, device="cpu") * weight).item()
+    return float(np.float32(scale) * np.float32(weight))
 
 
 def _noised_for_discriminator(

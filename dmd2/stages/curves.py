@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dmd2.config import Runtime, Sampler
 from dmd2.errors import UserError
 from dmd2.files import atomic, read_json, write_json
@@ -17,10 +19,12 @@ from dmd2.progress import Counter
 from dmd2.report.figures import read_curve
 from dmd2.report.table_schema import TRAINING
 from dmd2.stages.measure import open_extractor
-from dmd2.stages.open_weights import checked_record
+from dmd2.stages.open_weights import checked_record, open_weights
 from dmd2.stages.resumable import ResumableFiles, patience
 from dmd2.stages.sample import maker, open_model
 from dmd2.training import ranks
+from dmd2.training.checkpoint_store import save_weights
+from dmd2.training.post_hoc_ema import combination, combined
 
 STUDENT = Sampler(kind="few_step")
 OF_THE_FILE = ("artifact", "sha256", "bytes", "provenance")
@@ -78,21 +82,41 @@ def _write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
 def select(spec: Spec, curve: Path | None, snapshots: Path, generator: Path, out: Path) -> None:
     """Copies a run's snapshot: of the sampler's iteration, or the best by FID of `curve`; its record says which.
 
+    With the sampler's `ema_length` it is the average of that width up to the iteration, combined from stored ones.
+
     `generator` is the run's last one, whose record has facts that the snapshot's lacks.
     """
-    files = {item["step"]: snapshots.parent / item["file"] for item in read_json(snapshots)["snapshots"]}
+    listed, sampler = read_json(snapshots), spec.need("sampler")
+    files = {item["step"]: snapshots.parent / item["file"] for item in listed["snapshots"]}
     facts = checked_record(generator, spec.upstream["model"])
-    step, why = spec.need("sampler").checkpoint, {"selection": "snapshot"}
+    step: int = max(files) if sampler.checkpoint == "last" else sampler.checkpoint
+    why: dict[str, Any] = {"selection": "snapshot"}
     if curve is not None:
         step, why = _best(curve, checked_record(curve, spec.upstream["curve"]), set(files))
     own = checked_record(files[step], spec.upstream["model"])
-    with atomic(out) as temporary:
-        shutil.copyfile(files[step], temporary)
+    if sampler.ema_length is None:
+        with atomic(out) as temporary:
+            shutil.copyfile(files[step], temporary)
+    else:
+        weights, error = _average(listed["averages"], step, sampler.ema_length, snapshots.parent, spec)
+        save_weights(out, weights)
+        why |= {"ema_length": sampler.ema_length, "ema_fit_error": error}
     of_the_run = {
         name: value for name, value in facts.items() if name not in TRAINING
     }  # the snapshot's own cost is lower
     kept = {name: value for name, value in {**of_the_run, **own}.items() if name not in OF_THE_FILE}
     write_record(out, spec, **{**kept, "iterations": step, **why})
+
+
+def _average(
+    listed: list[dict[str, Any]], step: int, width: float, folder: Path, spec: Spec
+) -> tuple[dict[str, Tensor], float]:
+    """The average of a width after iteration `step` from those stored up to it, and the error of its profile."""
+    items = [item for item in listed if item["step"] <= step]
+    stored = [(item["step"], item["ema_length"]) for item in items]  # time in any unit
+    weights, error = combination(stored, (step, width))
+    states = (open_weights(folder / item["file"], spec.upstream["model"]) for item in items)
+    return combined(weights.tolist(), states), error
 
 
 def _best(curve: Path, record: dict[str, Any], steps: set[int]) -> tuple[int, dict[str, Any]]:

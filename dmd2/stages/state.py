@@ -73,7 +73,9 @@ def check_students_room(run: Distillation, state: Path, out: Path, runtime: Runt
     networks = [run.generator, run.critic]
     checkpoint = checkpoint_bytes(networks, run.generator if run.train.ema_decay else None)
     whole = max(map(weights_bytes, (run.generator, run.critic.fake)))  # adapters are exported as whole networks
-    snapshots = run.train.num_snapshots * whole
+    averages = len(run.train.ema_lengths or ())
+    checkpoint += averages * weights_bytes(run.generator)
+    snapshots = run.train.num_snapshots * whole * (1 + averages)
     results = whole + sum(map(weights_bytes, networks))
     check_room({state: _more(state, checkpoint, runtime, snapshots), out: results + snapshots})
 

@@ -35,6 +35,7 @@ from dmd2.teachers import load_teacher
 from dmd2.training import ranks, sharding
 from dmd2.training.checkpoint_store import CheckpointStore, save_weights
 from dmd2.training.loop import Trainee, fit, log
+from dmd2.training.post_hoc_ema import ema_suffix
 from dmd2_kernels import implementation
 
 COLLAPSE = 0.15
@@ -150,7 +151,16 @@ def train(
             log.info("%s: digest %s on %s, losses by the %s kernels", spec.name, spec.digest, device, kernels)
             snapshots = config.snapshot_steps()
             trainee = _graphed(run, runtime)
-            took = fit(trainee, config.iterations, store, runtime, title=spec.name, snapshots=snapshots, alarm=_alarm)
+            took = fit(
+                trainee,
+                config.iterations,
+                store,
+                runtime,
+                title=spec.name,
+                snapshots=snapshots,
+                averages=run.averages,
+                alarm=_alarm,
+            )
             networks, generator = sharding.gather(run.networks()), sharding.gather(run.export())
         if ranks.rank() == 0:  # after the process group: what follows may take longer than its timeout
             facts = {
@@ -204,12 +214,14 @@ def _prepare(runtime: Runtime, *networks: Denoiser) -> None:
 
 
 def _graphed(run: Distillation, runtime: Runtime) -> Trainee:
-    """The run, or with `runtime.cuda_graphs` on a GPU its iterations as graphs."""
+    """The run, or with `runtime.cuda_graphs` on a GPU its iterations as graphs. UserError for a run with averages."""
     if not runtime.cuda_graphs:
         return run
     if run.device.type != "cuda":
         log.warning("runtime.cuda_graphs is ignored on the %s; it needs a GPU", run.device.type)
         return run
+    if run.train.ema_lengths is not None:
+        raise UserError("runtime.cuda_graphs cannot hold averages whose decay changes; unset it or the ema_lengths")
     return Graphed(run)
 
 
@@ -264,7 +276,7 @@ def _publish_snapshots(store: CheckpointStore, facts: dict[str, Any], manifest: 
     """
     folder, train = manifest.parent / "snapshots", spec.need("train")
     clock = {row["step"]: row for row in map(json.loads, (store.folder / "log.jsonl").read_text().splitlines())}
-    listed = []
+    listed, averages = [], []
     for step in train.snapshot_steps():
         target = folder / f"{step:08d}.safetensors"
         with atomic(target) as temporary:
@@ -272,4 +284,11 @@ def _publish_snapshots(store: CheckpointStore, facts: dict[str, Any], manifest: 
         known = {name: value for name, value in facts.items() if name not in TRAINING}
         write_record(target, spec, **known | _progress(train, step, clock.get(step), facts["device"]))
         listed.append({"step": step, "file": f"snapshots/{target.name}"})
-    write_json(manifest, {"snapshots": listed, "digest": spec.digest})
+        for width in train.ema_lengths or ():
+            average = target.with_name(f"{step:08d}{ema_suffix(width)}.safetensors")
+            with atomic(average) as temporary:
+                shutil.copyfile(store.folder / f"snapshot-{average.name}", temporary)
+            write_record(average, spec, step=step, ema_length=width)
+            averages.append({"step": step, "ema_length": width, "file": f"snapshots/{average.name}"})
+    found = {"snapshots": listed, "digest": spec.digest}
+    write_json(manifest, found | ({"averages": averages} if averages else {}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
@@ -84,16 +84,18 @@ def fit(
     *,
     title: str,
     snapshots: Iterable[int] = (),
+    averages: Callable[[], Mapping[str, Mapping[str, Tensor]]] = dict,
     alarm: Callable[[dict[str, float]], str | None] | None = None,
 ) -> dict[str, float]:
     """Trains up to `iterations`, from the newest checkpoint of `store` if there is one; returns `Clock.read()`.
 
     The store must be entered (locked). Snapshots of `trainee.export()` are written to its folder as
-    `snapshot-00000500.safetensors`. `alarm` gets each log row and may return a warning. Raises UserError if a loss is
-    not finite, and Interrupted after saving on a signal: with one process after the current iteration, with several
-    after the next one (`ranks.AsyncFlags` is asynchronous). Two iterations and the writing must fit into the grace
-    period of a cluster (Slurm: 30 s); otherwise it is a crash, which loses at most the work since the newest
-    checkpoint: `runtime.checkpoint_every` iterations or `checkpoint_minutes`, and what ran while it was being written.
+    `snapshot-00000500.safetensors`, and `averages()` beside them, with their keys after the number. `alarm` gets each
+    log row and may return a warning. Raises UserError if a loss is not finite, and Interrupted after saving on a
+    signal: with one process after the current iteration, with several after the next one (`ranks.AsyncFlags` is
+    asynchronous). Two iterations and the writing must fit into the grace period of a cluster (Slurm: 30 s); otherwise
+    it is a crash, which loses at most the work since the newest checkpoint: `runtime.checkpoint_every` iterations or
+    `checkpoint_minutes`, and what ran while it was being written.
     """
     start, clock = _take_up(trainee, store)
     if start:
@@ -119,8 +121,10 @@ def fit(
                 progress.update(done, row.get("denoising_loss"))
                 if is_main and alarm is not None and (warning := alarm(row)):
                     log.warning("%s: iteration %d: %s", title, done, warning)
-            if done in snapshots and (weights := sharding.gather(trainee.export())):  # on the first rank
-                store.save_weights(f"snapshot-{done:08d}", weights)
+            if done in snapshots:
+                for suffix, state in {"": trainee.export(), **averages()}.items():
+                    if weights := sharding.gather(state):  # on the first rank
+                        store.save_weights(f"snapshot-{done:08d}{suffix}", weights)
             if saving:
                 store.save(done, trainee.state_dict(), **clock.read())
                 saved_at, num_saved = time.monotonic(), num_saved + 1

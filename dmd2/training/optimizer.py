@@ -210,13 +210,14 @@ class Optimizer:
 
 
 class EMA:
-    """An exponential moving average of a network's parameters, counted in that network's updates.
+    """A moving average of a network's parameters, counted in that network's updates.
 
-    The decay rises as (1 + n) / (10 + n) up to `decay`, so that a short run does not average its start; with decay 0
-    the average is the network itself and costs nothing.
+    `decay` is a function of the number of earlier updates, or a constant, up to which the decay rises as
+    (1 + n) / (10 + n), so that a short run does not average its start; with decay 0 the average is the network itself
+    and costs nothing.
     """
 
-    def __init__(self, network: nn.Module, decay: float):
+    def __init__(self, network: nn.Module, decay: float | Callable[[int], float]):
         self._live = network
         self._decay = decay
         self._num_updates = 0
@@ -227,7 +228,7 @@ class EMA:
     def update(self) -> None:
         """Takes in the network's current weights."""
         if self._decay:
-            decay = min(self._decay, self._rising)
+            decay = self._decay(self._num_updates) if callable(self._decay) else min(self._decay, self._rising)
             mean = [sharding.local(self._mean[name]) for name in self._params]
             torch._foreach_lerp_(mean, [sharding.local(p) for p in self._params.values()], 1 - decay)
             self.count()
@@ -239,7 +240,7 @@ class EMA:
     @property
     def is_settled(self) -> bool:
         """Whether the decay has reached its final value, so that all further updates are the same operations."""
-        return not self._decay or self._rising >= self._decay
+        return not callable(self._decay) and (not self._decay or self._rising >= self._decay)
 
     def count(self) -> None:
         """The host's part of an update: counts it."""

@@ -43,7 +43,7 @@ def test_generator_gets_the_prompts_of_its_batch_and_the_teacher_the_empty_one_t
     wanted = teacher.conditioner.embed(teacher.conditioner.tokenize(PROMPTS[-1:] + PROMPTS[:-1]))["text"]
     seen: list[Cond] = []
     original = run.teacher.denoiser.predict_and_tap
-    run.teacher.denoiser.predict_and_tap = lambda *given: (seen.append(given[2]), original(*given))[1]  # type: ignore[method-assign]
+    run.teacher.denoiser.predict_and_tap = lambda *given, **keys: (seen.append(given[2]), original(*given, **keys))[1]  # type: ignore[method-assign]
     try:
         run.step(0)
         with recorded(run.generator) as calls:

@@ -36,8 +36,8 @@ def weights_of(wildcards):
     user_errors_stop_planning(plan.split, ENTRY.format(**dict(wildcards.items())))
     if wildcards.model == "teacher":
         return f"{folder}/teacher/teacher.safetensors"
-    last = plan.preset.samplers[wildcards.sampler].checkpoint == "last"
-    file = "generator" if last else f"{wildcards.sampler}/snapshot"
+    selected = plan.preset.samplers[wildcards.sampler].is_selected
+    file = f"{wildcards.sampler}/snapshot" if selected else "generator"
     return f"{folder}/{wildcards.model}/{file}.safetensors"
 
 
