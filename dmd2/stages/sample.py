@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmd2.config import Runtime, Sampler
+from dmd2.config import DiffusersTeacherConfig, Runtime, Sampler
 from dmd2.config.protocols import PROTOCOLS
 from dmd2.datasets import write_shards
 from dmd2.datasets.prompts import load_prompts
@@ -50,10 +50,26 @@ def sample_x0(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler:
     noise = SampleNoise(seed, list(ids), teacher.sample_shape, device)
     cond = teacher.conditioner.embed(move(teacher.conditioner.tokenize(labels_of(spec, ids).tolist()), device))
     if sampler.kind == "few_step":
-        train = spec.need("train")
-        steps = teacher.grid.student_steps(train.num_steps, train.student_levels)
-        return sampling.few_step(teacher.denoiser, cond, steps, noise).cpu()
+        return from_student(spec, teacher, cond, noise).cpu()
     return from_teacher(spec, teacher, cond, noise, sampler).cpu()
+
+
+def from_student(spec: Spec, teacher: Teacher, cond: Cond, noise: SampleNoise) -> Tensor:
+    """Samples of a student, whose network is `teacher.denoiser`: x0 float32 (B, ...) on its device.
+
+    A text-to-image student is sampled as the stock pipeline that `dmd2 export` makes of it, bit for bit where stock
+    schedulers know its levels; the sampler that it was trained with, `sampling.few_step`, is equal up to rounding.
+    """
+    train, config = spec.need("train"), spec.need("teacher")
+    steps = teacher.grid.student_steps(train.num_steps, train.student_levels)
+    if isinstance(config, DiffusersTeacherConfig):
+        from dmd2.teachers.export import has_stock_scheduler, sample_as_stock, student_scheduler  # slow
+
+        if has_stock_scheduler(config, steps.levels):
+            network: Any = teacher.denoiser
+            scheduler = student_scheduler(config, steps.levels)
+            return sample_as_stock(network, cond, scheduler, len(steps.levels), noise(), noise.rngs)
+    return sampling.few_step(teacher.denoiser, cond, steps, noise)
 
 
 def from_teacher(spec: Spec, teacher: Teacher, cond: Cond, noise: SampleNoise, sampler: Sampler) -> Tensor:
