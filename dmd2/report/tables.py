@@ -32,12 +32,12 @@ def load_table(path: Path | str) -> Table:
 
 def measured_entries(table: Table, preset: str) -> list[str]:
     """The entries (`MODEL/SAMPLER` or `floor`) whose metric records the table reads; unique, in order."""
-    return list(dict.fromkeys(entry for row in table.rows_of(preset) for entry in row.entries(preset)))
+    return list(dict.fromkeys(entry for row in table.rows_of(preset) for entry in table.entries_of(row, preset)))
 
 
 def check_presets(table: Table, presets: Sequence[str], where: str) -> None:
     """Raises UserError, starting with `where`, for an unknown preset in a table or row."""
-    named = [("`preset`", [table.preset] if table.preset else [])]
+    named = [("`preset`", [table.preset] if table.preset else []), ("`seeds`", list(table.seeds))]
     for row in table.rows:
         keys = {"only": row.only, "instead": row.instead, "measured_on": row.measured_on}
         named += [(f"row {row.id}: `{key}`", list(names)) for key, names in keys.items()]
@@ -80,7 +80,7 @@ def _cells(table: Table, records: Mapping[str, MetricsRecord], where: Cells) -> 
         cells: Cells = {"row_id": row.id, "group": row.group, "method": row.method, "paper_nfe": row.nfe}
         cells |= {f"paper_{metric}": value for metric, value in row.paper.items()}
         cells |= {tick: "yes" if tick in row.ticks else "no" for tick in table.ticks if row.measure != FLOOR}
-        entries = row.entries(where["preset"])
+        entries = table.entries_of(row, where["preset"])
         missing = [entry for entry in entries if entry not in records]
         if missing:
             note = f"no metrics of {', '.join(missing)}" if where["preset"] else "the selected preset has other tables"
