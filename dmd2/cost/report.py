@@ -17,7 +17,7 @@ from dmd2.cost.placement import Layout, Placement, capacity, check_share, place
 from dmd2.lineage.jobs import Job, Jobs, chain, rules
 from dmd2.lineage.plan import Plan
 from dmd2.report.table_schema import FLOOR, Table
-from dmd2.report.tables import load_table, measured_entries
+from dmd2.report.tables import load_table, measured_entries, timed_entries
 
 Report = dict[str, Any]
 """What JSON holds."""
@@ -65,7 +65,9 @@ def tables(plan: Plan, names: Sequence[str], machines: Machines) -> Report:
     jobs = Jobs(plan)
     entries = dict.fromkeys(entry for table in loaded.values() for entry in measured_entries(table, plan.preset.name))
     keys = {entry: jobs.metrics(entry).key for entry in entries}
-    every, costs, rates = jobs.closure(keys.values()), gpu_hours.Costs(plan.preset), machines.rates()
+    timed = dict.fromkeys(entry for table in loaded.values() for entry in timed_entries(table, plan.preset.name))
+    timings = [jobs.latency(entry).key for entry in timed] if plan.preset.evaluation.latency else []
+    every, costs, rates = jobs.closure([*keys.values(), *timings]), gpu_hours.Costs(plan.preset), machines.rates()
     runs = [job.spec.name for job in every if job.spec.stage == "train"]
     for run in runs:
         check_share(run, plan.run(run).train.batch_size, machines.gpus)

@@ -123,6 +123,7 @@ class Table(Model):
         return [
             *("row_id", "group", "method", *self.ticks, "paper_nfe", "nfe"),
             *(*paper, *measured, "source", "preset", "dataset"),
+            *(["latency_protocol"] if "latency_s" in self.measured else []),
             *("run", "iterations", "generator_updates", "checkpoint_step", "selection"),
             *("num_samples", "num_blocks", "training_seeds", "seeds", *TRAINING, "protocol", "features", "reference"),
             *("config_digest", "commit", "note"),
@@ -153,6 +154,32 @@ class Measure(_Read):
 _OPTIONAL: dict[str, Any] = {name: (Measure | None, None) for name in COLUMNS if name not in ("fid", "resolution")}
 Measured = create_model("Measured", __base__=_Read, fid=(Measure, ...), **_OPTIONAL)
 """The metrics of a set of samples; only the Frechet distance is required."""
+
+
+class Times(_Read):
+    """Seconds of single calls."""
+
+    median: float
+    sd: float
+
+
+class Seconds(_Read):
+    """Of one image and of its parts."""
+
+    total: Times
+    text: Times
+    network: Times
+    decoder: Times
+
+
+class LatencyRecord(_Read):
+    """The keys of a latency record that a table reads."""
+
+    seconds: Seconds
+    device: str
+    precision: str
+    warm_up: int
+    repeats: int
 
 
 class FeaturesUsed(_Read):
@@ -195,4 +222,5 @@ class MetricsRecord(_Read):
     protocols: dict[str, dict[str, str]] = Field(min_length=1, description="choices by name, that of `fid` first")
     features: FeaturesUsed
     model: ModelUsed | None = None
+    latency_protocol: str | None = None
     provenance: MadeBy

@@ -48,10 +48,19 @@ def sample_x0(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler:
     """
     device = teacher.grid.sigmas.device
     noise = SampleNoise(seed, list(ids), teacher.sample_shape, device)
-    cond = teacher.conditioner.embed(move(teacher.conditioner.tokenize(labels_of(spec, ids).tolist()), device))
+    return samples(spec, teacher, conditions(teacher, labels_of(spec, ids)), noise, sampler).cpu()
+
+
+def conditions(teacher: Teacher, labels: Labels) -> Cond:
+    """The conditions of B classes or prompts, on the teacher's device."""
+    return teacher.conditioner.embed(move(teacher.conditioner.tokenize(labels.tolist()), teacher.grid.sigmas.device))
+
+
+def samples(spec: Spec, teacher: Teacher, cond: Cond, noise: SampleNoise, sampler: Sampler) -> Tensor:
+    """Samples of a student or teacher for conditions of B samples: x0 float32 (B, ...) on its device."""
     if sampler.kind == "few_step":
-        return from_student(spec, teacher, cond, noise).cpu()
-    return from_teacher(spec, teacher, cond, noise, sampler).cpu()
+        return from_student(spec, teacher, cond, noise)
+    return from_teacher(spec, teacher, cond, noise, sampler)
 
 
 def from_student(spec: Spec, teacher: Teacher, cond: Cond, noise: SampleNoise) -> Tensor:
