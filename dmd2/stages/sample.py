@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,10 +22,12 @@ from dmd2.method.denoiser import Cond, Teacher, move
 from dmd2.metrics.images import Images, Labels
 from dmd2.progress import Counter
 from dmd2.report.table_schema import TRAINING
+from dmd2.stages.batches import num_cut
 from dmd2.stages.open_weights import checked_record, open_teacher
 from dmd2.training import ranks
 from dmd2.training.rng import SampleNoise
 
+log = logging.getLogger(__name__)
 SHARD = 4096
 """Samples per shard of generated images."""
 SHARD_TIMEOUT_MINUTES = 24 * 60.0
@@ -186,7 +189,7 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime, componen
 
 
 def model_facts(spec: Spec, teacher: Teacher, sampler: Sampler, record: dict[str, Any]) -> dict[str, Any]:
-    """Facts for tables: the model of a set of samples, and the number of network passes per sample (nfe)."""
+    """Facts of a set of samples: the model, the network passes per sample (nfe), and the number of cut prompts if any."""
     counts = ("run", "iterations", "generator_updates", "checkpoint_step", "selection", "seed")
     selection = {"selection": "last"} if "checkpoint_step" in record else {}
     model = {
@@ -196,4 +199,8 @@ def model_facts(spec: Spec, teacher: Teacher, sampler: Sampler, record: dict[str
         "sha256": record["sha256"],
         "digest": record["provenance"]["digest"],
     }
-    return {"nfe": num_passes(spec, teacher, sampler), "model": model}
+    facts = {"nfe": num_passes(spec, teacher, sampler), "model": model}
+    if (prompts := spec.need("evaluation").prompts) is not None and (num := num_cut(teacher, load_prompts(prompts))):
+        log.warning("prompts: %d of the evaluation's are longer than the tokenizer takes, and are cut", num)
+        facts["prompts_cut"] = num
+    return facts
