@@ -189,7 +189,7 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime, componen
 
 
 def model_facts(spec: Spec, teacher: Teacher, sampler: Sampler, record: dict[str, Any]) -> dict[str, Any]:
-    """Facts of a set of samples: the model, the network passes per sample (nfe), and the number of cut prompts if any."""
+    """Facts of samples: the model, the network passes per sample (nfe), and how many prompts are cut, if any."""
     counts = ("run", "iterations", "generator_updates", "checkpoint_step", "selection", "seed")
     selection = {"selection": "last"} if "checkpoint_step" in record else {}
     model = {
