@@ -61,6 +61,9 @@ class Data(Model):
         None, description="whether shards also have the centre 299x299 pixels of the original images, for patch_fid"
     )
     max_unreadable: int = Field(0, ge=0, description="images that may be left out because they cannot be read")
+    max_passed_over: int = Field(
+        0, ge=0, exclude=True, description="files that are not taken although they may be images; in no digest"
+    )
 
     @model_validator(mode="after")
     def _classes_or_captions(self) -> Self:
