@@ -12,7 +12,7 @@ from dmd2.config import Runtime
 from dmd2.files import write_json
 from dmd2.lineage.records import provenance
 from dmd2.lineage.spec import Spec
-from dmd2.metrics.latency import device_name, measure_latency
+from dmd2.metrics.latency import Part, device_name, measure_latency
 from dmd2.stages.sample import conditions, labels_of, num_passes, open_model, samples
 from dmd2.training import ranks
 from dmd2.training.rng import SampleNoise
@@ -39,7 +39,7 @@ def latency(spec: Spec, weights: Path, out: Path, runtime: Runtime, components: 
         number, cond = given
         return samples(spec, model, cond, SampleNoise(seed, [number], model.sample_shape, device), sampler)
 
-    parts = {"text": text, "network": network, "decoder": model.codec.decode}
+    parts: dict[str, Part] = {"text": text, "network": network, "decoder": model.codec.decode}
     found = measure_latency(parts, device, warm_up=settings.warm_up, repeats=settings.repeats)
     content = {
         "seconds": found,
