@@ -21,8 +21,17 @@ class Features(Model):
     epochs: int = Field(5, gt=0)
     batch_size: int = Field(64, gt=0)
     learning_rate: float = Field(2e-3, gt=0)
+    augment: Literal[True] | None = Field(
+        None, description="of pair_classifier: digits are recombined, rotated, scaled and shifted in training"
+    )
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the data kept back to measure accuracy")
     reference: WeightsFile | None = Field(None, description="published statistics of the real images (EDM's .npz)")
+
+    @model_validator(mode="after")
+    def _augments_pairs(self) -> Self:
+        if self.augment and self.kind != "pair_classifier":
+            raise ValueError(f"`augment` belongs to kind pair_classifier, not {self.kind}")
+        return self
 
 
 class Pairs(Model):
