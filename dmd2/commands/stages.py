@@ -175,6 +175,19 @@ def metrics(
     measure.metrics(_spec(spec, "metrics"), measured, reference, extractor, state, out, _runtime(runtime))
 
 
+def latency(
+    spec: SpecOption,
+    weights: PathOption,
+    out: PathOption,
+    components: OptionalPath = None,
+    runtime: RuntimeOption = "{}",
+) -> None:
+    """Time one image of a teacher or a student, and count its network passes."""
+    from dmd2.stages import latency as stage
+
+    stage.latency(_spec(spec, "latency"), weights, out, _runtime(runtime), components)
+
+
 def curve(
     spec: SpecOption,
     snapshots: PathOption,
@@ -244,15 +257,17 @@ def table(
     csv: PathOption,
     markdown: PathOption,
     metrics: Annotated[list[str] | None, typer.Option(help="ENTRY=FILE, repeated")] = None,
+    latency: Annotated[list[str] | None, typer.Option(help="ENTRY=FILE, repeated")] = None,
     content: Annotated[str, typer.Option(help="what identifies the source and the entries in the record")] = "",
 ) -> None:
     """Fill a table with metric records."""
     from dmd2.stages import tables
 
-    tables.table(_spec(spec, "table"), source, _named(metrics or []), csv, markdown, content)
+    records = tables.Records(_named(metrics or []), _named(latency or []))
+    tables.table(_spec(spec, "table"), source, records, csv, markdown, content)
 
 
 COMMANDS = (
     *(shards, components, latents, pairs, teacher, train, import_student, features, reference, sample, metrics),
-    *(curve, select, curves, grid, compare, configuration, table),
+    *(latency, curve, select, curves, grid, compare, configuration, table),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dmd2.config.base import Beta, Model, Precision, Seed, WeightsFile
 from dmd2.config.data import Captions, Data, Prompts
-from dmd2.config.evaluation import ClipModel, Evaluation, Features, Pairs, Sampler
+from dmd2.config.evaluation import ClipModel, Evaluation, Features, Latency, Pairs, Sampler
 from dmd2.config.preset import Preset, Run, RunFile
 from dmd2.config.teacher import (
     AnyTeacher,
@@ -32,6 +32,7 @@ __all__ = [
     "DiffusersTraining",
     "Evaluation",
     "Features",
+    "Latency",
     "LoRA",
     "Model",
     "ModelFolder",

@@ -30,6 +30,9 @@ class Prompts(Model):
         description="file: .txt with a prompt per line, .jsonl or .parquet with `caption`; coco10k: COCO's annotations",
     )
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    list_sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="of the list itself as UTF-8 text, one prompt a line"
+    )
     subset: Subset = "all"
 
     @model_validator(mode="after")
@@ -53,6 +56,9 @@ class Data(Model):
     image_format: Literal["png", "webp"] = "webp"  # lossless either way
     min_side: int | None = Field(
         None, gt=0, description="images with a shorter side are left out as unreadable; none: they are enlarged"
+    )
+    patches: Literal[True] | None = Field(
+        None, description="whether shards also have the centre 299x299 pixels of the original images, for patch_fid"
     )
     max_unreadable: int = Field(0, ge=0, description="images that may be left out because they cannot be read")
     max_passed_over: int = Field(

@@ -21,8 +21,17 @@ class Features(Model):
     epochs: int = Field(5, gt=0)
     batch_size: int = Field(64, gt=0)
     learning_rate: float = Field(2e-3, gt=0)
+    augment: Literal[True] | None = Field(
+        None, description="of pair_classifier: digits are recombined, rotated, scaled and shifted in training"
+    )
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the data kept back to measure accuracy")
     reference: WeightsFile | None = Field(None, description="published statistics of the real images (EDM's .npz)")
+
+    @model_validator(mode="after")
+    def _augments_pairs(self) -> Self:
+        if self.augment and self.kind != "pair_classifier":
+            raise ValueError(f"`augment` belongs to kind pair_classifier, not {self.kind}")
+        return self
 
 
 class Pairs(Model):
@@ -93,6 +102,14 @@ class ClipModel(Model):
     weights: WeightsFile | None = Field(None, description="its weights as a file: .safetensors, .bin or .pt")
 
 
+class Latency(Model):
+    """How the time of one image is measured: batch 1, in the parts text encoder, network and decoder."""
+
+    warm_up: int = Field(3, ge=0, description="images that do not count")
+    repeats: int = Field(20, gt=1, description="images of which tables give the median")
+    precision: Precision | None = Field(None, description="of the network; none: the sampler's")
+
+
 class Evaluation(Model):
     """Number of samples and how they are compared."""
 
@@ -114,6 +131,7 @@ class Evaluation(Model):
         None, min_length=1, description="keys of metrics.MEASURES; none: the default of the data's kind of labels"
     )
     clip: ClipModel | None = Field(None, description="network of clip_score; none: ViT-g-14 of open_clip")
+    latency: Latency | None = Field(None, description="times images for tables with `latency_s`; none: not measured")
     vgg_weights: WeightsFile | None = Field(None, description="torchvision's VGG-16, for lpips_diversity")
 
     def of_real_images(self) -> Evaluation | None:

@@ -114,6 +114,12 @@ def _metrics(spec: Spec, plan: Plan, costs: Costs) -> Work:
     return sampling
 
 
+def _latency(spec: Spec, plan: Plan, costs: Costs) -> Work:
+    settings = spec.need("evaluation").latency
+    ((sampler, flops),) = _sampling(spec.name, settings.warm_up + settings.repeats, plan, costs).items()
+    return {settings.precision or sampler: flops}
+
+
 def _curve(spec: Spec, plan: Plan, costs: Costs) -> Work:
     train = spec.need("train")
     num = train.num_snapshots * plan.preset.evaluation.curve_samples
@@ -135,6 +141,7 @@ _WORK = {
     "pairs": _pairs,
     "sample": _sample,
     "metrics": _metrics,
+    "latency": _latency,
     "curve": _curve,
     "reference": _reference,
     "features": _features,

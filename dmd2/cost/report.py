@@ -17,7 +17,7 @@ from dmd2.cost.placement import Layout, Placement, capacity, check_share, place
 from dmd2.lineage.jobs import Job, Jobs, chain, rules
 from dmd2.lineage.plan import Plan
 from dmd2.report.table_schema import FLOOR, Table
-from dmd2.report.tables import load_table, measured_entries
+from dmd2.report.tables import load_table, measured_entries, timed_entries
 
 Report = dict[str, Any]
 """What JSON holds."""
@@ -65,7 +65,9 @@ def tables(plan: Plan, names: Sequence[str], machines: Machines) -> Report:
     jobs = Jobs(plan)
     entries = dict.fromkeys(entry for table in loaded.values() for entry in measured_entries(table, plan.preset.name))
     keys = {entry: jobs.metrics(entry).key for entry in entries}
-    every, costs, rates = jobs.closure(keys.values()), gpu_hours.Costs(plan.preset), machines.rates()
+    timed = dict.fromkeys(entry for table in loaded.values() for entry in timed_entries(table, plan.preset.name))
+    timings = [jobs.latency(entry).key for entry in timed] if plan.preset.evaluation.latency else []
+    every, costs, rates = jobs.closure([*keys.values(), *timings]), gpu_hours.Costs(plan.preset), machines.rates()
     runs = [job.spec.name for job in every if job.spec.stage == "train"]
     for run in runs:
         check_share(run, plan.run(run).train.batch_size, machines.gpus)
@@ -81,6 +83,7 @@ def tables(plan: Plan, names: Sequence[str], machines: Machines) -> Report:
         "jobs": {"download": sum(supply.by_rule for supply in wanted), **rules(every), "table": len(loaded)},
         "rows": _rows(plan, loaded, jobs, keys, taken),
         "gpu_hours": {"total": sum(taken.values()), "by_stage": by_stage},
+        "further_seeds_gpu_hours": _of_further_seeds(plan, loaded, jobs, keys, taken),
         "memory": {run: _memory(placement, capacity(gpu(machines.gpu))) for run, placement in placements.items()},
         "supplies": [asdict(supply) for supply in wanted],
         "disk": _disk(plan, every, wanted, placements),
@@ -95,23 +98,35 @@ def _rows(
     rows = []
     for table in loaded.values():
         for row in table.rows_of(plan.preset.name):
-            entry = row.entry(plan.preset.name)
-            if entry is None:
+            entries = table.entries_of(row, plan.preset.name)
+            if not entries:
                 continue
-            closure = [job.key for job in jobs.closure([keys[entry]])]
+            closure = [job.key for job in jobs.closure([keys[entry] for entry in entries])]
             rows.append(
                 {
                     "row": row.id,
                     "method": row.method,
                     "paper_fid": row.paper.get("fid"),
-                    "entry": entry,
-                    "chain": _chain(plan, entry),
+                    "entry": entries[0],
+                    "chain": _chain(plan, entries[0]),
+                    "training_seeds": len(entries),
                     "gpu_hours": sum(taken[key] for key in closure),
                     "added_gpu_hours": sum(taken[key] for key in closure if key not in seen),
                 }
             )
             seen.update(closure)
     return rows
+
+
+def _of_further_seeds(
+    plan: Plan, loaded: Mapping[str, Table], jobs: Jobs, keys: Mapping[str, str], taken: Mapping[str, float]
+) -> float:
+    """GPU-hours of all training seeds but the first of each row."""
+    averaged = [
+        table.entries_of(row, plan.preset.name) for table in loaded.values() for row in table.rows_of(plan.preset.name)
+    ]
+    first = {job.key for job in jobs.closure(keys[entries[0]] for entries in averaged if entries)}
+    return sum(hours for key, hours in taken.items() if key not in first)
 
 
 def _chain(plan: Plan, entry: str) -> list[str]:

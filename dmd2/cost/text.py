@@ -49,7 +49,7 @@ def _rows(report: dict[str, Any]) -> Iterator[str]:
     rows = [
         [
             *(row[key] for key in ("row", "method", "paper_fid", "entry")),
-            " > ".join(row["chain"]),
+            " > ".join(row["chain"]) + (f" ({row['training_seeds']} seeds)" if row["training_seeds"] > 1 else ""),
             _hours(row["gpu_hours"]),
             _hours(row["added_gpu_hours"]),
         ]
@@ -59,6 +59,8 @@ def _rows(report: dict[str, Any]) -> Iterator[str]:
     rows.append(["all", "", None, "", "", "", _hours(total)])
     yield tabulate(rows, headers, colalign=("left", "left", "right", "left", "left", "right", "right"))
     yield "`GPU-hours` is all that the row needs; `added` leaves out what a row above it has made already."
+    if further := report["further_seeds_gpu_hours"]:
+        yield f"{_hours(further)} of them ({further / total:.0%}) are for training seeds beyond the first of a row."
     if machines["gpus"] > 1:
         yield f"On {machines['gpus']} GPUs without loss: {_hours(total / machines['gpus'])} hours."
 

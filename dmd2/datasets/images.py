@@ -41,6 +41,8 @@ def write_images(
 ) -> dict[str, Any]:
     """Writes the images of a source as shards with the fields `image` and `cls` or `txt`; returns the manifest.
 
+    With `data.patches` there is a field `patch` beside `image`.
+
     The result does not depend on `workers`, the number of processes. `progress(total)` returns a function that is
     called with the number of images of each shard. Images that cannot be read are skipped and listed, with the
     reasons, in `unreadable.json` next to the manifest; images without a caption in `missing_captions.json`.
@@ -57,7 +59,10 @@ def write_images(
     labels = f"{len(source.classes)} classes" if data.captions is None else "captions"
     log.info("shards: %d images with %s, %d processes", len(source), labels, workers)
     check_classes(source.labels, source.classes, "has no image")
-    make = ImageMaker(source, f"image.{data.image_format}", data.label_field)
+    if data.patches and not hasattr(source, "patch"):
+        raise UserError(f"data.patches: the images of source {data.source} have no larger originals; leave it out")
+    patch = f"patch.{data.image_format}" if data.patches else None
+    make = ImageMaker(source, f"image.{data.image_format}", data.label_field, patch)
     missing = check_captions(source, data, manifest_path.with_name("missing_captions.json"))
     check_room(make, manifest_path.parent)
     report = _Unreadable(source, data.max_unreadable, manifest_path.with_name("unreadable.json"), missing)
@@ -85,19 +90,23 @@ class ImageMaker:
     source: Source
     image: str
     label: str
+    patch: str | None = None
 
     def __call__(self, positions: range | Sequence[int]) -> Batch:
-        images, labels, left_out = [], [], []
+        images, patches, labels, left_out = [], [], [], []
         for position in positions:
             if self.label == "txt" and not self.source.labels[position]:
                 left_out.append(LeftOut(position, self.source.name(position), NO_CAPTION))
                 continue
             try:
                 images.append(self.source[position])
+                if self.patch:
+                    patches.append(self.source.patch(position))  # type: ignore[attr-defined]  # checked before
                 labels.append(self.source.labels[position])
             except Unreadable as reason:
                 left_out.append(LeftOut(position, self.source.name(position), str(reason)))
-        return Batch({self.image: images, self.label: labels}, left_out)
+        cut = {self.patch: patches} if self.patch else {}
+        return Batch({self.image: images, **cut, self.label: labels}, left_out)
 
 
 @dataclass

@@ -8,6 +8,7 @@ Shapes: B batch, (H, W, C) an image, `...` the shape of a sample in the network'
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Codec, Cond, Conditioner
 
+log = logging.getLogger(__name__)
 HELD_OUT = "held out of training"
 
 
@@ -44,8 +46,8 @@ def write_latents(
     The first batch of every shard is decoded and compared with the images: UserError unless they are equal or, for an
     inexact codec, their PSNR is at least `codec.min_psnr`. The errors are kept with each shard, their mean PSNR and
     `codec.facts` (a mapping such as scaling factor and posterior seed, if the codec has it) in the manifest's facts,
-    and this rank's images per second in `provenance.json`. With `captions.subset: training` in the spec's data, the
-    images of held-out captions are left out. `options` are those of `write_shards`.
+    and this rank's images per second and cut captions in `provenance.json`. With `captions.subset: training` in the
+    spec's data, the images of held-out captions are left out. `options` are those of `write_shards`.
     """
     encoder = _Encoder(ShardReader(images_manifest, images_digest), codec, conditioner, held_out(spec))
     manifest = encoder.reader.manifest
@@ -128,7 +130,11 @@ class _Encoder:
         """How many images this rank encoded per second, for the provenance; empty if all shards were kept."""
         if not self._num:
             return {}
-        return {"encoding": {"images": self._num, "images_per_second": round(self._num / self._seconds, 2)}}
+        found: dict[str, Any] = {"images": self._num, "images_per_second": round(self._num / self._seconds, 2)}
+        if num := getattr(self._conditioner, "num_truncated", 0):
+            log.warning("latents: %d of %d captions are longer than the tokenizer takes and are cut", num, self._num)
+            found["captions_cut"] = num
+        return {"encoding": found}
 
     def _kept(self, ids: range) -> tuple[list[int], list[LeftOut]]:
         if self._leave_out is None:

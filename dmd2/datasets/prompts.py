@@ -27,8 +27,19 @@ log = logging.getLogger(__name__)
 def load_prompts(prompts: Prompts) -> tuple[str, ...]:
     """The prompts of a list, in its order. Empty ones are left out and counted in the log.
 
-    Raises UserError for a file that is missing, empty, of another kind or with another checksum.
+    Raises UserError for a file that is missing, empty, of another kind or with another checksum, and for a list with
+    another checksum.
     """
+    found = _read(prompts)
+    if prompts.list_sha256 is not None and (made := coco.digest(found)) != prompts.list_sha256:
+        raise UserError(
+            f"prompts: the list of {len(found)} from {prompts.path or prompts.source} has the SHA-256 {made}, but "
+            f"list_sha256 is {prompts.list_sha256}; use the file that it was made from, or correct the key"
+        )
+    return found
+
+
+def _read(prompts: Prompts) -> tuple[str, ...]:
     if prompts.source == "digit_pairs":
         return tuple(digit_pairs(prompts.subset))
     path = Path(str(prompts.path))

@@ -44,6 +44,10 @@ class Jobs:
         """The measurement of an entry, or of the floor."""
         return self._add(self.plan.metrics(entry))
 
+    def latency(self, entry: str) -> Job:
+        """The timing of an entry."""
+        return self._add(self.plan.latency(entry))
+
     def closure(self, keys: Iterable[str]) -> list[Job]:
         """The jobs called `keys` and all that they wait for, each once, what is waited for first."""
         ordered: dict[str, Job] = {}

@@ -237,6 +237,13 @@ class Plan:
             return Spec.of("metrics", entry, {**upstream, "samples": self.sample(entry)}, **sections)
         return Spec.of("metrics", entry, upstream | content.pop("upstream"), **sections | content)
 
+    def latency(self, entry: str) -> Spec:
+        """The time of one image of an entry."""
+        content = self._model(entry)
+        seed = content.pop("seed")
+        evaluation = self._evaluation("prompts", "latency").model_copy(update={"seed": seed})
+        return Spec.of("latency", entry, content.pop("upstream"), evaluation=evaluation, **content)
+
     def curve(self, run: str) -> Spec:
         """The metrics of a run's snapshots, under the first protocol only."""
         upstream = {"model": self.train(run), "reference": self.reference, "features": self.features}
@@ -253,9 +260,14 @@ class Plan:
             train=self.run(run).train,
         )
 
-    def table(self, entries: list[str]) -> Spec:
-        """A table that reads the metrics of `entries`; its name is the preset's, which the table shows."""
-        return Spec.of("table", self.preset.name, {entry: self.metrics(entry) for entry in entries}, data=self._data)
+    def table(self, entries: list[str], timed: list[str] | None = None) -> Spec:
+        """A table that reads the metrics of `entries` and the latency of those in `timed`, as `latency ENTRY`.
+
+        Its name is the preset's, which the table shows.
+        """
+        read = {entry: self.metrics(entry) for entry in entries}
+        read |= {f"latency {entry}": self.latency(entry) for entry in timed or []}
+        return Spec.of("table", self.preset.name, read, data=self._data)
 
     def split(self, entry: str) -> tuple[str, str]:
         """(model, sampler) of an entry. Raises UserError if one does not exist or they do not match."""

@@ -25,6 +25,7 @@ VERSIONS = {
     "import": 1,
     "sample": 1,
     "metrics": 2,
+    "latency": 1,
     "curve": 1,
     "select": 3,
     "table": 1,

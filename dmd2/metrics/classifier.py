@@ -23,6 +23,7 @@ from dmd2.errors import UserError
 from dmd2.metrics.extractor import Observed
 from dmd2.metrics.images import Images, Labels, batches, check_images, check_varied
 from dmd2.metrics.labels import targets
+from dmd2.metrics.pair_augmentation import augmented
 from dmd2.progress import Progress
 
 DIM = 64
@@ -234,7 +235,7 @@ def _initialised(
 
 
 def _fit(network: Classifier, x: Tensor, y: Tensor, features: config.Features, rng: torch.Generator) -> None:
-    """Adam on the cross-entropy with cosine decay of the learning rate to 0."""
+    """Adam on the cross-entropy, of augmented pairs if configured, with cosine decay of the learning rate to 0."""
     network.train()
     num_batches = math.ceil(len(x) / features.batch_size)
     optimizer = torch.optim.Adam(network.parameters(), lr=features.learning_rate)
@@ -242,7 +243,8 @@ def _fit(network: Classifier, x: Tensor, y: Tensor, features: config.Features, r
     progress = Progress("features", features.epochs)
     for epoch in range(features.epochs):
         for batch in torch.randperm(len(x), generator=rng).split(features.batch_size):
-            loss = F.cross_entropy(network(x[batch]), y[batch])
+            images, classes = (x[batch], y[batch]) if not features.augment else augmented(x[batch], y[batch], rng)
+            loss = F.cross_entropy(network(images), classes)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -42,6 +42,9 @@ ROUNDING = 1e-20  # variance that equal pixels may get
 OF_DATA = "data"
 Read = Callable[[Sequence[int] | range | np.ndarray], tuple[Images, Labels]]
 """The images and labels of the samples with the given ids, in their order."""
+ReadPatches = Callable[[Sequence[int] | range | np.ndarray], Images]
+"""The stored patches of the samples with the given ids."""
+Cut = Callable[[Any, Images], Images]
 Observe = Callable[..., Observed]
 _NO_CAPTIONS = np.zeros(0, np.str_)
 _GAUSSIANS = ("features", "pixels", "patches")
@@ -79,6 +82,7 @@ class Reference:
         num_classes: int | None,
         *,
         with_patches: bool = False,
+        read_patches: ReadPatches | None = None,
         bicubic: bool = False,
         published: tuple[Gaussian, str] | None = None,
         max_kept: int = MAX_KEPT,
@@ -89,22 +93,23 @@ class Reference:
         """Computes the reference of a data set, which is read in batches; the moments are of all images.
 
         `num_classes` is None for captions as labels. `with_patches` adds what `patch_fid` needs, for a second pass of
-        the extractor. `bicubic` is the protocol's (`Extractor.observe`). `published` replaces the moments of the
-        features: (moments, description of their origin). `progress` is called with the number of images of each batch.
-        Raises ValueError for fewer than 2 images, and UserError for images that are all the same or have features
-        that are not finite.
+        the extractor: of the patches that `read_patches` gives, or of `images.patches`. `bicubic` is the protocol's
+        (`Extractor.observe`). `published` replaces the moments of the features: (moments, description of their origin).
+        `progress` is called with the number of images of each batch. Raises ValueError for fewer than 2 images, and
+        UserError for images that are all the same or have features that are not finite.
         """
         if num_images < 2 or max_kept < 2:
             raise ValueError(f"a reference needs at least 2 images, got {num_images} with max_kept {max_kept}")
         ids = np.sort(np.random.default_rng(seed).permutation(num_images)[:max_kept])
         observe = partial(extractor.observe, bicubic=bicubic)
-        kept = _keep(read, ids, observe, with_patches)
+        cut = _cutter(read_patches) if with_patches else None
+        kept = _keep(read, ids, observe, cut)
         check_varied(kept.images)
         vectors = as_vectors(kept.images)
         captions: NDArray[np.str_] = np.unique(kept.labels.astype(np.str_)) if num_classes is None else _NO_CAPTIONS
         groups = numbered(kept.labels, captions) if num_classes is None else targets(kept.labels)
-        observers = (None if published else observe, observe if with_patches else None)
-        moments = _moments(read, num_images, kept.image_shape, observers, progress)
+        observers = (None if published else observe, observe)
+        moments = _moments(read, num_images, kept.image_shape, observers, cut, progress)
         features, origin = published or (moments[0], OF_DATA)
         assert features is not None  # without published ones they were measured
         assert moments[1] is not None
@@ -197,7 +202,12 @@ class _Kept(NamedTuple):
     image_shape: tuple[int, ...]
 
 
-def _keep(read: Read, ids: NDArray[np.int64], observe: Observe, with_patches: bool) -> _Kept:
+def _cutter(read_patches: ReadPatches | None) -> Cut:
+    """A function of ids and their images: the images' patches."""
+    return lambda ids, images: patches(images) if read_patches is None else read_patches(ids)
+
+
+def _keep(read: Read, ids: NDArray[np.int64], observe: Observe, cut: Cut | None) -> _Kept:
     """Reads the images `ids` in parts of at most MAX_READ."""
     shape = read(ids[:1])[0].shape[1:]
     parts: list[tuple[Any, ...]] = []
@@ -207,7 +217,7 @@ def _keep(read: Read, ids: NDArray[np.int64], observe: Observe, with_patches: bo
         check_images(images, labels)
         labels = labels if labels.dtype.kind == "U" else labels.astype(np.int64)
         seen = observe(images)
-        of_patches = observe(patches(images), detailed=False).features if with_patches else None
+        of_patches = observe(cut(ids[part], images), detailed=False).features if cut else None
         parts.append((thumbnails(images), labels, *seen, pixel_features(images), of_patches))
     columns = [None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True)]
     images, labels, features, classes, probabilities, pixels, of_patches = columns
@@ -223,21 +233,23 @@ def _moments(
     read: Read,
     num_images: int,
     shape: tuple[int, ...],
-    observers: tuple[Observe | None, Observe | None],
+    observers: tuple[Observe | None, Observe],
+    cut: Cut | None,
     progress: Callable[[int], object] | None,
 ) -> list[Gaussian | None]:
     """Gaussians of the features, pixels and patches' features of all images, computed in batches.
 
-    `observers` are those of the images and of the patches; None where that is not requested.
+    `observers` are those of the images and of the patches; None for those, or no `cut`, where that is not requested.
     """
     features, of_patches = observers
     found: list[FeatureStats | None] = [None] * 3
     for part in batches(num_images, batch_of(shape)):
-        images, _ = read(range(part.start, part.stop))
+        ids = range(part.start, part.stop)
+        images, _ = read(ids)
         seen = (
             features and features(images, detailed=False).features,
             pixel_features(images),
-            of_patches and of_patches(patches(images), detailed=False).features,
+            cut and of_patches(cut(ids, images), detailed=False).features,
         )
         for i, rows in enumerate(seen):
             if rows is not None:

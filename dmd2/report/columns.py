@@ -22,6 +22,10 @@ class Column(NamedTuple):
 COLUMNS: dict[str, Column] = {
     "resolution": Column("resolution", decimals=0),
     "latency_s": Column("latency (s)", "lower", spread=True, decimals=2),
+    **{
+        f"latency_{part}_s": Column(f"latency of the {title} (s)", "lower", spread=True)
+        for part, title in (("text", "text encoder"), ("network", "network"), ("decoder", "decoder"))
+    },
     "fid": Column("FID", "lower", spread=True, decimals=2),
     **{f"fid_{name}": Column(f"FID, protocol {name}", "lower", spread=True) for name in PROTOCOLS},
     "patch_fid": Column("patch FID", "lower", spread=True, decimals=2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
@@ -57,13 +58,17 @@ class Row(Model):
             return None
         return self.instead.get(preset or "", self.measure)
 
-    def entries(self, preset: str | None) -> list[str]:
-        """The entries whose metrics the row averages: one per training seed."""
+    def entries(self, preset: str | None, further: Sequence[int] = ()) -> list[str]:
+        """The entries whose metrics the row averages: one per training seed.
+
+        `further` seeds are beside the run's own; rows of a teacher, of the floor and with `seeds` have none.
+        """
         entry = self.entry(preset)
-        if entry is None or not self.seeds:
+        if entry is None or entry == FLOOR or entry.startswith("teacher/"):
             return [entry] if entry else []
         model, sampler = entry.split("/")
-        return [f"{model}_seed{seed}/{sampler}" for seed in self.seeds]
+        seeded = [f"{model}_seed{seed}/{sampler}" for seed in self.seeds or further]
+        return seeded if self.seeds else [entry, *seeded]
 
 
 class Table(Model):
@@ -75,6 +80,9 @@ class Table(Model):
     paper_data: PaperData | None = None
     ticks: tuple[str, ...] = Field((), description="yes/no columns")
     measured: tuple[str, ...] = Field(OF_CLASSES, min_length=1, description="keys of columns.COLUMNS, in their order")
+    seeds: dict[str, tuple[int, ...]] = Field(
+        {}, description="presets on which rows of students average over these training seeds and the run's own"
+    )
     compute: bool = Field(False, description="whether the Markdown shows the training cost of each row")
     rows: tuple[Row, ...] = Field(min_length=1)
 
@@ -115,10 +123,15 @@ class Table(Model):
         return [
             *("row_id", "group", "method", *self.ticks, "paper_nfe", "nfe"),
             *(*paper, *measured, "source", "preset", "dataset"),
+            *(["latency_protocol"] if "latency_s" in self.measured else []),
             *("run", "iterations", "generator_updates", "checkpoint_step", "selection"),
             *("num_samples", "num_blocks", "training_seeds", "seeds", *TRAINING, "protocol", "features", "reference"),
             *("config_digest", "commit", "note"),
         ]
+
+    def entries_of(self, row: Row, preset: str | None) -> list[str]:
+        """See `Row.entries`, with the table's further seeds on `preset`."""
+        return row.entries(preset, self.seeds.get(preset or "", ()))
 
     def rows_of(self, preset: str | None) -> tuple[Row, ...]:
         """The rows of the table on `preset`."""
@@ -141,6 +154,32 @@ class Measure(_Read):
 _OPTIONAL: dict[str, Any] = {name: (Measure | None, None) for name in COLUMNS if name not in ("fid", "resolution")}
 Measured = create_model("Measured", __base__=_Read, fid=(Measure, ...), **_OPTIONAL)
 """The metrics of a set of samples; only the Frechet distance is required."""
+
+
+class Times(_Read):
+    """Seconds of single calls."""
+
+    median: float
+    sd: float
+
+
+class Seconds(_Read):
+    """Of one image and of its parts."""
+
+    total: Times
+    text: Times
+    network: Times
+    decoder: Times
+
+
+class LatencyRecord(_Read):
+    """The keys of a latency record that a table reads."""
+
+    seconds: Seconds
+    device: str
+    precision: str
+    warm_up: int
+    repeats: int
 
 
 class FeaturesUsed(_Read):
@@ -183,4 +222,5 @@ class MetricsRecord(_Read):
     protocols: dict[str, dict[str, str]] = Field(min_length=1, description="choices by name, that of `fid` first")
     features: FeaturesUsed
     model: ModelUsed | None = None
+    latency_protocol: str | None = None
     provenance: MadeBy

@@ -20,7 +20,7 @@ from dmd2.config.reading import parse, read_yaml
 from dmd2.errors import UserError
 from dmd2.files import read_json, write_text
 from dmd2.report.columns import COLUMNS, TICK_TITLES
-from dmd2.report.table_schema import FLOOR, Measure, MetricsRecord, Table
+from dmd2.report.table_schema import FLOOR, LatencyRecord, Measure, MetricsRecord, Table
 
 Cells = dict[str, Any]
 
@@ -32,12 +32,18 @@ def load_table(path: Path | str) -> Table:
 
 def measured_entries(table: Table, preset: str) -> list[str]:
     """The entries (`MODEL/SAMPLER` or `floor`) whose metric records the table reads; unique, in order."""
-    return list(dict.fromkeys(entry for row in table.rows_of(preset) for entry in row.entries(preset)))
+    return list(dict.fromkeys(entry for row in table.rows_of(preset) for entry in table.entries_of(row, preset)))
+
+
+def timed_entries(table: Table, preset: str) -> list[str]:
+    """The entries whose latency fills `latency_s`: of each row with a model the first training seed's."""
+    first = [entries[0] for row in table.rows_of(preset) if (entries := table.entries_of(row, preset))]
+    return [entry for entry in dict.fromkeys(first) if entry != FLOOR and "latency_s" in table.measured]
 
 
 def check_presets(table: Table, presets: Sequence[str], where: str) -> None:
     """Raises UserError, starting with `where`, for an unknown preset in a table or row."""
-    named = [("`preset`", [table.preset] if table.preset else [])]
+    named = [("`preset`", [table.preset] if table.preset else []), ("`seeds`", list(table.seeds))]
     for row in table.rows:
         keys = {"only": row.only, "instead": row.instead, "measured_on": row.measured_on}
         named += [(f"row {row.id}: `{key}`", list(names)) for key, names in keys.items()]
@@ -49,6 +55,20 @@ def check_presets(table: Table, presets: Sequence[str], where: str) -> None:
 def read_records(files: Mapping[str, Path]) -> dict[str, dict[str, Any] | None]:
     """Reads the metric records by entry; None if the file does not exist yet."""
     return {entry: read_json(path) if Path(path).exists() else None for entry, path in files.items()}
+
+
+def with_latency(record: Mapping[str, Any], timed: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A metrics record with the medians of a latency record, and how they were measured.
+
+    Raises UserError, starting with `where`, for a malformed record.
+    """
+    found = parse(LatencyRecord, timed, where)
+    each = {f"latency_{name}_s": times.model_dump() for name, times in found.seconds}
+    each["latency_s"] = each.pop("latency_total_s")
+    measures = {name: {"mean": times["median"], "sd": times["sd"]} for name, times in each.items()}
+    how = f"batch 1, median ± deviation of {found.repeats} images after {found.warm_up}"
+    protocol = f"{found.device}, {found.precision}, {how}"
+    return {**record, "metrics": {**record["metrics"], **measures}, "latency_protocol": protocol}
 
 
 def rows(
@@ -80,7 +100,7 @@ def _cells(table: Table, records: Mapping[str, MetricsRecord], where: Cells) -> 
         cells: Cells = {"row_id": row.id, "group": row.group, "method": row.method, "paper_nfe": row.nfe}
         cells |= {f"paper_{metric}": value for metric, value in row.paper.items()}
         cells |= {tick: "yes" if tick in row.ticks else "no" for tick in table.ticks if row.measure != FLOOR}
-        entries = row.entries(where["preset"])
+        entries = table.entries_of(row, where["preset"])
         missing = [entry for entry in entries if entry not in records]
         if missing:
             note = f"no metrics of {', '.join(missing)}" if where["preset"] else "the selected preset has other tables"
@@ -110,6 +130,7 @@ def _measured(records: Sequence[MetricsRecord]) -> Cells:
         seeds = f"training {', '.join(map(str, trained))}; {seeds}"
     return cells | {
         "training_seeds": len(trained) or None,
+        "latency_protocol": record.latency_protocol,
         "nfe": record.nfe,
         "num_samples": record.num_samples,
         "num_blocks": record.num_blocks,
@@ -207,6 +228,8 @@ def _caption(table: Table, table_rows: Sequence[Cells], has_measured: bool) -> s
     spread = (
         "Mean ± standard deviation, over blocks of samples of one trained model or, where a row says so, over seeds"
     )
+    timed = sorted({row["latency_protocol"] for row in measured if row.get("latency_protocol")})
+    text += f" Latency: {'; '.join(timed)}." if timed else ""
     return text + (f" {spread}: {'; '.join(sorted(counts))}." if counts else "")
 
 
@@ -237,7 +260,7 @@ def _text(row: Cells, column: str) -> str:
         return _source(row)
     value = row[column]
     if column in COLUMNS and column != "resolution":
-        if row["source"] == "pending":
+        if row["source"] == "pending" or (column == "latency_s" and value is None and row["nfe"]):
             return "pending"
         return "" if value is None else rounded(value, row.get(f"{column}_sd"))
     if value is None:

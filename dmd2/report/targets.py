@@ -17,7 +17,7 @@ from dmd2.errors import UserError, suggestion
 from dmd2.lineage.plan import Plan
 from dmd2.lineage.spec import Spec, files_in
 from dmd2.report.table_schema import FLOOR, Table
-from dmd2.report.tables import check_presets, load_table, measured_entries
+from dmd2.report.tables import check_presets, load_table, measured_entries, timed_entries
 
 RESERVED_PRESETS = frozenset({"bench", "reference", "downloads", "tables"})
 """Folders of `results/`, `data/` and `logs/` that do not belong to a preset."""
@@ -121,10 +121,16 @@ class Targets:
         preset = self.preset_of(table)
         return measured_entries(self.tables[table], preset) if preset else []
 
+    def timed(self, table: str) -> list[str]:
+        """The entries whose latency a table reads: the first of each row, if the preset measures it."""
+        preset, content = self.preset_of(table), self.tables[table]
+        measured = preset and self.plan(preset).preset.evaluation.latency is not None
+        return timed_entries(content, preset) if preset and measured else []
+
     def table_spec(self, table: str) -> Spec:
         """The spec of a table's stage; without a preset all rows are quoted."""
         preset = self.preset_of(table)
-        return self.plan(preset).table(self.entries(table)) if preset else Spec.of("table", table)
+        return self.plan(preset).table(self.entries(table), self.timed(table)) if preset else Spec.of("table", table)
 
     @cached_property
     def paper_tables(self) -> list[str]:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dmd2.datasets import read_manifest
 from dmd2.datasets.loader import Loader, to_batch, to_pairs
 from dmd2.datasets.prompts import PromptStream, load_prompts
+from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Cond, Teacher
 from dmd2.method.inputs import Batches, PairBatches, Prompts
 from dmd2.training import ranks
 
+log = logging.getLogger(__name__)
+PROBED = 10_000
+"""Prompts whose length is examined at the start of a training."""
+
 
 def data_batches(
     spec: Spec, manifest: Path, teacher: Teacher, batch_size: int, seed: int, device: torch.device
 ) -> Batches:
-    """Batches of real samples: (x0 in the teacher's space, conditions)."""
+    """Batches of real samples: (x0 in the teacher's space, conditions). Raises UserError for another VAE's latents."""
+    check_encoder(manifest, read_manifest(manifest, spec.upstream["latents"])["facts"], teacher.codec)
     loader = _loader(spec, "latents", manifest, batch_size, seed)
 
     def batch(index: int) -> tuple[Tensor, Cond]:
@@ -45,14 +55,37 @@ def prompt_batches(spec: Spec, teacher: Teacher, batch_size: int, seed: int, dev
     if spec.prompts is None:
         return None
     share = ranks.local_share(batch_size)
-    tokenize = teacher.conditioner.tokenize
-    stream = PromptStream(load_prompts(spec.prompts), tokenize, share, seed + 2, ranks.rank(), ranks.world_size())
+    tokenize, listed = teacher.conditioner.tokenize, load_prompts(spec.prompts)
+    if ranks.rank() == 0 and (num := num_cut(teacher, listed[:PROBED])):
+        log.warning(
+            "prompts: %d of the first %d are longer than the tokenizer takes, and are cut", num, len(listed[:PROBED])
+        )
+    stream = PromptStream(listed, tokenize, share, seed + 2, ranks.rank(), ranks.world_size())
 
     def batch(index: int) -> tuple[Tensor, Cond]:
         ids, tokens = stream(index)
         return _staged(ids, device), {name: _staged(value, device) for name, value in tokens.items()}
 
     return batch
+
+
+def check_encoder(manifest: Path, facts: Mapping[str, Any], codec: Any) -> None:
+    """Raises UserError if the facts of latents name another autoencoder than the codec has, or another scaling."""
+    if getattr(codec, "vae", None) is None or "encoder_sha256" not in facts:
+        return
+    ours = codec.facts
+    if wrong := [key for key in ("encoder_sha256", "scaling_factor", "shift_factor") if facts.get(key) != ours[key]]:
+        key = wrong[0]
+        raise UserError(
+            f"{manifest}: latents of another autoencoder: {key} is {facts.get(key)}, that of the teacher's components "
+            f"{ours[key]}; delete the latents and run the workflow again, or restore the components"
+        )
+
+
+def num_cut(teacher: Teacher, prompts: Sequence[str]) -> int:
+    """The number of prompts that the teacher's tokenizer cuts; 0 for a teacher of classes."""
+    count = getattr(teacher.conditioner, "num_too_long", None)
+    return count(prompts) if count else 0
 
 
 def _loader(spec: Spec, upstream: str, manifest: Path, batch_size: int, seed: int) -> Loader:

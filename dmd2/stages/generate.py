@@ -20,11 +20,10 @@ from dmd2.errors import UserError
 from dmd2.files import read_json
 from dmd2.lineage.records import read_record
 from dmd2.lineage.spec import Spec
-from dmd2.method import sampling
 from dmd2.method.denoiser import Teacher, move
 from dmd2.progress import Counter
 from dmd2.stages.open_weights import components_folder
-from dmd2.stages.sample import from_teacher, num_passes
+from dmd2.stages.sample import from_student, from_teacher, num_passes
 from dmd2.teachers import load_teacher
 from dmd2.teachers.weights import read_weights
 from dmd2.training import ranks
@@ -85,9 +84,7 @@ def images_of(model: Model, labels: Sequence[Any], seed: int) -> Any:
     cond = teacher.conditioner.embed(move(teacher.conditioner.tokenize(labels), device))
     noise = SampleNoise(seed, range(len(labels)), teacher.sample_shape, device)
     if sampler.kind == "few_step":
-        train = spec.need("train")
-        steps = teacher.grid.student_steps(train.num_steps, train.student_levels)
-        x0 = sampling.few_step(teacher.denoiser, cond, steps, noise)
+        x0 = from_student(spec, teacher, cond, noise)
     else:
         x0 = from_teacher(spec, teacher, cond, noise, sampler)
     return teacher.codec.decode(x0)

@@ -14,6 +14,8 @@ import torch
 from dmd2.config import Evaluation, Runtime
 from dmd2.config.protocols import PROTOCOLS, describe
 from dmd2.datasets import ShardReader, read_manifest
+from dmd2.datasets.coco import digest
+from dmd2.datasets.prompts import load_prompts
 from dmd2.files import atomic, check_sha256, sha256, write_json
 from dmd2.lineage.records import provenance, read_record, write_record
 from dmd2.lineage.spec import Spec
@@ -90,6 +92,10 @@ def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runt
         content = reader.read(ids, ["image", data.label_field])
         return content["image"], content[data.label_field]
 
+    def read_patches(ids: Sequence[int] | range | np.ndarray) -> Images:
+        patches: Images = reader.read(ids, ["patch"])["patch"]
+        return patches
+
     num = len(reader)
     found = Reference.build(
         read,
@@ -97,6 +103,7 @@ def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runt
         extractor,
         data.num_classes,
         with_patches="patch_fid" in measures,
+        read_patches=read_patches if data.patches else None,
         bicubic=PROTOCOLS[evaluation.protocols[0]].bicubic,
         published=published,
         device=device,
@@ -154,12 +161,21 @@ def metrics(
         "entry": spec.name,
         "seed": evaluation.seed,
         "protocols": describe(evaluation.protocols),
+        **_list_of(evaluation),
         "features": {"name": spec.need("features").kind, "sha256": sha256(extractor_weights), "reference": real.origin},
         "provenance": provenance(spec),
     }
     write_json(out, content)
     if shares is not None:
         shares.clear()
+
+
+def _list_of(evaluation: Evaluation) -> dict[str, Any]:
+    """The number of prompts and the SHA-256 of their list, for the record; empty for classes and for the floor."""
+    if evaluation.prompts is None:
+        return {}
+    prompts = load_prompts(evaluation.prompts)
+    return {"prompts": {"num": len(prompts), "sha256": digest(prompts)}}
 
 
 def _meter(spec: Spec, real: Reference, extractor: Path, runtime: Runtime, device: torch.device) -> Meter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmd2.config import Runtime, Sampler
+from dmd2.config import DiffusersTeacherConfig, Runtime, Sampler
 from dmd2.config.protocols import PROTOCOLS
 from dmd2.datasets import write_shards
 from dmd2.datasets.prompts import load_prompts
@@ -21,10 +22,12 @@ from dmd2.method.denoiser import Cond, Teacher, move
 from dmd2.metrics.images import Images, Labels
 from dmd2.progress import Counter
 from dmd2.report.table_schema import TRAINING
+from dmd2.stages.batches import num_cut
 from dmd2.stages.open_weights import checked_record, open_teacher
 from dmd2.training import ranks
 from dmd2.training.rng import SampleNoise
 
+log = logging.getLogger(__name__)
 SHARD = 4096
 """Samples per shard of generated images."""
 SHARD_TIMEOUT_MINUTES = 24 * 60.0
@@ -48,12 +51,37 @@ def sample_x0(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler:
     """
     device = teacher.grid.sigmas.device
     noise = SampleNoise(seed, list(ids), teacher.sample_shape, device)
-    cond = teacher.conditioner.embed(move(teacher.conditioner.tokenize(labels_of(spec, ids).tolist()), device))
+    return samples(spec, teacher, conditions(teacher, labels_of(spec, ids)), noise, sampler).cpu()
+
+
+def conditions(teacher: Teacher, labels: Labels) -> Cond:
+    """The conditions of B classes or prompts, on the teacher's device."""
+    return teacher.conditioner.embed(move(teacher.conditioner.tokenize(labels.tolist()), teacher.grid.sigmas.device))
+
+
+def samples(spec: Spec, teacher: Teacher, cond: Cond, noise: SampleNoise, sampler: Sampler) -> Tensor:
+    """Samples of a student or teacher for conditions of B samples: x0 float32 (B, ...) on its device."""
     if sampler.kind == "few_step":
-        train = spec.need("train")
-        steps = teacher.grid.student_steps(train.num_steps, train.student_levels)
-        return sampling.few_step(teacher.denoiser, cond, steps, noise).cpu()
-    return from_teacher(spec, teacher, cond, noise, sampler).cpu()
+        return from_student(spec, teacher, cond, noise)
+    return from_teacher(spec, teacher, cond, noise, sampler)
+
+
+def from_student(spec: Spec, teacher: Teacher, cond: Cond, noise: SampleNoise) -> Tensor:
+    """Samples of a student, whose network is `teacher.denoiser`: x0 float32 (B, ...) on its device.
+
+    A text-to-image student is sampled as the stock pipeline that `dmd2 export` makes of it, bit for bit where stock
+    schedulers know its levels; the sampler that it was trained with, `sampling.few_step`, is equal up to rounding.
+    """
+    train, config = spec.need("train"), spec.need("teacher")
+    steps = teacher.grid.student_steps(train.num_steps, train.student_levels)
+    if isinstance(config, DiffusersTeacherConfig):
+        from dmd2.teachers.export import has_stock_scheduler, sample_as_stock, student_scheduler  # slow
+
+        if has_stock_scheduler(config, steps.levels):
+            network: Any = teacher.denoiser
+            scheduler = student_scheduler(config, steps.levels)
+            return sample_as_stock(network, cond, scheduler, len(steps.levels), noise(), noise.rngs)
+    return sampling.few_step(teacher.denoiser, cond, steps, noise)
 
 
 def from_teacher(spec: Spec, teacher: Teacher, cond: Cond, noise: SampleNoise, sampler: Sampler) -> Tensor:
@@ -161,7 +189,7 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime, componen
 
 
 def model_facts(spec: Spec, teacher: Teacher, sampler: Sampler, record: dict[str, Any]) -> dict[str, Any]:
-    """Facts for tables: the model of a set of samples, and the number of network passes per sample (nfe)."""
+    """Facts of samples: the model, the network passes per sample (nfe), and how many prompts are cut, if any."""
     counts = ("run", "iterations", "generator_updates", "checkpoint_step", "selection", "seed")
     selection = {"selection": "last"} if "checkpoint_step" in record else {}
     model = {
@@ -171,4 +199,8 @@ def model_facts(spec: Spec, teacher: Teacher, sampler: Sampler, record: dict[str
         "sha256": record["sha256"],
         "digest": record["provenance"]["digest"],
     }
-    return {"nfe": num_passes(spec, teacher, sampler), "model": model}
+    facts = {"nfe": num_passes(spec, teacher, sampler), "model": model}
+    if (prompts := spec.need("evaluation").prompts) is not None and (num := num_cut(teacher, load_prompts(prompts))):
+        log.warning("prompts: %d of the evaluation's are longer than the tokenizer takes, and are cut", num)
+        facts["prompts_cut"] = num
+    return facts

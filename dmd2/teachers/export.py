@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig
 from torch import Tensor
@@ -39,6 +38,12 @@ def student_scheduler(teacher: DiffusersTeacherConfig, levels: Sequence[int]) ->
 
     if teacher.prediction == FLOW:
         raise UserError("export: LCMScheduler has no flow matching; a student of such a teacher has no stock scheduler")
+    known = stock_levels(levels[0] + 1, len(levels))
+    if list(levels) != known:
+        raise UserError(
+            f"export: levels {list(levels)} are not those of LCMScheduler, {known}; use evenly spaced ones, or sample "
+            f"with this project"
+        )
     options: dict[str, Any] = {
         "num_train_timesteps": levels[0] + 1,
         "beta_start": teacher.beta_start,
@@ -51,14 +56,17 @@ def student_scheduler(teacher: DiffusersTeacherConfig, levels: Sequence[int]) ->
     if levels[0] + 1 < teacher.num_levels:
         whole = LCMScheduler(**{**options, "num_train_timesteps": teacher.num_levels})
         options["trained_betas"] = whole.betas[: levels[0] + 1].tolist()
-    scheduler = LCMScheduler(**options)
-    scheduler.set_timesteps(len(levels), original_inference_steps=len(levels))
-    if scheduler.timesteps.tolist() != list(levels):
-        raise UserError(
-            f"export: levels {list(levels)} are not those of LCMScheduler, {scheduler.timesteps.tolist()}; use evenly "
-            f"spaced ones, or sample with this project"
-        )
-    return scheduler
+    return LCMScheduler(**options)
+
+
+def stock_levels(num_levels: int, num_steps: int) -> list[int]:
+    """The timesteps, descending, of `LCMScheduler` with `num_levels` noise levels and `num_steps` original steps."""
+    return [i * (num_levels // num_steps) - 1 for i in range(num_steps, 0, -1)]
+
+
+def has_stock_scheduler(teacher: DiffusersTeacherConfig, levels: Sequence[int]) -> bool:
+    """Whether `student_scheduler` knows the student's levels and the teacher's kind of prediction."""
+    return teacher.prediction != FLOW and list(levels) == stock_levels(levels[0] + 1, len(levels))
 
 
 @torch.no_grad()
@@ -72,8 +80,9 @@ def sample_as_stock(
 ) -> Tensor:
     """Samples x0 (B, ...) from unit Gaussian `noise` (B, ...), in the arithmetic of a stock pipeline with `scheduler`.
 
-    Equal to it bit for bit in float32 on the same device, and to `sampling.few_step` up to rounding. `rngs` (B) draw
-    the noise between steps, one generator for each sample.
+    Equal to it bit for bit in float32 on the CPU, and to `sampling.few_step` up to rounding: a pipeline's latents have
+    unit variance, sqrt(abar) x0 + sqrt(1 - abar) eps, its sqrt(abar) are products in float32, and x0 is multiplied by a
+    factor that differs from 1 by less than 1e-7. `rngs` (B) draw the noise between steps, one generator each.
     """
     scheduler.set_timesteps(num_steps)
     x = noise * scheduler.init_noise_sigma
@@ -177,7 +186,7 @@ TITLES = {"pipeline": "pipeline", "unet": "U-Net", "lora": "low-rank adapters"}
 def _card(scheduler: Any, facts: dict[str, str], kind: str, pooled: bool) -> str:
     """The model card, with the tags that model hubs read."""
     steps = scheduler.config.original_inference_steps
-    levels = np.arange(1, steps + 1)[::-1] * (scheduler.config.num_train_timesteps // steps) - 1
+    levels = stock_levels(scheduler.config.num_train_timesteps, steps)
     listed = "".join(f"- {name}: {value}\n" for name, value in facts.items())
     pipeline = "StableDiffusionXLPipeline" if pooled else "StableDiffusionPipeline"
     names = {"pipeline": ["DiffusionPipeline"], "unet": ["DiffusionPipeline", "LCMScheduler", "UNet2DConditionModel"]}
@@ -192,7 +201,7 @@ tags: [text-to-image, dmd2, distillation{", lora" if kind == "lora" else ""}]
 # A student of DMD2 with {steps} step{"s" if steps > 1 else ""}: {TITLES[kind]}
 
 Distilled with DMD2 (Improved Distribution Matching Distillation, arXiv 2405.14867). It samples at the timesteps
-{[int(level) for level in levels]} of the teacher, without classifier-free guidance. The terms of the teacher's licence
+{levels} of the teacher, without classifier-free guidance. The terms of the teacher's licence
 apply to it.
 
 {listed}

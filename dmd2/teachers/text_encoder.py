@@ -79,7 +79,7 @@ class TextConditioner:
         names = TOKENS[: self._num_tokenizers]
         if not self.tokenizers or not captions:
             return {name: torch.zeros(len(captions), self.length, dtype=torch.int32, device="cpu") for name in names}
-        self.num_truncated += self._num_too_long(captions)
+        self.num_truncated += self.num_too_long(captions)
         return {name: self._ids(tokenizer, captions) for name, tokenizer in zip(names, self.tokenizers, strict=True)}
 
     @property
@@ -90,8 +90,10 @@ class TextConditioner:
         found = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True)
         return torch.tensor(found.input_ids, dtype=torch.int32, device="cpu")
 
-    def _num_too_long(self, captions: list[str]) -> int:
-        """Captions with more than L tokens, the special ones included."""
+    def num_too_long(self, captions: Sequence[str]) -> int:
+        """Captions with more than L tokens, the special ones included; `tokenize` cuts them."""
+        if not self.tokenizers:
+            return 0
         long = [caption for caption in captions if len(caption) > self.length - 2]  # a token has a character or more
         if not long:
             return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -74,6 +75,21 @@ def test_shared_work_is_counted_once(reported: dict[str, Any]):
     assert 0 < by_row["t3.full"]["added_gpu_hours"] < 0.5 * by_row["t3.full"]["gpu_hours"]  # a snapshot's samples
     assert by_row["t1.dmd2_long"]["chain"] == ["noreg_ttur", "dmd2_long"]
     assert sum(reported["gpu_hours"]["by_stage"].values()) == pytest.approx(total)
+
+
+def test_further_training_seeds_are_counted(tmp_path: Path):
+    from dmd2.cost import report
+    from dmd2.cost import text as cost_text
+
+    copytree(ROOT / "workflow", tmp_path / "workflow")
+    path = tmp_path / "workflow/tables/table3.yaml"
+    path.write_text(path.read_text() + "seeds: {smoke: [11]}\n")
+    found = report.tables(Plan(path.parents[1], "smoke", SMALL), ["table3"], report.Machines("l4", 1, "replicate"))
+    seeds = {row["row"]: row["training_seeds"] for row in found["rows"]}
+    assert seeds["t3.gan"] == 2
+    assert seeds["t3.floor"] == 1
+    assert 0.3 < found["further_seeds_gpu_hours"] / found["gpu_hours"]["total"] < 0.5
+    assert "are for training seeds beyond the first of a row" in cost_text.tables(found)
 
 
 def test_every_trained_run_has_its_memory(reported: dict[str, Any]):

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from captioned import captioned, coco_files, image
+from PIL import Image
 
-from dmd2.config import Prompts
+from dmd2.config import Captions, Data, Prompts
 from dmd2.config.data import COCO_ANNOTATIONS
-from dmd2.datasets import coco
+from dmd2.datasets import ShardReader, coco, write_images
 from dmd2.datasets.prompts import load_prompts
 from dmd2.datasets.sources import open_source
 from dmd2.errors import UserError
+from dmd2.lineage.spec import Spec
 
 
 def by_pandas_rules(content: list[dict[str, object]], num: int) -> list[tuple[str, str]]:
@@ -89,6 +91,37 @@ def test_all_images_have_their_first_caption(tmp_path: Path) -> None:
     first = {names[item["image_id"]]: str(item["caption"]) for item in reversed(content) if "caption" in item}
     assert [source.name(i) for i in range(30)] == list(names.values())
     assert source.labels.tolist() == [" ".join(first[source.name(i)].split()) for i in range(30)]
+
+
+def test_shards_have_the_centres_of_the_original_images_on_request(tmp_path: Path) -> None:
+    rng, folder = np.random.default_rng(0), tmp_path / "images"
+    folder.mkdir()
+    large, small = (rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((301, 400), (500, 200)))
+    for name, pixels in (("a", large), ("b", small)):
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    keys = {"source": "image_folder", "resolution": 8, "captions": Captions(), "patches": True}
+    data = Data.model_validate({**keys, "path": str(folder)})
+    write_images(tmp_path / "out/manifest.json", data, Spec.of("shards", "shards", data=data))
+    found = ShardReader(tmp_path / "out/manifest.json").read(range(2))
+    assert found["image"].shape == (2, 8, 8, 3)
+    np.testing.assert_array_equal(found["patch"][0], large[1:300, 50:349])  # 50.5 is rounded to even
+    assert found["patch"].shape == (2, 299, 299, 3)
+    stretched = np.asarray(Image.fromarray(small).resize((299, 299), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(found["patch"][1], stretched)
+    pairs = Data(source="digit_pairs", resolution=16, channels=1, captions=Captions(), patches=True)
+    with pytest.raises(UserError, match=r"data\.patches: the images of source digit_pairs have no larger originals"):
+        write_images(tmp_path / "pairs/manifest.json", pairs, Spec.of("shards", "shards", data=pairs))
+
+
+def test_a_list_with_another_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coco_files(tmp_path)
+    monkeypatch.setattr(coco.subset, "__defaults__", (20, 123))
+    path = str(tmp_path / COCO_ANNOTATIONS)
+    made = coco.digest(load_prompts(Prompts(source="coco10k", path=path)))
+    assert len(load_prompts(Prompts(source="coco10k", path=path, list_sha256=made))) == 20
+    with pytest.raises(UserError, match=f"the list of 20 from .* has the SHA-256 {made}, but list_sha256 is 0000"):
+        load_prompts(Prompts(source="coco10k", path=path, list_sha256="0" * 64))
 
 
 def test_faults_are_reported(tmp_path: Path) -> None:

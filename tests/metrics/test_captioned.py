@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dmd2 import config
 from dmd2.config.data import Captions
@@ -11,10 +12,21 @@ from dmd2.config.digit_pairs import captions_of, is_held_out
 from dmd2.config.protocols import MEASURES_OF_CAPTIONS, MeasureName
 from dmd2.datasets.sources.digit_pairs import DigitPairs
 from dmd2.errors import UserError
-from dmd2.metrics import MEASURES, Meter, Reference, Tally, load_extractor, measure_blocks, resample_floor
+from dmd2.metrics import (
+    MEASURES,
+    Meter,
+    Reference,
+    Tally,
+    load_extractor,
+    measure_blocks,
+    pair_augmentation,
+    resample_floor,
+)
 from dmd2.metrics import train_classifier as train
+from dmd2.metrics.classifier import as_input
 from dmd2.metrics.extractor import Observed
 from dmd2.metrics.labels import held_out, numbered, targets
+from dmd2.metrics.pair_augmentation import augmented
 from dmd2.training.checkpoint_store import save_weights
 
 DATA = config.Data(source="digit_pairs", resolution=16, channels=1, captions=Captions())
@@ -177,6 +189,25 @@ def test_pair_classifier_names_both_digits_and_reads_back(pairs, tmp_path: Path)
     assert right[inside].mean() > 0.9
     assert right[~inside].mean() > 0.5  # chance is 0.01
     np.testing.assert_allclose(seen.probabilities.sum(axis=1), 1, atol=1e-9)
+
+
+def test_augmented_pairs_are_recombined_and_named_by_their_digits(pairs, monkeypatch: pytest.MonkeyPatch):
+    images, labels = as_input(pairs[0][:64]), torch.from_numpy(targets(pairs[1][:64]))
+    moved, _ = augmented(images, labels, torch.Generator().manual_seed(0))
+    for name in ("ROTATION", "SCALE", "SHEAR", "SHIFT"):
+        monkeypatch.setattr(pair_augmentation, name, 0.0)
+    mixed, named = augmented(images, labels, torch.Generator().manual_seed(0))
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mixed[..., :8], images[..., :8], atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixed[..., 8:], images[order][..., 8:], atol=1e-5, rtol=0)
+    assert torch.equal(named, 10 * (labels // 10) + labels[order] % 10)
+    assert moved.shape == images.shape
+    assert 0.05 < (moved - mixed).abs().mean() < 0.5
+    state, _ = train(*pairs, config.Features(kind="pair_classifier", epochs=1), DATA)
+    other, _ = train(*pairs, config.Features(kind="pair_classifier", epochs=1, augment=True), DATA)
+    assert not torch.equal(state["fc1.weight"], other["fc1.weight"])
+    with pytest.raises(ValueError, match="`augment` belongs to kind pair_classifier, not classifier"):
+        config.Features(kind="classifier", augment=True)
 
 
 def test_pair_classifier_of_other_data_and_classifier_of_captions_are_refused(digits):

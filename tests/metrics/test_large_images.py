@@ -11,7 +11,7 @@ from PIL import Image
 from dmd2 import config
 from dmd2.config.protocols import PROTOCOLS, describe
 from dmd2.errors import UserError
-from dmd2.metrics import Meter, Reference, measure_blocks
+from dmd2.metrics import FeatureStats, Meter, Reference, measure_blocks
 from dmd2.metrics.extractor import Observed
 from dmd2.metrics.images import batch_of, patches, pixel_features, resized, thumbnails
 from dmd2.metrics.inception import InceptionExtractor, to_input
@@ -59,6 +59,20 @@ def test_thumbnail_is_the_mean_of_blocks_and_a_small_image_itself():
     np.testing.assert_array_equal(thumbnails(large), np.rint(blocks).astype(np.uint8))
     assert thumbnails(small) is small
     np.testing.assert_allclose(pixel_features(thumbnails(large)), pixel_features(large), atol=0.5 / 127.5)
+
+
+def test_patches_of_the_originals_take_the_place_of_those_of_the_stored_images():
+    def originals(ids):
+        return read([int(i) + 50 for i in ids], 299)[0]
+
+    usual, stored = (
+        Reference.build(read, 12, Few(), None, with_patches=True, **more) for more in ({}, {"read_patches": originals})
+    )
+    wanted = FeatureStats.of(Few().observe(originals(range(12))).features).gaussian()
+    np.testing.assert_allclose(stored.patches.covariance, wanted.covariance)
+    assert abs(usual.patches.mean - wanted.mean).max() > 1
+    np.testing.assert_array_equal(usual.features.mean, stored.features.mean)
+    np.testing.assert_allclose(FeatureStats.of(stored.kept_patches.astype(np.float64)).gaussian().mean, wanted.mean)
 
 
 def test_memory_of_a_reference_does_not_grow_with_the_number_of_large_images(monkeypatch: pytest.MonkeyPatch):

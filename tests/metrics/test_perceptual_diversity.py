@@ -68,13 +68,22 @@ def test_it_needs_vggs_weights():
 def test_latency_is_of_the_calls_after_the_warm_up(monkeypatch: pytest.MonkeyPatch):
     clock, requested = [0.0], []
 
-    def make(i: int) -> None:
+    def network(i: int) -> str:
         requested.append(i)
-        clock[0] += 100.0 if i < 2 else [1.0, 3.0][i % 2]
+        clock[0] += 100.0 if i < 2 else [1.0, 3.0, 1.0][i % 3]
+        return f"latents {i}"
+
+    def decoder(latents: str) -> None:
+        assert latents == f"latents {requested[-1]}"
+        clock[0] += 0.5
 
     monkeypatch.setattr("dmd2.metrics.latency.time.perf_counter", lambda: clock[0])
-    found = measure_latency(make, warm_up=2, repeats=4)
-    assert requested == list(range(6))
-    assert found == {"mean": 2.0, "sd": pytest.approx(np.std([1, 3, 1, 3], ddof=1)), "blocks": [1.0, 3.0, 1.0, 3.0]}
+    parts = {"network": network, "decoder": decoder}
+    found = measure_latency(parts, warm_up=2, repeats=3)
+    assert requested == list(range(5))
+    sd = pytest.approx(np.std([1, 3, 1], ddof=1))
+    assert found["network"] == {"median": 1.0, "sd": sd, "calls": [1.0, 1.0, 3.0]}
+    assert found["total"] == {"median": 1.5, "sd": sd, "calls": [1.5, 1.5, 3.5]}
+    assert found["decoder"]["median"] == 0.5
     with pytest.raises(ValueError, match="repeats is 1"):
-        measure_latency(make, repeats=1)
+        measure_latency(parts, repeats=1)

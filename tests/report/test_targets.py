@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from dmd2.errors import UserError
+from dmd2.report.tables import check_presets, load_table, measured_entries
 from dmd2.report.targets import Targets
 
 WORKFLOW = Path(__file__).parents[2] / "workflow"
@@ -136,6 +137,18 @@ def test_row_over_seeds_reads_an_entry_for_each_and_the_parent_has_the_seed_too(
     assert plan.train("dmd2_seed10").digest == plan.train("dmd2").digest, "10 is the preset's seed"
     assert plan.train("dmd2_seed11").digest != plan.train("dmd2").digest
     assert plan.run("dmd2_long_seed11").train.init_run == "noreg_ttur_seed11"
+
+
+def test_further_seeds_of_a_table_are_beside_the_runs_own_on_their_preset_alone():
+    table = load_table(WORKFLOW / "tables/table2.yaml").model_copy(update={"seeds": {"smoke-t2i": (11, 12)}})
+    found = measured_entries(table, "smoke-t2i")
+    assert found[:3] == ["dmd2_1step/student", "dmd2_1step_seed11/student", "dmd2_1step_seed12/student"]
+    assert [entry for entry in found if entry.startswith("teacher/")] == [
+        *("teacher/low_guidance", "teacher/high_guidance", "teacher/ddim4")
+    ]
+    assert not any("_seed" in entry for entry in measured_entries(table, "digits-t2i"))
+    with pytest.raises(UserError, match="here: `seeds`: no preset 'smoke-t2i'"):
+        check_presets(table, ["digits-t2i", "sdxl"], "here")
 
 
 def test_seed_of_an_imported_run_is_refused():

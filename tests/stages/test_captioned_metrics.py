@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from world import RUNTIME, WORKFLOW
 
-from dmd2.config.digit_pairs import is_held_out
+from dmd2.config.digit_pairs import is_held_out, prompts
 from dmd2.datasets import ShardReader, write_shards
+from dmd2.datasets.coco import digest
 from dmd2.datasets.sources import digit_pairs
 from dmd2.errors import UserError
 from dmd2.lineage.plan import Plan
@@ -72,6 +73,8 @@ def test_stored_samples_that_are_the_data_score_as_it(captioned: Captioned, tmp_
     assert found["patch_fid"] == pytest.approx(0, abs=1e-4)
     assert found["prompt_diversity"] == pytest.approx(1, abs=1e-9)
     assert found["nearest_distance"] == pytest.approx(0, abs=1e-5)
+    listed = json.loads((tmp_path / "metrics.json").read_text())["prompts"]
+    assert listed == {"num": 200, "sha256": digest(prompts())}
 
 
 def test_samples_of_other_prompts_lose_alignment_and_nothing_else(captioned: Captioned, tmp_path: Path):

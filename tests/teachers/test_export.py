@@ -1,6 +1,7 @@
 """Exported students in stock pipelines of another process without network: the same images as ours."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from dmd2 import config
 from dmd2.errors import UserError
+from dmd2.lineage.spec import Spec
 from dmd2.method import sampling
 from dmd2.method.denoiser import Teacher
+from dmd2.stages.sample import from_student
 from dmd2.teachers import load_teacher
-from dmd2.teachers.export import LORA_FILE, export_adapter, export_network, sample_as_stock, student_scheduler
+from dmd2.teachers.export import LORA_FILE, export_adapter, export_network, student_scheduler
 from dmd2.teachers.lora import Role, roles
 from dmd2.training.rng import SampleNoise
 
@@ -41,15 +44,15 @@ def stirred(module: torch.nn.Module, scale: float) -> None:
 
 
 def ours(teacher: Teacher, denoiser: Any, scheduler: Any, steps: int, seed: int = 3) -> tuple[Tensor, Tensor]:
-    """Latents in the stock arithmetic, and by the few-step sampler of training and evaluation."""
+    """Latents by the sampler of evaluation and `dmd2 generate`, and by the few-step sampler of training."""
     cond = teacher.conditioner.embed(teacher.conditioner.tokenize(PROMPTS))
-    noise = SampleNoise(seed, range(len(PROMPTS)), teacher.sample_shape)
-    stock = sample_as_stock(denoiser, cond, copy.deepcopy(scheduler), steps, noise(), noise.rngs)
+    noise, again = (SampleNoise(seed, range(len(PROMPTS)), teacher.sample_shape) for _ in range(2))
     levels = copy.deepcopy(scheduler)
     levels.set_timesteps(steps)
-    path = teacher.grid.student_steps(steps, levels.timesteps.tolist())
-    again = SampleNoise(seed, range(len(PROMPTS)), teacher.sample_shape)
-    return stock, sampling.few_step(denoiser, cond, path, again)
+    train = config.Train(num_steps=steps, student_levels=tuple(levels.timesteps.tolist()))
+    spec = Spec.of("sample", "run/student", teacher=tiny_teacher("sd15"), train=train)
+    deployed = from_student(spec, dataclasses.replace(teacher, denoiser=denoiser), cond, noise)
+    return deployed, sampling.few_step(denoiser, cond, teacher.grid.student_steps(steps, train.student_levels), again)
 
 
 class Case(NamedTuple):

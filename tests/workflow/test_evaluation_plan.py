@@ -1,6 +1,6 @@
 """What is planned for streamed and for best evaluations, and for rows of other presets."""
 
-from checkout import Checkout
+from checkout import Checkout, jobs_in
 
 STUDENT = {"train dmd2", "teacher", "latents", "shards", "features", "reference"}
 BEST = {"samplers": {"best": {"kind": "few_step", "checkpoint": "best"}}}
@@ -19,6 +19,13 @@ def test_streamed_metrics_are_made_from_the_weights(fresh: Checkout):
 def test_best_is_chosen_by_the_curve(fresh: Checkout):
     chosen = {"curve dmd2", "select dmd2/best", "sample dmd2/best", "metrics dmd2/best"}
     assert fresh.planned("results/smoke/dmd2/best/metrics.json", overlay=BEST) == STUDENT | chosen
+
+
+def test_latency_is_measured_for_the_table_that_has_the_column(fresh: Checkout):
+    overlay = {"evaluation": {"latency": {}}}
+    planned = jobs_in(fresh.snakemake("results/table5.csv", "-n", overlay=overlay, config="preset=smoke-t2i").stdout)
+    names = ("dmd2_stage2/student", "teacher/ddpm", "teacher/dpmpp4", "teacher/pndm", "teacher/unipc4")
+    assert {job for job in planned if ": latency " in job} == {f"smoke-t2i: latency {entry}" for entry in names}
 
 
 LAST = "  - {id: t3.floor,"

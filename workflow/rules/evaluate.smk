@@ -125,6 +125,34 @@ rule metrics:
         " --reference {input.reference:q} --extractor {input.extractor:q} --state {resources.state:q} --out {output:q}"
 
 
+# It takes all cores, so that nothing else runs while it measures.
+rule latency:
+    input:
+        weights=weights_of,
+        components=components_of,
+        prompts=ancient(
+            supplied_key(
+                "evaluation.prompts.path",
+                f"{RESULTS}/{{model}}/{{sampler}}/latency.json",
+            )
+        ),
+    output:
+        f"{RESULTS}/{{model}}/{{sampler}}/latency.json",
+    log:
+        f"{LOGS}/latency/{{model}}-{{sampler}}.log",
+    conda:
+        "../../environment.yml"
+    threads: workflow.cores
+    resources:
+        gpu=one_gpu,
+    params:
+        spec=spec("latency", ENTRY),
+        components=components_option,
+    shell:
+        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} latency --spec {params.spec:q}'
+        " --weights {input.weights:q} {params.components} --out {output:q}"
+
+
 rule floor:
     input:
         reference=rules.reference.output.stats,

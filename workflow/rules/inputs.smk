@@ -59,6 +59,20 @@ def table_metrics(wildcards):
     }
 
 
+def table_latencies(wildcards):
+    """The latency records that a table reads, by entry: all of them, or those that are there."""
+    preset = TARGETS.preset_of(wildcards.table)
+    files = {
+        entry: f"results/{preset}/{entry}/latency.json"
+        for entry in TARGETS.timed(wildcards.table)
+    }
+    return {
+        entry: file
+        for entry, file in files.items()
+        if not MEASURED_ALREADY or Path(file).exists()
+    }
+
+
 def components_of(wildcards):
     """The record of the autoencoder and text encoders, for a text-to-image teacher."""
     path = f"{RESULTS}/components/components.json".format(preset=wildcards.preset)

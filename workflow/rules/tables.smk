@@ -5,6 +5,7 @@ from hashlib import sha256
 rule table:
     input:
         metrics=lambda wildcards: list(table_metrics(wildcards).values()),
+        latency=lambda wildcards: list(table_latencies(wildcards).values()),
         source=os.path.relpath(FOLDER / "tables/{table}.yaml"),  # so that a moved checkout has nothing to do
     output:
         csv=report(
@@ -26,11 +27,16 @@ rule table:
         content=lambda wildcards, input: sha256(
             Path(input.source).read_bytes()
             + " ".join(table_metrics(wildcards)).encode()
+            + "".join(f" {entry}" for entry in table_latencies(wildcards)).encode()
         ).hexdigest()[:16],
         metrics=lambda wildcards: [
             f"--metrics {entry}={file}"
             for entry, file in table_metrics(wildcards).items()
         ],
+        latency=lambda wildcards: [
+            f"--latency {entry}={file}"
+            for entry, file in table_latencies(wildcards).items()
+        ],
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} table --spec {params.spec:q} --source {input.source:q} {params.metrics}'
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} table --spec {params.spec:q} --source {input.source:q} {params.metrics} {params.latency}'
         " --content {params.content} --csv {output.csv:q} --markdown {output.markdown:q}"

@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from dmd2.datasets.sources.spans import printable
 from dmd2.errors import UserError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # by content; none that runs an interpreter
+PATCH = 299  # side of a patch: the input of Inception
 MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})  # 8 bits a channel
 
 
@@ -82,6 +83,10 @@ class EncodedImages(ABC):
     def __getitem__(self, number: int) -> np.ndarray:
         return decode(self.read(number), self._data.resolution, self._data.channels, self._data.min_side)
 
+    def patch(self, number: int) -> np.ndarray:
+        """The centre of the original image `number`; see `decode_patch`."""
+        return decode_patch(self.read(number), self._data.channels, self._data.min_side)
+
     @abstractmethod
     def read(self, number: int) -> bytes:
         """The encoded image `number`."""
@@ -92,6 +97,29 @@ def decode(content: bytes, resolution: int, channels: int, min_side: int | None 
 
     Raises Unreadable, also for an image with a side of less than `min_side` pixels.
     """
+    size = (resolution, resolution)
+    return _decoded(content, channels, min_side, lambda image: _centre(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def decode_patch(content: bytes, channels: int, min_side: int | None = None) -> np.ndarray:
+    """The centre of an image in its own resolution: uint8 (299, 299, channels), as the released SDXL evaluation has it.
+
+    Half pixels are rounded to even, as torchvision does. An image with a shorter side is stretched to this size, by
+    the bilinear filter that is torchvision's default. Raises Unreadable.
+    """
+
+    def cut(image: Image.Image) -> Image.Image:
+        if min(image.size) < PATCH:
+            return image.resize((PATCH, PATCH), Image.Resampling.BILINEAR)
+        left, top = (round((side - PATCH) / 2) for side in image.size)
+        return image.crop((left, top, left + PATCH, top + PATCH))
+
+    return _decoded(content, channels, min_side, cut)
+
+
+def _decoded(
+    content: bytes, channels: int, min_side: int | None, change: Callable[[Image.Image], Image.Image]
+) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.mode not in MODES:
@@ -102,8 +130,7 @@ def decode(content: bytes, resolution: int, channels: int, min_side: int | None 
                 raise Unreadable(f"{bits} bits per channel, not 8")
             mode = "RGB" if channels == 3 else "L"
             image.load()
-            square = _centre(image if image.mode == mode else image.convert(mode))
-        resized = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
+            changed = change(image if image.mode == mode else image.convert(mode))
     except Unreadable:
         raise
     except UnidentifiedImageError:  # its message contains a memory address
@@ -111,7 +138,7 @@ def decode(content: bytes, resolution: int, channels: int, min_side: int | None 
     except Exception as error:  # decoders raise many types on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Unreadable(f"not a readable image ({reason[:200]})") from error
-    return np.asarray(resized).reshape(resolution, resolution, channels)
+    return np.asarray(changed).reshape(changed.height, changed.width, channels)
 
 
 def _bits(image: Image.Image) -> int:
