@@ -49,7 +49,9 @@ def adopt(manifest_path: Path | str, source: str, spec: Spec) -> dict[str, Any]:
         )
     for shard in manifest["shards"]:
         if os.path.basename(shard["name"]) != shard["name"] or not shard["name"].endswith(".tar"):
-            raise UserError(f"data.path: {where}: {shard['name']!r} is not the name of a shard beside it; upload it again")
+            raise UserError(
+                f"data.path: {where}: {shard['name']!r} is not the name of a shard beside it; upload it again"
+            )
     base = source if is_url(source) else os.path.abspath(source)
     shards = [{**shard, "name": remote.join(base, shard["name"])} for shard in manifest["shards"]]
     with ThreadPoolExecutor(CONNECTIONS) as pool:

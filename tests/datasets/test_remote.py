@@ -207,7 +207,7 @@ def test_an_s3_store_serves_shards_and_tars(
     for name, value in {"ENDPOINT_URL": s3, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setattr(remote, "PIECE", 3000)
+    monkeypatch.setattr(remote, "PIECE", 400_000)
     client = boto3.client("s3")
     client.create_bucket(Bucket="images")
     made = tmp_path / "images/manifest.json"
@@ -245,7 +245,9 @@ def test_tars_on_a_web_server_need_a_range_and_are_compared_with_their_checksums
     with pytest.raises(UserError, match=r"a web server lists no files; name them by a range"):
         write_images(made, data.model_copy(update={"path": f"{http.url}/*.tar"}), Spec.of("shards", "x", data=data))
     with pytest.raises(UserError, match=r"shard-7.tar: no such file; upload it or correct the path"):
-        write_images(made, data.model_copy(update={"path": f"{http.url}/shard-7.tar"}), Spec.of("shards", "x", data=data))
+        write_images(
+            made, data.model_copy(update={"path": f"{http.url}/shard-7.tar"}), Spec.of("shards", "x", data=data)
+        )
 
 
 def test_a_local_set_is_used_where_it_is(write: Write, spec: Spec, tmp_path: Path) -> None:

@@ -77,9 +77,7 @@ class Member(NamedTuple):
     size: int
 
 
-def tar_members(
-    path: Path | str, offset: int = 0, size: int | None = None, sha256: str | None = None
-) -> list[Member]:
+def tar_members(path: Path | str, offset: int = 0, size: int | None = None, sha256: str | None = None) -> list[Member]:
     """The files of the uncompressed tar in `path`, or of a tar in it; links stand for the files that they point to.
 
     Raises UserError for a damaged one, and for a link to nothing in it.
