@@ -21,7 +21,7 @@ def doctor(
     configfile: OverOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check software, GPUs, disks, clocks, Slurm and files from outside; exit status 1 if something is to be changed."""
+    """Check software, GPUs, disks, clocks, Slurm and files from outside; exit status 1 if one is to be changed."""
     from dmd2 import doctor as report
     from dmd2.doctor import folders, slurm, software
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 State = Literal["ok", "note", "failed"]
+WIDTH = 14
+"""Characters of the column of names where lines are printed one by one."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def run(checks: Iterable[tuple[str, Callable[[], Iterable[Check]]]]) -> Iterator
 def text(checks: Iterable[Check]) -> str:
     """The report with one line per check."""
     rows = list(checks)
-    width = max((len(row.name) for row in rows), default=0)
+    width = max((len(row.name) for row in rows), default=0) if len(rows) != 1 else WIDTH
     return "\n".join(
         f"{row.state:6}  {row.name:{width}}  {row.found}{f'; {row.change}' if row.change else ''}" for row in rows
     )

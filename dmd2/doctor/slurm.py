@@ -51,7 +51,7 @@ def read_sinfo(text: str) -> dict[str, Partition]:
     """Partitions by name, from lines `NAME|up|1-00:00:00|gpu:a100:8`."""
     found: dict[str, Partition] = {}
     for line in text.splitlines():
-        name, up, limit, gres = (line.split("|") + ["", "", ""])[:4]
+        name, up, limit, gres = [*line.split("|"), "", "", ""][:4]
         before = found.get(name.rstrip("*"))
         both = gres if before is None else f"{before.gres},{gres}"
         found[name.rstrip("*")] = Partition(up == "up", minutes_of(limit), both)

@@ -5,7 +5,7 @@ from hashlib import sha256
 rule table:
     input:
         metrics=lambda wildcards: list(table_metrics(wildcards).values()),
-        source=os.path.relpath(FOLDER / "tables/{table}.yaml"),  # so that a moved checkout has nothing to do
+        source=local(os.path.relpath(FOLDER / "tables/{table}.yaml")),  # so that a moved checkout has nothing to do
     output:
         csv=report(
             "results/{table}.csv",
@@ -27,9 +27,9 @@ rule table:
             Path(input.source).read_bytes()
             + " ".join(table_metrics(wildcards)).encode()
         ).hexdigest()[:16],
-        metrics=lambda wildcards: [
+        metrics=lambda wildcards, input: [
             f"--metrics {entry}={file}"
-            for entry, file in table_metrics(wildcards).items()
+            for entry, file in zip(table_metrics(wildcards), input.metrics)
         ],
     shell:
         'bash "$DMD2_LAUNCH" 0 --log {log:q} table --spec {params.spec:q} --source {input.source:q} {params.metrics}'
