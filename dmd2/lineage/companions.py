@@ -21,6 +21,8 @@ def companions(path: str) -> list[tuple[str, bool]]:
         return [(str(file.parent), True)]
     if file.name == "snapshots.json":
         return [(str(file.parent / "snapshots"), True)]
+    if file.name == "train_log.jsonl":
+        return [(str(file.parent / "tensorboard"), True)]
     if file.name == "components.json":
         return [(str(file.parent / part), True) for part in PARTS]
     if file.suffix in RECORDED or file.name in RECORDED_TABLES:
