@@ -16,8 +16,30 @@ from dmd2.doctor import Check, failed, note, ok
 from dmd2.errors import suggestion
 
 TIMEOUT_S = 30
-KEYS = ("slurm_partition", "slurm_account", "runtime", "gres", "gpu", "gpu_model", "slurm_constraint")
+KEYS = {
+    **{key: key for key in ("slurm_partition", "slurm_account", "runtime", "gres", "gpu", "gpu_model")},
+    "partition": "slurm_partition",
+    "account": "slurm_account",
+    "minutes": "runtime",
+    "model": "gpu_model",
+}
+"""Keys of site files and profiles, and the resource of Snakemake's Slurm executor that each sets."""
+TYPE = re.compile(r"gpu:([A-Za-z][\w.-]*)")
 UNSET = re.compile(r"change.?me|^<.*>$|^$", re.IGNORECASE)
+
+
+class Settings(NamedTuple):
+    """What one mapping of a YAML file asks for, by the executor's resource, and the key that says it."""
+
+    file: str
+    place: str
+    values: dict[str, str]
+    keys: dict[str, str]
+
+    def where(self, resource: str) -> str:
+        """The key to change, with its file."""
+        key = self.keys.get(resource, resource)
+        return f"{self.place}.{key} in {self.file}" if self.place else f"{key} in {self.file}"
 
 
 class Partition(NamedTuple):
@@ -42,7 +64,7 @@ def slurm(profile: Path) -> Iterator[Check]:
     yield ok("slurm", f"partitions {', '.join(partitions) or 'none'}")
     wanted = site_settings(profile)
     if not wanted:
-        yield note("slurm site", f"no settings in {profile}", "copy the site file that docs/clusters.md describes")
+        yield note("slurm site", f"no settings in {profile}", "copy the site file that the page on clusters describes")
         return
     yield from against(wanted, partitions, _accounts())
 
@@ -72,15 +94,17 @@ def minutes_of(limit: str) -> float | None:
     return parts[0] + (parts[1] / 60 if len(parts) == 2 else 0)
 
 
-def site_settings(profile: Path) -> list[tuple[str, str, dict[str, str]]]:
-    """(file, place, settings) of every mapping in a profile's YAML files that has keys of Slurm's resources."""
-    found: list[tuple[str, str, dict[str, str]]] = []
+def site_settings(profile: Path) -> list[Settings]:
+    """Every mapping in a profile's YAML files that has keys of Slurm's resources."""
+    found: list[Settings] = []
 
     def search(value: Any, file: str, place: str) -> None:
         if not isinstance(value, dict):
             return
-        if settings := {key: str(value[key]) for key in KEYS if key in value}:
-            found.append((file, place, settings))
+        said = {key: item for key, item in value.items() if key in KEYS and isinstance(item, str | int)}
+        if said:
+            values = {KEYS[key]: str(item) for key, item in said.items()}
+            found.append(Settings(file, place, values, {KEYS[key]: key for key in said}))
         for key, item in value.items():
             search(item, file, f"{place}.{key}" if place else str(key))
 
@@ -92,54 +116,55 @@ def site_settings(profile: Path) -> list[tuple[str, str, dict[str, str]]]:
     return found
 
 
-def against(
-    wanted: list[tuple[str, str, dict[str, str]]], partitions: dict[str, Partition], accounts: list[str] | None
-) -> Iterator[Check]:
+def against(wanted: list[Settings], partitions: dict[str, Partition], accounts: list[str] | None) -> Iterator[Check]:
     """Site settings against what Slurm has; `accounts` are None where there is no data base of them."""
-    default = next((s["slurm_partition"] for _, _, s in wanted if "slurm_partition" in s), None)
-    for file, place, settings in wanted:
-        name = f"slurm {place}"
-        problems = []
-        for key in ("slurm_partition", "slurm_account"):
-            if key in settings and UNSET.search(settings[key]):
-                problems.append((f"{key} is {settings[key]!r}", f"set {place}.{key} in {file}"))
-        named = settings.get("slurm_partition", default)
-        if named is not None and not UNSET.search(named):
-            problems += _partition_problems(settings, named, partitions, f"{place} in {file}")
-        account = settings.get("slurm_account")
-        if account is not None and accounts is not None and not UNSET.search(account) and account not in accounts:
-            change = f"set {place}.slurm_account in {file}: {suggestion(account, accounts)}"
-            problems.append((f"account {account} is not yours", change))
-        if problems:
+    for settings in wanted:
+        name = f"slurm {settings.place}".rstrip()
+        if problems := list(_problems(settings, partitions, accounts)):
             yield from (failed(name, *problem) for problem in problems)
         else:
-            yield ok(name, ", ".join(f"{key} {value}" for key, value in settings.items()))
+            yield ok(name, ", ".join(f"{settings.keys[key]} {value}" for key, value in settings.values.items()))
 
 
-def _partition_problems(
-    settings: dict[str, str], named: str, partitions: dict[str, Partition], where: str
+def _problems(
+    settings: Settings, partitions: dict[str, Partition], accounts: list[str] | None
 ) -> Iterator[tuple[str, str]]:
-    for part in named.split(","):
-        if part not in partitions:
-            yield f"there is no partition {part}", f"set slurm_partition of {where}: {suggestion(part, partitions)}"
-            continue
-        found = partitions[part]
-        if not found.up:
-            yield f"partition {part} is down", f"wait, or set slurm_partition of {where} to another"
-        asked = settings.get("runtime", "")
-        if found.minutes is not None and asked.isdigit() and int(asked) > found.minutes:
-            yield (
-                f"runtime {asked} min is above the limit of {part}, {found.minutes:g} min",
-                f"lower runtime of {where}: a training that needs longer goes on in the next job",
-            )
-        kinds = set(re.findall(r"gpu:([A-Za-z][\w.-]*)", found.gres))
-        model = settings.get("gpu_model") or next(
-            iter(re.findall(r"gpu:([A-Za-z][\w.-]*)", settings.get("gres", ""))), ""
+    """What is wrong and what to change, for one mapping."""
+    for resource in ("slurm_partition", "slurm_account"):
+        if UNSET.search(value := settings.values.get(resource, "set")):
+            yield f"{settings.keys[resource]} is {value!r}", f"set {settings.where(resource)}"
+    account = settings.values.get("slurm_account")
+    if account is not None and accounts is not None and not UNSET.search(account) and account not in accounts:
+        yield (
+            f"account {account} is not yours",
+            f"set {settings.where('slurm_account')}: {suggestion(account, accounts)}",
         )
-        if model and model not in kinds:
-            yield f"partition {part} has no GPU {model}", f"set the GPU type of {where}: {suggestion(model, kinds)}"
-        elif "gpu" not in found.gres and (settings.get("gpu", "0") != "0" or "gpu" in settings.get("gres", "")):
-            yield f"partition {part} has no GPUs", f"set slurm_partition of {where} to one that has"
+    named = settings.values.get("slurm_partition")
+    for part in named.split(",") if named is not None and not UNSET.search(named) else ():
+        if part not in partitions:
+            change = f"set {settings.where('slurm_partition')}: {suggestion(part, partitions)}"
+            yield f"there is no partition {part}", change
+        else:
+            yield from _of_partition(settings, part, partitions[part])
+
+
+def _of_partition(settings: Settings, name: str, found: Partition) -> Iterator[tuple[str, str]]:
+    values = settings.values
+    if not found.up:
+        yield f"partition {name} is down", f"wait, or set {settings.where('slurm_partition')} to another"
+    asked, gres = values.get("runtime", ""), values.get("gres", "")
+    if found.minutes is not None and asked.isdigit() and int(asked) > found.minutes:
+        yield (
+            f"{settings.keys['runtime']} {asked} min is above the limit of {name}, {found.minutes:g} min",
+            f"lower {settings.where('runtime')}: a training that needs longer goes on in the next job",
+        )
+    kinds = set(TYPE.findall(found.gres))
+    model = values.get("gpu_model") or next(iter(TYPE.findall(gres)), "")
+    if model and model not in kinds:
+        resource = "gpu_model" if "gpu_model" in values else "gres"
+        yield f"partition {name} has no GPU {model}", f"set {settings.where(resource)}: {suggestion(model, kinds)}"
+    elif "gpu" not in found.gres and (values.get("gpu", "0") != "0" or "gpu" in gres or settings.place == "gpu"):
+        yield f"partition {name} has no GPUs", f"set {settings.where('slurm_partition')} to one that has"
 
 
 def _accounts() -> list[str] | None:

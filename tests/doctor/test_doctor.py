@@ -97,9 +97,12 @@ def test_a_record_tells_an_altered_download(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"slurm_partition": "gpuu"}, "no partition gpuu; set slurm_partition of .* did you mean 'gpu'"),
+        (
+            {"slurm_partition": "gpuu"},
+            "no partition gpuu; set default-resources.slurm_partition in .* did you mean 'gpu'",
+        ),
         ({"slurm_partition": "gpu", "slurm_account": "lab"}, "account lab is not yours; .* did you mean 'lab2'"),
-        ({"slurm_partition": "gpu", "gpu_model": "h200"}, "no GPU h200; set the GPU type of .*"),
+        ({"slurm_partition": "gpu", "gpu_model": "h200"}, "no GPU h200; set default-resources.gpu_model in .*"),
         ({"slurm_partition": "gpu", "gres": "gpu:v100:4"}, "no GPU v100"),
         ({"slurm_partition": "cpu", "gpu": 8}, "partition cpu has no GPUs"),
         ({"slurm_partition": "gpu", "runtime": 2880}, "runtime 2880 min is above the limit of gpu, 1440 min; lower"),
@@ -118,13 +121,20 @@ def test_site_settings_that_the_cluster_does_not_have_are_named(
     assert str(tmp_path / "profile.v9+.yaml") in text
 
 
-def test_site_settings_that_the_cluster_has_pass_with_and_without_accounting(tmp_path: Path) -> None:
-    good = {"slurm_partition": "gpu", "slurm_account": "lab2", "gres": "gpu:h100:8", "runtime": 1440}
-    (tmp_path / "site.yaml").write_text(yaml.safe_dump({"set-resources": {"train": good}}))
+def test_a_site_file_is_compared_by_its_own_keys(tmp_path: Path) -> None:
+    site = {
+        "account": "lab2",
+        "cpu": {"partition": None, "minutes": 240},
+        "gpu": {"partition": "gpu", "model": "h100", "minutes": 1440},
+    }
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
     for accounts in (["lab2"], None):
-        assert found(against(site_settings(tmp_path), read_sinfo(SINFO), accounts)) == {
-            "slurm set-resources.train": "ok"
-        }
+        states = found(against(site_settings(tmp_path), read_sinfo(SINFO), accounts))
+        assert states == {"slurm": "ok", "slurm cpu": "ok", "slurm gpu": "ok"}
+    site["gpu"] = {"partition": "cpu"}
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
+    [change] = [c.change for c in against(site_settings(tmp_path), read_sinfo(SINFO), None) if c.state == "failed"]
+    assert change == f"set gpu.partition in {tmp_path}/site.yaml to one that has"
 
 
 def test_limits_of_slurm_in_minutes() -> None:
