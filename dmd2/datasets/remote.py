@@ -16,39 +16,28 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
-import requests
 from filelock import FileLock
 
 from dmd2 import files
 from dmd2.config.data import is_url
-from dmd2.downloads.fetch import TIMEOUT_S, TRANSIENT, Fetch, Refused
+from dmd2.datasets import stores
+from dmd2.datasets.stores import Identity, identify, matching, shown
+from dmd2.downloads.fetch import Fetch, Refused
 from dmd2.errors import UserError
 
-T = TypeVar("T")
-RETRIES = 5
-BACKOFF_S = 1.0
-"""Seconds before the second attempt; doubled before each further one."""
 PIECE = 2**23
 """Bytes that are requested at a time from what is not HTTP."""
 STALE_S = 24 * 3600
 """Seconds after which the part of a file that a killed process left behind is removed."""
 DEFAULT_GB = 50.0
+__all__ = ["Cache", "cache", "checksums", "discard", "identify", "join", "matching", "open_location", "shown"]
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s,;)]+")
-
-
-class Identity(NamedTuple):
-    """What a server says about a file: its size in bytes and its version (ETag or time of change), if it says so."""
-
-    size: int | None
-    version: str
 
 
 def join(manifest: Path | str, name: str) -> str:
@@ -57,12 +46,6 @@ def join(manifest: Path | str, name: str) -> str:
         return name
     base = str(manifest)
     return f"{base.rpartition('/')[0]}/{name}" if is_url(base) else str(Path(base).parent / name)
-
-
-def shown(url: str) -> str:
-    """The URL without what may be secret, for messages: password and query."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def open_location(location: str, sha256: str | None = None, size: int | None = None) -> BufferedReader:
@@ -77,19 +60,6 @@ def open_location(location: str, sha256: str | None = None, size: int | None = N
 def discard(location: str, sha256: str) -> None:
     """Removes a remote file from the cache, so that the next `open_location` fetches it again."""
     cache().path(location, sha256).unlink(missing_ok=True)
-
-
-def identify(url: str) -> Identity:
-    """Size and version of a remote file. Raises FileNotFoundError where there is none, UserError if nobody answers."""
-    return _retried(url, lambda: _of_http(url) if url.startswith("http") else _of_fsspec(url))
-
-
-def matching(pattern: str) -> list[str]:
-    """The URLs that match a pattern with `*`, sorted. Raises UserError for HTTP, which lists nothing."""
-    if pattern.startswith("http"):
-        raise UserError(f"{shown(pattern)}: a web server lists no files; name them by a range such as {{0000..0099}}")
-    system, path = _file_system(pattern)
-    return sorted(system.unstrip_protocol(found) for found in _retried(pattern, lambda: system.glob(path)))
 
 
 @dataclass(frozen=True)
@@ -199,7 +169,9 @@ def _fetch(url: str, path: Path, sha256: str | None, size: int | None) -> None:
             raise Refused(f"was altered: its SHA-256 is {digest}, expected {sha256}; upload it again")
 
     if url.startswith("http"):
-        Fetch(path, accept, size=size, pinned=sha256 is not None, retries=RETRIES, backoff_s=BACKOFF_S).run([url])
+        Fetch(
+            path, accept, size=size, pinned=sha256 is not None, retries=stores.RETRIES, backoff_s=stores.BACKOFF_S
+        ).run([url])
         return
     with files.atomic(path) as temporary:
         _copy(url, temporary)
@@ -211,7 +183,7 @@ def _fetch(url: str, path: Path, sha256: str | None, size: int | None) -> None:
 
 def _copy(url: str, target: Path) -> None:
     """Copies a file of fsspec's piece by piece, so that a broken connection costs a piece."""
-    system, path = _file_system(url)
+    system, path = stores.file_system(url)
     size = _identity(url).size
     if size is None:
         raise UserError(f"{url}: its size is unknown; keep it on a file system that says it")
@@ -226,67 +198,9 @@ def _copy(url: str, target: Path) -> None:
                 return data
 
             try:
-                file.write(_retried(url, piece))
+                file.write(stores.retried(url, piece))
             except FileNotFoundError:
                 raise UserError(f"{url}: is gone while it is being fetched; upload it again") from None
-
-
-def _retried(url: str, attempt: Callable[[], T]) -> T:
-    """What `attempt` returns, tried again with growing pauses after errors that may pass.
-
-    Raises FileNotFoundError at once, and UserError for one that stays.
-    """
-    for number in range(RETRIES + 1):
-        try:
-            return attempt()
-        except (FileNotFoundError, UserError):
-            raise
-        except PermissionError as error:
-            raise UserError(f"{shown(url)}: access refused ({_line(error)}); check the credentials") from None
-        except requests.exceptions.InvalidURL:
-            raise UserError(f"{shown(url)}: not a valid URL; correct it") from None
-        except Exception as error:  # clients of stores raise many types
-            if number == RETRIES:
-                raise UserError(f"{shown(url)}: failed {number + 1} times ({_line(error)}); run again later") from None
-            time.sleep(BACKOFF_S * 2**number)
-    raise AssertionError("unreachable")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _of_http(url: str) -> Identity:
-    headers = {"Accept-Encoding": "identity"}
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
-        if answer.status_code in (404, 410):
-            raise FileNotFoundError(url)
-        if answer.status_code in TRANSIENT:
-            raise ConnectionError(f"status {answer.status_code}")
-        if not answer.ok:
-            raise UserError(f"{shown(url)}: status {answer.status_code}; check the address and the access to it")
-        length = answer.headers.get("Content-Length", "")
-        version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-        return Identity(int(length) if length.isdigit() else None, version)
-
-
-def _of_fsspec(url: str) -> Identity:
-    system, path = _file_system(url)
-    found = system.info(path)
-    version = next((str(found[key]) for key in ("ETag", "etag", "LastModified", "mtime") if found.get(key)), "")
-    return Identity(found.get("size"), version)
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    import fsspec  # slow, and local files need none of it
-
-    try:
-        system, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except ImportError:
-        raise UserError(
-            f"{shown(url)}: needs a package for {url.partition(':')[0]}; run `pip install 'dmd2[remote]'`"
-        ) from None
-    return system, path
 
 
 def checksums(urls: Sequence[str]) -> dict[str, str]:

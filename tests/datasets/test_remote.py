@@ -13,7 +13,7 @@ from server import Server, serving
 
 from dmd2 import files
 from dmd2.config import Data
-from dmd2.datasets import remote, write_images
+from dmd2.datasets import remote, stores, write_images
 from dmd2.datasets.loader import Loader
 from dmd2.datasets.published import adopt
 from dmd2.datasets.reader import ShardReader
@@ -32,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and no waiting between attempts."""
     monkeypatch.setenv("DMD2_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(stores, "BACKOFF_S", 0.0)
     remote._identity.cache_clear()
     return tmp_path / "cache"
 
