@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-RECORDED = (".safetensors", ".weights", ".npz")
+RECORDED = (".safetensors", ".weights", ".npz", ".csv")
 """Ends of the names of files with a record, which has their name with `.json`."""
-RECORDED_TABLES = ("curve.csv",)
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 """Folders of the components of a text-to-image teacher that was trained in the workflow."""
 
@@ -25,6 +24,6 @@ def companions(path: str) -> list[tuple[str, bool]]:
         return [(str(file.parent / "tensorboard"), True)]
     if file.name == "components.json":
         return [(str(file.parent / part), True) for part in PARTS]
-    if file.suffix in RECORDED or file.name in RECORDED_TABLES:
+    if file.suffix in RECORDED:
         return [(str(file.with_suffix(".json")), False)]
     return []
