@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from dmd2.config import Runtime
@@ -20,12 +21,13 @@ from dmd2.training import ranks
 from dmd2.training.rng import SampleNoise, step_rng
 
 
-def shards(spec: Spec, manifest: Path, source: str | None, max_unreadable: int, workers: int) -> None:
+def shards(spec: Spec, manifest: Path, source: str | None, limits: Mapping[str, int], workers: int) -> None:
     """Writes the images and classes of a source as shards; `source` is its path, if it has one.
 
-    If that is the manifest of shards which were made elsewhere, they are used where they are.
+    `limits` are the keys `max_unreadable` and `max_passed_over` of the data set. If `source` is the
+    manifest of shards that were made elsewhere, they are used where they are.
     """
-    data = spec.need("data").model_copy(update={"path": source, "max_unreadable": max_unreadable})
+    data = spec.need("data").model_copy(update={"path": source, **limits})
     if source is not None and data.is_made:
         adopt(manifest, source, spec)
         return
