@@ -63,9 +63,14 @@ def is_of_other_data(manifest: Path, data: Data) -> bool:
 
 
 def _fingerprint_of(manifest: Path) -> str | None:
-    """The fingerprint of the source that shards were made from; None without shards, or if they are damaged."""
+    """The fingerprint of the source that shards were made from.
+
+    None without shards, if they are damaged, and if they are elsewhere, with what they were made from.
+    """
     try:
         first = files.read_json(manifest)["shards"][0]["name"]
+        if "/" in first:
+            return None
         return str(files.read_json(manifest.with_name(first).with_suffix(".json"))["inputs"])
     except (UserError, LookupError, TypeError, OSError):
         return None

@@ -15,6 +15,7 @@ from dmd2 import files
 from dmd2.config import Data
 from dmd2.datasets import remote, stores, write_images
 from dmd2.datasets.loader import Loader
+from dmd2.datasets.origin import is_of_other_data
 from dmd2.datasets.published import adopt
 from dmd2.datasets.reader import ShardReader
 from dmd2.datasets.shards import content_id, read_manifest
@@ -135,6 +136,9 @@ def test_shards_elsewhere_have_the_content_of_those_made_here(
 ) -> None:
     here, there = read_manifest(adopted, spec.digest), read_manifest(tmp_path / "set/manifest.json", spec.digest)
     assert content_id(here) == content_id(there)
+    for elsewhere in (f"{published.url}/manifest.json", f"{published.url}/train-{{0..9}}.tar", str(tmp_path)):
+        source = Data(source="webdataset", path=elsewhere, resolution=8, num_classes=10)
+        assert not is_of_other_data(adopted, source), "another place of the data starts nothing again"
     batches = [
         Loader(path, batch_size=4, seed=3, cache_bytes=0).batch(7) for path in (adopted, tmp_path / "set/manifest.json")
     ]
