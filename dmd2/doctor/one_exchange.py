@@ -33,7 +33,8 @@ def main(num: int, backend: str) -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
     if backend == "gloo":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    multiprocessing.spawn(_add, (num, backend), nprocs=num)
+    method = "spawn" if backend == "nccl" else "fork"  # CUDA cannot be forked
+    multiprocessing.start_processes(_add, (num, backend), nprocs=num, start_method=method)
 
 
 if __name__ == "__main__":
