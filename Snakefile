@@ -18,6 +18,7 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/records.smk"
+include: "workflow/rules/storage.smk"
 
 
 # Snakemake gives a job fewer devices where there are fewer; a batch that was checked for `gpus` might not divide then.
@@ -43,10 +44,10 @@ rule all:
         ],
         expand(
             [
-                *rules.curves.output,
-                *rules.real_grid.output,
-                *rules.compare.output,
-                *rules.configuration.output,
+                *map(in_workflow, rules.curves.output),
+                *map(in_workflow, rules.real_grid.output),
+                *map(in_workflow, rules.compare.output),
+                *map(in_workflow, rules.configuration.output),
             ],
             preset=TARGETS.in_use,
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Literal, Self
 
@@ -12,6 +13,15 @@ from dmd2.config.base import Model
 COCO_ANNOTATIONS = "annotations_trainval2014.zip"
 Subset = Literal["all", "training"]
 """All captions, or those of source digit_pairs without the held-out compositions, which measure generalisation."""
+SCHEMES = ("http", "https", "s3", "gs", "az", "file", "memory")
+"""Beginnings of URLs under which images may be."""
+MANIFEST = "manifest.json"
+"""The end of a path to shards that this workflow made elsewhere."""
+
+
+def is_url(path: str) -> bool:
+    """Whether a configured path is the address of something that is not on a mounted disk."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
 
 
 class Captions(Model):
@@ -46,7 +56,7 @@ class Data(Model):
     """A labelled image data set: with classes or with captions."""
 
     source: str = Field(description="key of datasets.SOURCES or, with captions, of datasets.CAPTIONED")
-    path: str | None = Field(None, description="folder or archive, for sources that read one")
+    path: str | None = Field(None, description="folder, archive, URLs of tars, or the manifest.json of shards")
     resolution: int = Field(gt=0)
     channels: Literal[1, 3] = 3
     num_classes: int | None = Field(None, gt=0, description="of a set with classes")
@@ -71,10 +81,31 @@ class Data(Model):
             raise ValueError("set either `num_classes` or `captions`: the kind of the images' labels")
         return self
 
+    @model_validator(mode="after")
+    def _what_is_elsewhere_can_be_read(self) -> Self:
+        if self.path is None or not is_url(self.path):
+            return self
+        scheme = self.path.partition(":")[0]
+        if scheme not in SCHEMES:
+            raise ValueError(f"path: no {scheme}:// is known, only {', '.join(SCHEMES)}; correct {self.path}")
+        if "@" in self.path.split("://")[1].partition("/")[0]:
+            raise ValueError("path: holds a user or password; leave credentials to the environment or a .netrc file")
+        if self.source != "webdataset" and not self.is_made:
+            raise ValueError(
+                f"path: source {self.source} reads no URL; pack the images as tars (source webdataset), or name the "
+                f"{MANIFEST} of shards that were made from them"
+            )
+        return self
+
+    @property
+    def is_made(self) -> bool:
+        """Whether `path` names shards that this workflow made elsewhere, and not a source of images."""
+        return self.path is not None and PurePath(self.path).name == MANIFEST
+
     @property
     def annotations(self) -> str | None:
         """The file with the captions of sources coco and coco10k, which lies beside the images."""
-        if self.path is None or self.source not in ("coco", "coco10k"):
+        if self.path is None or self.is_made or self.source not in ("coco", "coco10k"):
             return None
         return str(PurePath(self.path).with_name(COCO_ANNOTATIONS))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmd2.config import Data, DiffusersTeacherConfig, ModelFolder, Prompts, WeightsFile
+from dmd2.config.data import is_url
 from dmd2.downloads.catalogue import FOLDER, load_catalogue
 from dmd2.lineage.jobs import Job
 from dmd2.lineage.plan import Plan
@@ -43,7 +44,7 @@ def supplies(plan: Plan, jobs: Iterable[Job]) -> list[Supply]:
         fetched = entry is not None and (entry.url or entry.hub)
         advice = f"put it at {path}" if entry is None else None if fetched else entry.advice(path.name)
         size = None if entry is None else entry.bytes
-        supply = Supply(what, file.path, sha256, path.exists(), entry is not None, advice, size)
+        supply = Supply(what, file.path, sha256, is_url(file.path) or path.exists(), entry is not None, advice, size)
         found.setdefault(file.path, supply)
 
     for job in jobs:

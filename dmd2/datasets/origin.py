@@ -17,6 +17,7 @@ from typing import Any
 
 from dmd2 import files
 from dmd2.config import Data
+from dmd2.config.data import is_url
 from dmd2.errors import UserError
 
 FILES = 20_000
@@ -25,7 +26,7 @@ FILES = 20_000
 
 def seen(data: Data) -> dict[str, Any]:
     """The place and the time stamps of a source, to be taken before it is listed; empty without a path."""
-    return {} if data.path is None else {"path": _place(data), "stamps": _stamps(data)}
+    return {} if data.path is None or is_url(data.path) else {"path": _place(data), "stamps": _stamps(data)}
 
 
 def remember(manifest: Path, fingerprint: str, sight: dict[str, Any]) -> None:
@@ -42,7 +43,7 @@ def is_of_other_data(manifest: Path, data: Data) -> bool:
     need, and without shards. Raises UserError if there is something that is not such a source.
     """
     made = _fingerprint_of(manifest)
-    if made is None or data.path is None or not _roots(data):
+    if made is None or data.path is None or data.is_made or not _roots(data):
         return False
     known = _known(manifest)
     if known.get("fingerprint") == made and known.get("path") == _place(data) and _unchanged(known["stamps"], data):
@@ -62,9 +63,14 @@ def is_of_other_data(manifest: Path, data: Data) -> bool:
 
 
 def _fingerprint_of(manifest: Path) -> str | None:
-    """The fingerprint of the source that shards were made from; None without shards, or if they are damaged."""
+    """The fingerprint of the source that shards were made from.
+
+    None without shards, if they are damaged, and if they are elsewhere, with what they were made from.
+    """
     try:
         first = files.read_json(manifest)["shards"][0]["name"]
+        if "/" in first:
+            return None
         return str(files.read_json(manifest.with_name(first).with_suffix(".json"))["inputs"])
     except (UserError, LookupError, TypeError, OSError):
         return None
@@ -84,6 +90,8 @@ def _place(data: Data) -> str:
 def _roots(data: Data) -> list[str]:
     """The files or the folder of a source that are there."""
     path = data.path or ""
+    if is_url(path):  # planning asks no server
+        return []
     if Path(path).exists():
         found = [path]
     elif data.source == "webdataset" or "*" in path:

@@ -2,7 +2,7 @@
 
 A field costs one seek and one small read, so a shuffled epoch over local disks needs no shuffle buffer, and an exact
 resume no replay. A process reads a shard once from end to end on first use, to check its SHA-256 (0.6 GB/s on one
-core).
+core). A shard of a manifest may be elsewhere (`dmd2.datasets.remote`): it is fetched to a cache on its first use.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dmd2.datasets import members
+from dmd2.config.data import is_url
+from dmd2.datasets import members, remote
 from dmd2.datasets.shards import read_manifest
 from dmd2.errors import UserError
 
 MAX_OPEN_FILES = 256
+MAX_OPEN_REMOTE = 8
+"""Of remote shards fewer: an open file takes space also after the cache has removed it."""
 _checked: set[tuple[str, str, int, int, int]] = set()
 """Shards that this process has checked: path, checksum, and the file's inode, size and mtime."""
 
 
 def open_local(path: Path) -> BufferedReader:
-    """Opens a shard on a mounted disk; replace it with a function of the same signature for remote shards."""
+    """Opens a shard on a mounted disk."""
     return path.open("rb")
 
 
@@ -120,22 +122,45 @@ class ShardReader:
     def _open(self, shard: int) -> BufferedReader:
         if shard in self._files:
             return self._files[shard]
-        path = self.path.parent / self.manifest["shards"][shard]["name"]
+        location = self._location(shard)
+        file = self._open_checked(shard, location)
         try:
-            file = self._open_shard(path)
-        except FileNotFoundError:
-            raise self._damaged(shard, "is missing") from None
-        try:
-            self._check(shard, path, file)
             if shard not in self._indexes:
-                self._indexes[shard] = self._read_index(shard, path.with_suffix(".json"))
+                self._indexes[shard] = self._read_index(shard, f"{location.removesuffix('.tar')}.json")
         except BaseException:
             file.close()
             raise
-        if len(self._files) >= MAX_OPEN_FILES:
+        while len(self._files) >= (MAX_OPEN_REMOTE if is_url(location) else MAX_OPEN_FILES):
             self._files.pop(next(iter(self._files))).close()
         self._files[shard] = file
         return file
+
+    def _open_checked(self, shard: int, location: str) -> BufferedReader:
+        """The open shard after a comparison with the manifest; one that was damaged in the cache is fetched again."""
+        entry, fetched_again = self.manifest["shards"][shard], False
+        while True:
+            try:
+                if is_url(location):
+                    file = remote.open_location(location, entry["sha256"], entry["bytes"])
+                else:
+                    file = self._open_shard(Path(location))
+            except FileNotFoundError:
+                raise self._damaged(shard, "is missing") from None
+            try:
+                self._check(shard, Path(file.name), file)
+                return file
+            except UserError:
+                file.close()
+                if fetched_again or not is_url(location):
+                    raise
+                remote.discard(location, entry["sha256"])
+                fetched_again = True
+            except BaseException:
+                file.close()
+                raise
+
+    def _location(self, shard: int) -> str:
+        return remote.join(self.path, self.manifest["shards"][shard]["name"])
 
     def _check(self, shard: int, path: Path, file: BufferedReader) -> None:
         """Compares size and SHA-256 with the manifest's, once per process."""
@@ -149,20 +174,23 @@ class ShardReader:
             raise self._damaged(shard, "was altered: its SHA-256 is not the manifest's")
         _checked.add(identity)
 
-    def _read_index(self, shard: int, path: Path) -> np.ndarray:
+    def _read_index(self, shard: int, location: str) -> np.ndarray:
         """Offsets and sizes of a shard's members in bytes: (samples, fields, 2) int64."""
-        entry = self.manifest["shards"][shard]
+        entry, name = self.manifest["shards"][shard], location.rpartition("/")[2]
         try:
-            text = path.read_bytes()
+            with remote.open_location(location, entry["index_sha256"]) as file:
+                text = file.read()
         except FileNotFoundError:
-            raise self._damaged(shard, f"has lost its index {path.name}") from None
+            raise self._damaged(shard, f"has lost its index {name}") from None
         if hashlib.sha256(text).hexdigest() != entry["index_sha256"]:
-            raise self._damaged(shard, f"has an altered index {path.name}")
+            raise self._damaged(shard, f"has an altered index {name}")
         index = np.asarray(json.loads(text)["index"], np.int64)
         return index.reshape(entry["count"], len(self._order), 2)
 
     def _damaged(self, shard: int, what: str) -> UserError:
-        path: Any = self.path.parent / self.manifest["shards"][shard]["name"]
+        location = self._location(shard)
+        if is_url(location):
+            return UserError(f"{remote.shown(location)} {what}; read it again, or upload it again")
         return UserError(
-            f"{path} {what}; delete {self.path} and run the rule that writes it: undamaged shards are kept"
+            f"{location} {what}; delete {self.path} and run the rule that writes it: undamaged shards are kept"
         )

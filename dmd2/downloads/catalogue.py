@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from dmd2 import files
 from dmd2.config import Data, Model, ModelFolder, Preset, Prompts, Run, WeightsFile
+from dmd2.config.data import is_url
 from dmd2.config.reading import parse, read_yaml
 from dmd2.errors import UserError
 from dmd2.progress import Progress
@@ -100,7 +101,8 @@ def requirement(path: str | None, key: str, catalogue: dict[str, Download], *, d
 
 
 def _is_pattern(path: str) -> bool:
-    return any(sign in path for sign in "*?[{")
+    """Whether only the stage that reads `path` can tell if something is there."""
+    return is_url(path) or any(sign in path for sign in "*?[{")
 
 
 def needed_downloads(preset: Preset, runs: Iterable[Run] = ()) -> dict[str, list[str]]:
@@ -132,6 +134,8 @@ def state(path: str, catalogue: dict[str, Download]) -> str:
     """Whether a file from outside is there: one word or a few for a list."""
     file = Path(path)
     listed = file.parent == FOLDER and file.name in catalogue
+    if is_url(path):
+        return "elsewhere"
     if file.exists() or _is_pattern(path):
         return "there" if not listed or record_of(file.name).exists() else "there, not checked yet"
     if not listed:

@@ -85,6 +85,8 @@ async def plan_by_records(dag: Any, differs: Differs, moment: Callable[[float], 
             if not there:
                 continue
             spec = job.params.get("spec")
+            if spec:
+                await _bring(there)
             made = agrees(spec, job.params.get("content"), there) if spec else not differs(job)
             if made is False or (spec and differs(job)):
                 dag.forcefiles.update(job.output)
@@ -93,6 +95,13 @@ async def plan_by_records(dag: Any, differs: Differs, moment: Callable[[float], 
                 newest = max([await _time(path) for path in given], default=0.0)
                 for path in there:
                     times[path] = moment(max(newest, await _time(path)))
+
+
+async def _bring(outputs: Iterable[Any]) -> None:
+    """Fetches the records of outputs that are in a store."""
+    for path in outputs:
+        if path.is_storage and str(path).endswith(".json"):
+            await path.retrieve_from_storage()
 
 
 async def _time(path: Any) -> float:

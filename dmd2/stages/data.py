@@ -10,6 +10,7 @@ from dmd2.datasets import write_images
 from dmd2.datasets.latents import write_latents, write_pairs
 from dmd2.datasets.loader import EpochStream, PairBatch
 from dmd2.datasets.prompts import load_prompts
+from dmd2.datasets.published import adopt
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Cond, Teacher, concat, move
 from dmd2.progress import Counter
@@ -23,9 +24,13 @@ from dmd2.training.rng import SampleNoise, step_rng
 def shards(spec: Spec, manifest: Path, source: str | None, limits: Mapping[str, int], workers: int) -> None:
     """Writes the images and classes of a source as shards; `source` is its path, if it has one.
 
-    `limits` are the keys `max_unreadable` and `max_passed_over` of the data set.
+    `limits` are the keys `max_unreadable` and `max_passed_over` of the data set. If `source` is the
+    manifest of shards that were made elsewhere, they are used where they are.
     """
     data = spec.need("data").model_copy(update={"path": source, **limits})
+    if source is not None and data.is_made:
+        adopt(manifest, source, spec)
+        return
     write_images(manifest, data, spec, workers=workers, progress=lambda total: Counter("shards", total))
 
 

@@ -26,7 +26,7 @@ def listing(workflow: Path, preset: str | None, over: Path | None = None) -> str
     catalogue = load_catalogue(workflow / "downloads.yaml")
     paths = {str(FOLDER / name): [entry.what] for name, entry in catalogue.items()}
     if preset is not None:
-        paths = _needed(workflow, preset, over)
+        paths = needed(workflow, preset, over)
     states = {path: state(path, catalogue) for path in paths}
     width, left = (max(map(len, column), default=0) for column in (states.values(), paths))
     lines = [f"{states[path]:{width}}  {path:{left}}  {', '.join(dict.fromkeys(keys))}" for path, keys in paths.items()]
@@ -45,7 +45,7 @@ def fetch(workflow: Path, preset: str, mirror: str | None, over: Path | None = N
     """
     catalogue = load_catalogue(workflow / "downloads.yaml")
     problems = []
-    for path in map(Path, _needed(workflow, preset, over)):
+    for path in map(Path, needed(workflow, preset, over)):
         if path.parent == FOLDER and path.name in catalogue:
             try:
                 provide(path.name, catalogue[path.name], mirror)
@@ -55,7 +55,7 @@ def fetch(workflow: Path, preset: str, mirror: str | None, over: Path | None = N
         raise UserError("\n".join(problems))
 
 
-def _needed(workflow: Path, preset: str, over: Path | None) -> dict[str, list[str]]:
+def needed(workflow: Path, preset: str, over: Path | None) -> dict[str, list[str]]:
     """The external files of a preset, overridden by the YAML file `over`: path -> keys that name it."""
     plan = Plan(workflow, preset, overrides(read_yaml(over)) if over else {})
     return needed_downloads(plan.preset, _runs(plan, workflow))

@@ -63,14 +63,14 @@ def teacher(
     config, device = spec.need("teacher"), ranks.device_of(runtime.device)
     if config.weights is not None:
         imports.teacher(spec, weights)
-        write_text(train_log, "")
+        _empty_log(train_log)
         return
     folder = None if components is None else components_folder(components, spec.upstream["components"])
     seed = config.training.seed if config.training else 0
     initial = load_teacher(config, spec.need("data"), seed=seed, components=folder)
     if config.training is None:
         save_weights(weights, initial.denoiser.state_dict())
-        write_text(train_log, "")
+        _empty_log(train_log)
         write_record(weights, spec, iterations=0, origin="closed form")
         return
     training = config.training
@@ -259,6 +259,12 @@ def _alarm(row: dict[str, float]) -> str | None:
     return f"generated images are nearly equal (neighbour ratio {ratio:.3f}): the generator may have collapsed"
 
 
+def _empty_log(out: Path) -> None:
+    """The log of weights that were not trained here."""
+    write_text(out, "")
+    (out.parent / "tensorboard").mkdir(exist_ok=True)
+
+
 def _publish_log(store: CheckpointStore, out: Path) -> None:
     with atomic(out) as temporary:
         shutil.copyfile(store.folder / "log.jsonl", temporary)
@@ -275,6 +281,7 @@ def _publish_snapshots(store: CheckpointStore, facts: dict[str, Any], manifest: 
     lost in a power failure).
     """
     folder, train = manifest.parent / "snapshots", spec.need("train")
+    folder.mkdir(exist_ok=True)  # a store waits for it, also where there are none
     clock = {row["step"]: row for row in map(json.loads, (store.folder / "log.jsonl").read_text().splitlines())}
     listed, averages = [], []
     for step in train.snapshot_steps():

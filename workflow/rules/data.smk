@@ -4,7 +4,7 @@
 rule download:
     output:
         # Not the file itself: Snakemake deletes outputs before a job, and it may be one that the user has put there.
-        record=f"{DOWNLOADS}/{{name}}.json",
+        record=local(f"{DOWNLOADS}/{{name}}.json"),  # stays here, beside the file
     log:
         "logs/downloads/{name}.log",
     wildcard_constraints:

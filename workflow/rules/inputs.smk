@@ -11,7 +11,7 @@ def supplied(path, key, output):
     record = user_errors_stop_planning(
         lambda: requirement(path, key, CATALOGUE, done=done)
     )
-    return [] if record is None else str(record)
+    return [] if record is None else local(str(record))
 
 
 def supplied_key(key, output):
@@ -164,25 +164,36 @@ def extractor_data(wildcards):
 
 def metrics_source(wildcards):
     """What metrics are made of: stored samples, or the weights whose samples are streamed."""
-    samples = rules.sample.output.manifest.format(**dict(wildcards.items()))
+    samples = f"{RESULTS}/{{model}}/{{sampler}}/samples/manifest.json".format(
+        **dict(wildcards.items())
+    )
     return weights_of(wildcards) if is_streamed(wildcards) else samples
 
 
 def curve_of(wildcards):
     """What the best snapshot is chosen by; that of an iteration needs nothing."""
     best = plan_of(wildcards).preset.samplers[wildcards.sampler].checkpoint == "best"
-    return rules.curve.output[0].format(**dict(wildcards.items())) if best else []
+    curve = f"{RESULTS}/{wildcards.run}/curve.csv".format(preset=wildcards.preset)
+    return curve if best else []
 
 
-def of_students(file, form="{file}"):
-    """A function of wildcards: `form` filled with the name and that file of every student."""
+def of_students(file):
+    """A function of wildcards: that file of every student."""
 
-    def forms(wildcards):
+    def paths(wildcards):
         folder = RESULTS.format(preset=wildcards.preset)
         runs = user_errors_stop_planning(TARGETS.students, wildcards.preset)
-        return [form.format(run=run, file=f"{folder}/{run}/{file}") for run in runs]
+        return [f"{folder}/{run}/{file}" for run in runs]
 
-    return forms
+    return paths
+
+
+def named_students(option, wildcards, files):
+    """`OPTION RUN=FILE` for every student."""
+    return [
+        f"{option} {run}={file}"
+        for run, file in zip(TARGETS.students(wildcards.preset), files)
+    ]
 
 
 def panels_of(wildcards):

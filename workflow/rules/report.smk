@@ -37,8 +37,10 @@ rule curves:
         "../../environment.yml"
     params:
         samples=preset_key(lambda preset: preset.evaluation.curve_samples),
-        logs=of_students("train_log.jsonl", "--log {run}={file}"),
-        curves=of_students("curve.csv", "--curve {run}={file}"),
+        logs=lambda wildcards, input: named_students("--log", wildcards, input.logs),
+        curves=lambda wildcards, input: named_students(
+            "--curve", wildcards, input.curves
+        ),
         folder=lambda wildcards, output: Path(output.training).parent,
     shell:
         'bash "$DMD2_LAUNCH" 0 --log {log:q} curves {params.logs} {params.curves} --real {input.real:q} --folder {params.folder}'
@@ -96,8 +98,9 @@ rule compare:
     conda:
         "../../environment.yml"
     params:
-        panels=lambda wildcards: [
-            f"{title}={file}" for title, file in panels_of(wildcards).items()
+        panels=lambda wildcards, input: [
+            f"{title}={file}"
+            for title, file in zip(panels_of(wildcards), input.samples)
         ],
     shell:
         "bash \"$DMD2_LAUNCH\" 0 --log {log:q} compare --out {output:q} 'real images'={input.real:q} {params.panels:q}"

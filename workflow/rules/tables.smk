@@ -6,7 +6,7 @@ rule table:
     input:
         metrics=lambda wildcards: list(table_metrics(wildcards).values()),
         latency=lambda wildcards: list(table_latencies(wildcards).values()),
-        source=os.path.relpath(FOLDER / "tables/{table}.yaml"),  # so that a moved checkout has nothing to do
+        source=local(os.path.relpath(FOLDER / "tables/{table}.yaml")),  # so that a moved checkout has nothing to do
     output:
         csv=report(
             "results/{table}.csv",
@@ -29,13 +29,13 @@ rule table:
             + " ".join(table_metrics(wildcards)).encode()
             + "".join(f" {entry}" for entry in table_latencies(wildcards)).encode()
         ).hexdigest()[:16],
-        metrics=lambda wildcards: [
+        metrics=lambda wildcards, input: [
             f"--metrics {entry}={file}"
-            for entry, file in table_metrics(wildcards).items()
+            for entry, file in zip(table_metrics(wildcards), input.metrics)
         ],
-        latency=lambda wildcards: [
+        latency=lambda wildcards, input: [
             f"--latency {entry}={file}"
-            for entry, file in table_latencies(wildcards).items()
+            for entry, file in zip(table_latencies(wildcards), input.latency)
         ],
     shell:
         'bash "$DMD2_LAUNCH" 0 --log {log:q} table --spec {params.spec:q} --source {input.source:q} {params.metrics} {params.latency}'

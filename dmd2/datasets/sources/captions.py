@@ -15,7 +15,7 @@ from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of, 
 from dmd2.datasets.sources.folder import LISTERS, refuse_lost_link, size_of, walk
 from dmd2.datasets.sources.listing import PassedOver, is_hidden, is_image, taken
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
-from dmd2.datasets.sources.tars import add_image, expand, passed_by, split_name
+from dmd2.datasets.sources.tars import add_image, expand, known_checksums, passed_by, split_name
 from dmd2.datasets.texts import CAPTION_KEYS, tidy
 from dmd2.errors import UserError
 
@@ -148,28 +148,29 @@ class CaptionedTars(EncodedImages):
 
     def __init__(self, data: Data):
         tars = expand(data)
+        known = known_checksums(tars)
         with ThreadPoolExecutor(LISTERS) as pool:
-            contents = list(pool.map(_samples, tars))
+            contents = list(pool.map(_samples, tars, [known] * len(tars)))
         found = [(file, sample) for file, (samples, _) in enumerate(contents) for sample in samples]
         images = [sample.image for _, sample in found]
         names = [f"{Path(tars[file]).name}/{sample.image.name}" for file, sample in found]
         captions = [sample.caption for _, sample in found]
         super().__init__(data, names, captions, (), passed_by(tars, contents))
         sizes = [image.size for image in images]
-        self._spans = Spans(tars, [file for file, _ in found], [image.offset for image in images], sizes)
+        self._spans = Spans(tars, [file for file, _ in found], [image.offset for image in images], sizes, known)
         self.fingerprint = fingerprint_of((f"{n} {text}" for n, text in zip(names, captions, strict=True)), sizes)
 
     def read(self, number: int) -> bytes:
         return self._spans[number]
 
 
-def _samples(path: str) -> tuple[list[_Sample], list[str]]:
+def _samples(path: str, known: Mapping[str, str]) -> tuple[list[_Sample], list[str]]:
     """The samples of one tar, in its order, and its other members.
 
     Raises UserError naming a caption without an image or a damaged one.
     """
-    members = tar_members(path)
-    spans = Spans([path], [0] * len(members), [m.offset for m in members], [m.size for m in members])
+    members = tar_members(path, sha256=known.get(path))
+    spans = Spans([path], [0] * len(members), [m.offset for m in members], [m.size for m in members], known)
     images: dict[str, Member] = {}
     texts: dict[str, dict[str, int]] = {"txt": {}, "json": {}}
     others: list[str] = []

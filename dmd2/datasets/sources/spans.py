@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dmd2.config.data import is_url
+from dmd2.datasets.remote import open_location
 from dmd2.errors import UserError
 
-MAX_OPEN_FILES = 64
+MAX_OPEN_FILES, MAX_OPEN_REMOTE = 64, 8
 
 
 class Spans:
-    """Byte ranges (offset, size) in files, read by number. A pickled copy reopens the files."""
+    """Byte ranges (offset, size) in files, read by number. A pickled copy reopens the files.
 
-    def __init__(self, files: Sequence[str], file_of: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]):
-        self._files = list(files)
+    Files may be URLs; `sha256` has the checksums of those for which one is known.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        file_of: Sequence[int],
+        offsets: Sequence[int],
+        sizes: Sequence[int],
+        sha256: Mapping[str, str] | None = None,
+    ):
+        self._files, self._sha256 = list(files), dict(sha256 or {})
         self._file_of, self._offsets = np.asarray(file_of, np.int32), np.asarray(offsets, np.int64)
         self.sizes = np.asarray(sizes, np.int64)
         self._open: dict[int, int] = {}
@@ -50,9 +62,10 @@ class Spans:
 
     def _descriptor(self, file: int) -> int:
         if file not in self._open:
-            while len(self._open) >= MAX_OPEN_FILES:
+            while len(self._open) >= (MAX_OPEN_REMOTE if is_url(self._files[file]) else MAX_OPEN_FILES):
                 os.close(self._open.pop(next(iter(self._open))))
-            self._open[file] = os.open(self._files[file], os.O_RDONLY)
+            with open_location(self._files[file], self._sha256.get(self._files[file])) as opened:
+                self._open[file] = os.dup(opened.fileno())
         return self._open[file]
 
 
@@ -64,12 +77,12 @@ class Member(NamedTuple):
     size: int
 
 
-def tar_members(path: Path | str, offset: int = 0, size: int | None = None) -> list[Member]:
+def tar_members(path: Path | str, offset: int = 0, size: int | None = None, sha256: str | None = None) -> list[Member]:
     """The files of the uncompressed tar in `path`, or of a tar in it; links stand for the files that they point to.
 
     Raises UserError for a damaged one, and for a link to nothing in it.
     """
-    with open(path, "rb", buffering=0) as file:
+    with open_location(str(path), sha256) as file:
         end = os.fstat(file.fileno()).st_size
         window = _Window(file.fileno(), offset, end - offset if size is None else size)
         try:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import glob
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from dmd2.config import Data
+from dmd2.config.data import is_url
+from dmd2.datasets import remote
 from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of
 from dmd2.datasets.sources.folder import LISTERS
 from dmd2.datasets.sources.listing import (
@@ -24,6 +27,8 @@ from dmd2.datasets.sources.listing import (
 )
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
 from dmd2.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class ImageNetTar(EncodedImages):
@@ -77,21 +82,23 @@ class _Sample(NamedTuple):
 class WebDatasetTars(EncodedImages):
     """WebDataset tars: samples of an image and its class (`KEY.jpg`, `KEY.cls`), in the order of the tars.
 
-    The path is one tar or a pattern: `shards/train-{0000..1023}.tar`, `shards/*.tar`. The tars must be uncompressed,
+    The path is one tar or a pattern: `shards/train-{0000..1023}.tar`, `shards/*.tar`, `s3://bucket/train-{00..99}.tar`.
+    Remote tars are compared with the file SHA256SUMS beside them, if there is one. The tars must be uncompressed,
     since compressed ones have no random access. Class names are the class numbers.
     """
 
     def __init__(self, data: Data):
         tars = expand(data)
+        known = known_checksums(tars)
         with ThreadPoolExecutor(LISTERS) as pool:
-            contents = list(pool.map(_samples, tars, [data.classes] * len(tars)))
+            contents = list(pool.map(_samples, tars, [data.classes] * len(tars), [known] * len(tars)))
         found = [(file, sample) for file, (samples, _) in enumerate(contents) for sample in samples]
         images = [sample.image for _, sample in found]
         names = [f"{Path(tars[file]).name}/{sample.image.name}" for file, sample in found]
         classes = [str(label) for label in range(data.classes)]
         super().__init__(data, names, [sample.label for _, sample in found], classes, passed_by(tars, contents))
         sizes = [image.size for image in images]
-        self._spans = Spans(tars, [file for file, _ in found], [image.offset for image in images], sizes)
+        self._spans = Spans(tars, [file for file, _ in found], [image.offset for image in images], sizes, known)
         self.fingerprint = fingerprint_of((f"{n} {label}" for n, label in zip(names, self.labels, strict=True)), sizes)
 
     def read(self, number: int) -> bytes:
@@ -114,11 +121,25 @@ def expand(data: Data) -> list[str]:
         tars = sorted(str(item) for item in Path(data.path).glob("*.tar") if not is_hidden(item.name))
     else:
         pattern = data.path
-        tars = [tar for part in expand_urls(pattern) for tar in (sorted(glob.glob(part)) if "*" in part else [part])]
-    missing = [tar for tar in tars if not Path(tar).is_file()]
+        tars = [tar for part in expand_urls(pattern) for tar in (_matching(part) if "*" in part else [part])]
+    missing = [tar for tar in tars if not is_url(tar) and not Path(tar).is_file()]
     if missing or not tars:
         raise UserError(f"data.path: {(missing or [pattern])[0]} does not exist; correct the path {data.path}")
     return tars
+
+
+def _matching(pattern: str) -> list[str]:
+    return remote.matching(pattern) if is_url(pattern) else sorted(glob.glob(pattern))
+
+
+def known_checksums(tars: Sequence[str]) -> dict[str, str]:
+    """The SHA-256 of the tars that are elsewhere and have one in a file SHA256SUMS beside them."""
+    urls = [tar for tar in tars if is_url(tar)]
+    found = remote.checksums(urls)
+    if len(found) < len(urls):
+        bare = len(urls) - len(found)
+        log.warning("%d of %d remote tars have no checksum in SHA256SUMS: only sizes are compared", bare, len(urls))
+    return found
 
 
 def passed_by(tars: list[str], contents: Sequence[tuple[Sequence[WithImage], list[str]]]) -> PassedOver:
@@ -132,13 +153,13 @@ def passed_by(tars: list[str], contents: Sequence[tuple[Sequence[WithImage], lis
     return found
 
 
-def _samples(path: str, num_classes: int) -> tuple[list[_Sample], list[str]]:
+def _samples(path: str, num_classes: int, known: Mapping[str, str]) -> tuple[list[_Sample], list[str]]:
     """The samples of one tar, in its order, and its other members.
 
     Raises UserError naming a sample without an image or a valid class.
     """
-    members = tar_members(path)
-    spans = Spans([path], [0] * len(members), [m.offset for m in members], [m.size for m in members])
+    members = tar_members(path, sha256=known.get(path))
+    spans = Spans([path], [0] * len(members), [m.offset for m in members], [m.size for m in members], known)
     images: dict[str, Member] = {}
     labels: dict[str, int] = {}
     others: list[str] = []

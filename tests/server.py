@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ class Server:
     files: dict[str, bytes] = field(default_factory=dict)
     break_after: list[int] = field(default_factory=list)  # bytes of the next answers, one each, before the line breaks
     statuses: list[int] = field(default_factory=list)  # of the next answers
+    cut_to: list[int] = field(default_factory=list)  # bytes of the next bodies, whose heads say the same
+    pauses_s: list[float] = field(default_factory=list)  # seconds in the middle of the next bodies
     ranges: bool = True
     version: str | None = '"v1"'
     kind: str = "application/octet-stream"
@@ -39,13 +42,20 @@ class Server:
         if start is not None:
             handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         body = content[start or 0 :]
+        if self.cut_to:
+            body = body[: self.cut_to.pop(0)]
         if self.with_length:
             handler.send_header("Content-Length", str(len(body)))
         if self.version:
             handler.send_header("ETag", self.version)
         handler.send_header("Content-Type", self.kind)
         handler.end_headers()
-        handler.wfile.write(body[: self.break_after.pop(0)] if self.break_after else body)
+        sent = body[: self.break_after.pop(0)] if self.break_after else body
+        handler.wfile.write(sent[: len(sent) // 2])
+        if self.pauses_s:
+            handler.wfile.flush()
+            time.sleep(self.pauses_s.pop(0))
+        handler.wfile.write(sent[len(sent) // 2 :])
         return None
 
     def _start(self, handler: BaseHTTPRequestHandler) -> int | None:
