@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from dmd2.commands import planning, stages
+from dmd2.commands import planning, results, stages
 from dmd2.errors import Interrupted, UserError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -43,7 +43,7 @@ def settings(
         os.environ.update(OMP_NUM_THREADS=str(share), MKL_NUM_THREADS=str(share))
 
 
-for command in (*stages.COMMANDS, *planning.COMMANDS):
+for command in (*stages.COMMANDS, *planning.COMMANDS, *results.COMMANDS):
     app.command()(command)
 
 
