@@ -119,7 +119,8 @@ def text(content: dict[str, Any]) -> str:
     total = content["total"]
     lines = [
         f"{total['jobs']} jobs, {content['wall_s']:,.0f} s with at least one running: "
-        f"{total['gpu_hours']:.4g} GPU-hours, {total['cpu_hours']:.4g} CPU-hours (threads times wall time); {energy(total)}.",
+        f"{total['gpu_hours']:.4g} GPU-hours, {total['cpu_hours']:.4g} CPU-hours (threads x wall time); "
+        f"{energy(total)}.",
         f"Idle while any job ran: {share(content['idle_core_share'])} of {content['cores']} core(s), "
         f"{share(content['idle_gpu_share'])} of {content['gpus']} GPU(s).",
     ]

@@ -1,7 +1,7 @@
 """The page of results: tables, pictures, curves, sheets, diagnostics, costs and provenance in one HTML file.
 
-Self-contained (pictures are inlined, no script, nothing from a network), light or dark as the reader's system is, readable
-at the width of a phone. `snakemake --report` opens on it. Does not import torch.
+Self-contained (pictures are inlined, no script, nothing from a network), light or dark as the reader's system is, and
+readable at the width of a phone. `snakemake --report` opens on it. Does not import torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import csv
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,17 @@ PAPERS_DATA = ("imagenet64", "sd15", "sdxl")
 """Presets of the paper's networks and data."""
 
 SAMPLES = {
-    "compare.png": "Real images, the teacher and the students side by side. Look for variety within a column (class) or row "
-    "(prompt): a collapsed model repeats one image although every single one looks right.",
-    "real.png": "Real images: what perfect samples would look like.",
+    "compare.png": "Real images, the teacher and the students side by side. Look for variety within a column (class) "
+    "or row (prompt): a collapsed model repeats one image although every single one looks right.",
 }
 CURVES = {
-    "fid_curve.svg": "Distance to the real images during training (the paper's figure 9): lower is better; below, the spread "
-    "within classes, which should stay near 1. With few samples a distance is too high: compare marks of this figure alone.",
+    "fid_curve.svg": "Distance to the real images during training (the paper's figure 9): lower is better; below, the "
+    "spread within classes, which should stay near 1. With few samples a distance is too high: compare marks of this "
+    "figure alone.",
     "curves.svg": "Losses and diagnostics. Look for a discriminator accuracy that stays near 1 (the GAN overpowers the "
-    "student), a growing critic lag (the fake score does not follow) and a falling nearest/mean distance (collapse).",
-    "brightness.svg": "Mean brightness of training samples (the paper's figure 8), or the deviation of latents. A line that "
-    "swings is an unstable run; the grey line is the data's.",
+    "student), a growing critic lag (the fake score does not follow) and a falling nearest / mean distance (collapse).",
+    "brightness.svg": "Mean brightness of training samples (the paper's figure 8), or the deviation of latents. A line "
+    "that swings is an unstable run; the grey line is the data's.",
 }
 
 # Name in the log -> (title, what is a problem, whether a value is one).
@@ -85,7 +85,7 @@ def write(results: Path, workflow: Path, costs: Costs | None) -> Path:
         "count": len(measured),
         "rows": len(every),
         "small": _warning(presets),
-        "tables": [_table(results / f"{name}.md", rows) for name, rows in found.items()],
+        "tables": [_table(_existing(results / f"{name}.md"), rows) for name, rows in found.items()],
         "presets": [_preset(results, preset, found, sources) for preset in presets],
         "diagnostics": [title for title, _, _ in DIAGNOSTICS.values()],
         "signs": ", ".join(sign for _, sign, _ in DIAGNOSTICS.values()),
@@ -102,6 +102,12 @@ def write(results: Path, workflow: Path, costs: Costs | None) -> Path:
 def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"{path}: no such file, although its CSV is there; delete that too and run the workflow again")
+    return path
 
 
 def _warning(presets: Sequence[str]) -> str:
@@ -127,31 +133,45 @@ def _sections(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _table(path: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """A table's Markdown, which has the paper's figures and ours rounded for reading, as cells and notes."""
+    """A table's Markdown, which has the paper's figures and ours rounded for reading, as cells and notes.
+
+    Method, the paper's FID and ours come first, so that they are seen together on a phone; rows that are only quoted
+    come last.
+    """
     lines = path.read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     header, body = cells[0], cells[2:]
+    first = [header.index(title) for title in ("Method", "FID (paper)", "FID") if title in header]
+    order = [*first, *(i for i in range(1, len(header)) if i not in first)]  # column 0 is the group
     kinds = [_kind(title) for title in header]
+
+    def shown(line: Sequence[str]) -> list[dict[str, str]]:
+        return [{"text": line[i], "kind": kinds[i]} for i in order]
+
     return {
         "title": next((line.lstrip("# ") for line in lines if line.startswith("#")), path.stem),
-        "header": [{"text": text, "kind": kind} for text, kind in zip(header, kinds, strict=True)],
-        "body": [
-            {
-                "source": row["source"],
-                "cells": [{"text": text, "kind": kind} for text, kind in zip(line, kinds, strict=True)],
-            }
-            for line, row in zip(body, rows, strict=True)
-        ],
-        "notes": [_plain(line.lstrip("- ")) for line in lines if line and line[0] not in "#|"],
+        "header": shown(header),
+        "body": _grouped({"row": row, "cells": shown(line)} for line, row in zip(body, rows, strict=True)),
+        "notes": [_plain(line.removeprefix("- ")) for line in lines if line and line[0] not in "#|"],
     }
+
+
+def _grouped(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines with those that are only quoted at the end, and the group's name at the first of each."""
+    ordered = sorted(lines, key=lambda line: line["row"]["source"] == "quoted")
+    before = ["", *(line["row"]["group"] for line in ordered)]
+    return [
+        {"source": line["row"]["source"], "group": group if (group := line["row"]["group"]) != last else "", **line}
+        for line, last in zip(ordered, before, strict=False)
+    ]
 
 
 def _kind(title: str) -> str:
     if title == "Method":
         return "text name"
-    if title in ("", "source", "checkpoint"):
+    if title in ("source", "checkpoint"):
         return "text"
-    return "paper" if title.endswith("(paper)") else "fid" if title.startswith("FID") else ""
+    return "paper" if title.endswith("(paper)") else "fid" if title == "FID" else ""
 
 
 def _plain(text: str) -> str:
@@ -197,6 +217,8 @@ def _sheets(
             if row.id in cells and entry is not None and (folder / entry / "grid.png").exists():
                 seen.setdefault(entry, []).append(row.id)
                 methods.setdefault(entry, (row.method, cells[row.id]))
+    if (real := folder / "figures/real.png").exists():
+        yield {"title": "Real images", "caption": "what perfect samples would look like", "data": _data(real)}
     for entry, ids in seen.items():
         method, found = methods[entry]
         figure = f"FID {float(found['fid']):.3g}" if found["fid"] else ""
