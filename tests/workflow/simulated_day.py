@@ -71,12 +71,12 @@ def run(checkout: Checkout, settings: Settings) -> tuple[list[dict[str, Any]], l
 
     process = start()
     if settings.kill_after_hours:
-        journal = checkout / "state/journal.jsonl"
-        while not journal.exists():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
-        time.sleep(settings.kill_after_hours * settings.second_per_hour)
-        assert process.poll() is None, "everything was done before the kill"
+        began = time.monotonic()
+        while time.monotonic() < began + settings.kill_after_hours * settings.second_per_hour or not in_training(
+            checkout
+        ):
+            assert process.poll() is None, f"everything ended before the kill: {log.read_text()}"
+            time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         killed.append(time.time())
@@ -86,7 +86,20 @@ def run(checkout: Checkout, settings: Settings) -> tuple[list[dict[str, Any]], l
     assert process.wait() == 0, log.read_text()[-5000:]
     again = checkout.snakemake(*arguments, "-n", **given)
     assert NOTHING in again.stdout, again.stdout[-3000:]
-    return [json.loads(line) for line in (checkout / "state/journal.jsonl").read_text().splitlines()], killed
+    return journal_of(checkout), killed
+
+
+def journal_of(checkout: Checkout) -> list[dict[str, Any]]:
+    """The complete lines of the journal."""
+    file = checkout / "state/journal.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def in_training(checkout: Checkout) -> bool:
+    """Whether a student is being trained, and has saved."""
+    last = {line["job"]: line["event"] for line in journal_of(checkout) if line["stage"] == "train"}
+    return "saved" in last.values()
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A short simulated day: Snakemake runs table 1's plan while attempts are pre-empted, lose their node, or are killed."""
+"""A short simulated day: Snakemake runs table 1's plan while attempts are pre-empted, lose a node, or are killed."""
 
 from pathlib import Path
 
@@ -11,7 +11,8 @@ def test_nothing_trains_twice_and_nothing_is_lost(fresh: Checkout, tmp_path: Pat
     settings = simulated_day.Settings(
         gpus=8,
         presets=(("smoke", 4),),
-        second_per_hour=0.25,
+        second_per_hour=0.12,
+        kill_after_hours=1,
         factor=1000.0,
         targets=("results/table1.csv",),
         config="preset=smoke",
