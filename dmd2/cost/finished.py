@@ -9,8 +9,8 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,10 @@ def read_finished(folder: Path) -> list[Finished]:
             key = (job.preset, job.rule, job.name)
             known = found.setdefault(key, job)
             found[key] = max(known, job, key=lambda each: (each.spec is not None, each.seconds))
-    return sorted(found.values(), key=lambda job: (job.start, job.name))
+    names = list(gpu_names(found.values()))
+    known = names[0] if len(names) == 1 else "cuda"  # the trainings' records name it, and all jobs had the same
+    jobs = (replace(job, device=known) if job.device == "cuda" else job for job in found.values())
+    return sorted(jobs, key=lambda job: (job.start, job.name))
 
 
 def _job(folder: Path, path: Path) -> Finished | None:
@@ -111,7 +114,7 @@ def _place(log: list[str], rule: str) -> tuple[str, str]:
     return parts[0], parts[-1] if len(parts) > 2 else ("teacher" if rule == "teacher" else "")
 
 
-def gpu_names(jobs: list[Finished]) -> Iterator[str]:
+def gpu_names(jobs: Iterable[Finished]) -> Iterator[str]:
     """The names of the GPUs that trainings ran on, each once."""
     yield from dict.fromkeys(job.device for job in jobs if job.device not in (CPU, "cuda"))
 

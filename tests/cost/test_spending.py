@@ -51,7 +51,7 @@ def test_hours_energy_and_idle_devices(folder: Path):
     found = spending.report(jobs, cores=2)
     assert [(job.rule, job.model, job.gpus, job.threads, job.device) for job in jobs] == [
         ("teacher", "teacher", 0, 2, "cpu"), ("train", "dmd", 2, 1, A100), ("train", "dmd2", 2, 1, A100),
-        ("sample", "dmd2", 2, 1, "cuda"),
+        ("sample", "dmd2", 2, 1, A100),
     ]  # fmt: skip
     assert found["total"] == {"jobs": 4, "wall_s": 18000, "gpu_hours": 8, "cpu_hours": 6, "energy_kwh": 2}
     assert found["gpus"] == 4
