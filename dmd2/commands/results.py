@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from dmd2.commands.planning import WORKFLOW, JsonOption, WorkflowOption
+from dmd2.commands.planning import WORKFLOW, JsonOption, OverOption, PresetOption, WorkflowOption
+from dmd2.config.reading import overrides, read_yaml
+from dmd2.lineage.plan import Plan
 
 FolderOption = Annotated[Path, typer.Option(help="where Snakemake ran")]
 
@@ -48,4 +50,23 @@ def report(folder: FolderOption = Path(), workflow: WorkflowOption = WORKFLOW) -
     typer.echo(f"open {write_page(folder, workflow)}")
 
 
-COMMANDS = (costs, report)
+def watch(
+    preset: PresetOption = "digits",
+    folder: FolderOption = Path(),
+    workflow: WorkflowOption = WORKFLOW,
+    configfile: OverOption = None,
+    samples: Annotated[bool, typer.Option(help="draw the newest snapshots' samples, on the CPU")] = True,
+    host: Annotated[str, typer.Option(help="0.0.0.0 serves other machines too")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 7861,
+) -> None:
+    """Serve a page about running jobs: progress, curves, and samples of the newest snapshots. Changes nothing."""
+    from dmd2.stages import watch as stage
+
+    over = read_yaml(configfile) if configfile else {}
+    plan = Plan(workflow, preset, overrides(over))
+    with stage.server(stage.Watch(folder, plan, samples=samples), host, port) as server:
+        typer.echo(f"open http://{host}:{server.server_port}; Ctrl-C ends it")
+        server.serve_forever()
+
+
+COMMANDS = (costs, report, watch)

@@ -5,8 +5,6 @@ Nothing here enters a digest: times are facts about a run, not about its result.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -16,7 +14,7 @@ from typing import Any
 
 from dmd2.cost.job_times import RECORDS
 from dmd2.errors import UserError
-from dmd2.lineage.replanning import digest_in, records_of
+from dmd2.lineage.replanning import digest_in, output_named, records_of
 
 LAUNCHED = re.compile(r'DMD2_LAUNCH" (cpu:)?(\d+)')
 THREADS = re.compile(r"--threads (\d+)")
@@ -74,8 +72,8 @@ def _job(folder: Path, path: Path) -> Finished | None:
     """The job of one output's record in Snakemake's memory; None where it is unreadable, unfinished or no stage's."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        output = _output(path.relative_to(folder / RECORDS))
-    except (ValueError, OSError, binascii.Error):
+        output = output_named(path.relative_to(folder / RECORDS))
+    except (ValueError, OSError):
         return None
     start, end, command = record.get("starttime"), record.get("endtime"), record.get("shellcmd") or ""
     launched = LAUNCHED.search(command)
@@ -99,11 +97,6 @@ def _job(folder: Path, path: Path) -> Finished | None:
         digest=digest_in(made),
         spec=(made.get("provenance") or {}).get("spec"),
     )
-
-
-def _output(parts: Path) -> str:
-    """The output that a file in Snakemake's memory is about: its name is the path in base64, cut into folders."""
-    return base64.b64decode("".join(part.removeprefix("@") for part in parts.parts), validate=True).decode()
 
 
 def _place(log: list[str], rule: str) -> tuple[str, str]:
