@@ -37,9 +37,9 @@ def records_of(outputs: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def output_named(key: Path) -> str:
-    """The output that an entry of `.snakemake/metadata` or `.snakemake/incomplete` is about; `key` is its path in there.
+    """The output that an entry of `.snakemake/metadata` or `.snakemake/incomplete`, of path `key` in there, is about.
 
-    It is the output's path in base64, cut into folders if it is long. Raises ValueError for another name.
+    The path is the output's path in base64, cut into folders if it is long. Raises ValueError for another name.
     """
     return base64.b64decode("".join(part.removeprefix("@") for part in key.parts), validate=True).decode()
 

@@ -39,7 +39,7 @@ CLASSES, EACH = 10, 4
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 20px clamp(12px, 3vw, 40px); max-width: 1400px; }
-pre { overflow-x: auto; background: color-mix(in srgb, currentColor 7%, transparent); padding: 8px; border-radius: 6px; }
+pre { overflow-x: auto; border: 1px solid #8886; padding: 8px; border-radius: 6px; }
 img { max-width: 100%; background: #fff; border-radius: 6px; padding: 4px; box-sizing: border-box; }
 figure { display: inline-block; margin: 8px 12px 8px 0; vertical-align: top; max-width: 100%; }
 figcaption, .soft { opacity: 0.75; font-size: 13.5px; }
