@@ -63,8 +63,8 @@ def read_finished(folder: Path) -> list[Finished]:
             known = found.setdefault(key, job)
             found[key] = max(known, job, key=lambda each: (each.spec is not None, each.seconds))
     names = list(gpu_names(found.values()))
-    known = names[0] if len(names) == 1 else "cuda"  # the trainings' records name it, and all jobs had the same
-    jobs = (replace(job, device=known) if job.device == "cuda" else job for job in found.values())
+    device = names[0] if len(names) == 1 else "cuda"  # the trainings' records name it, and all jobs had the same
+    jobs = (replace(job, device=device) if job.device == "cuda" else job for job in found.values())
     return sorted(jobs, key=lambda job: (job.start, job.name))
 
 
