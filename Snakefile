@@ -1,12 +1,18 @@
 # DMD2 (arXiv 2405.14867), every table of the paper in one call: snakemake --cores all
 # One table: snakemake --cores all results/table1.csv. Each names its preset; choose another with --config preset=NAME
 # (workflow/presets), override any of its keys with --configfile.
+import os
+
 from snakemake.utils import min_version
 
 min_version("9.0")
 
 
-report: "workflow/report/workflow.rst"
+# The report opens on the page of results, which a finished call writes; without one, on a description.
+LANDING = "landing/results" if os.path.exists("results/index.html") else "workflow"
+
+
+report: "workflow/report/{}.rst".format(LANDING)
 
 
 include: "workflow/rules/common.smk"
@@ -31,6 +37,16 @@ onstart:
                 f"preset {preset}: gpus is {wanted}, but {devices} can be used here;"
                 f" say `--config gpus={devices}`, or `--resources gpu={wanted}` if there are more"
             )
+
+
+# What finished jobs took, and the page of results: about all that is there, so they are no job's outputs.
+onsuccess:
+    try:
+        from dmd2.commands.results import write_page
+
+        write_page(Path(), FOLDER)
+    except Exception as error:  # a page makes no finished call fail
+        logger.warning(f"results/index.html was not written: {error}")
 
 
 rule all:

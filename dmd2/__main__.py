@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from dmd2.commands import diagnosis, planning, stages
+from dmd2.commands import diagnosis, planning, results, stages
 from dmd2.errors import Interrupted, UserError
 from dmd2.training.launcher import drop_foreign_ranks
 
@@ -44,7 +44,7 @@ def settings(
         os.environ.update(OMP_NUM_THREADS=str(share), MKL_NUM_THREADS=str(share))
 
 
-for command in (*stages.COMMANDS, *planning.COMMANDS, *diagnosis.COMMANDS):
+for command in (*stages.COMMANDS, *planning.COMMANDS, *results.COMMANDS, *diagnosis.COMMANDS):
     app.command()(command)
 
 

@@ -51,7 +51,7 @@ def cost(
 
 def plan(
     table: Annotated[list[str], typer.Argument(help="table1, table3, ...")],
-    preset: PresetOption = "imagenet64",
+    preset: Annotated[str | None, typer.Option(help="a file of workflow/presets; default: the tables' own")] = None,
     gpu: Annotated[str, typer.Option(help="kind of GPU, such as a100-80gb")] = "h100-80gb",
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of a training job; default: the preset's")] = None,
     layout: Annotated[
@@ -63,20 +63,34 @@ def plan(
     ] = None,
     workflow: WorkflowOption = WORKFLOW,
     configfile: OverOption = None,
+    folder: Annotated[Path, typer.Option(help="where Snakemake ran: finished jobs there give rates")] = Path(),
     as_json: JsonOption = False,
 ) -> None:
     """Report the cost of tables: jobs, GPU-hours per row, memory per rank, disk, and files to supply."""
     from dmd2.cost import report as cost_report
     from dmd2.cost import text as cost_text
+    from dmd2.cost.finished import read_finished
 
-    found = _plan(workflow, preset, configfile)
+    found = _plan(workflow, preset or _presets_of(workflow, table), configfile)
     gpus, layout = gpus or found.preset.gpus or 1, layout or found.preset.runtime.layout
-    report = cost_report.tables(found, table, cost_report.Machines(gpu, gpus, layout, tflops, micro_batch))
+    report = cost_report.tables(
+        found, table, cost_report.Machines(gpu, gpus, layout, tflops, micro_batch), read_finished(folder)
+    )
     _print(report, cost_text.tables(report), as_json)
     if cramped := [run for run, memory in report["memory"].items() if not memory["fits"]]:
         raise UserError(
             f"{', '.join(cramped)}: needs more memory than a {gpu} has; {_remedy(report, cramped, layout, gpus)}"
         )
+
+
+def _presets_of(workflow: Path, tables: list[str]) -> str:
+    """The default preset of the tables. Raises UserError if they have several or none."""
+    from dmd2.report.tables import load_table
+
+    presets = {load_table(workflow / "tables" / f"{table}.yaml").preset for table in tables}
+    if len(presets) != 1 or None in presets:
+        raise UserError(f"{', '.join(tables)}: not of one preset; choose with --preset, or plan them one by one")
+    return str(presets.pop())
 
 
 def _remedy(report: dict[str, Any], cramped: list[str], layout: str, gpus: int) -> str:

@@ -10,8 +10,10 @@ from typing import Any
 from dmd2.config import Train
 from dmd2.cost import gpu_hours
 from dmd2.cost.disk import NetworkBytes, Supply, disk, supplies
+from dmd2.cost.finished import Finished
 from dmd2.cost.flops import pass_cost, same_operations, step_cost
 from dmd2.cost.gpus import UTILISATION, gpu
+from dmd2.cost.measured import History, origins
 from dmd2.cost.memory import Memory, State, measure_memory, sizes_around
 from dmd2.cost.placement import Layout, Placement, capacity, check_share, place
 from dmd2.lineage.jobs import Job, Jobs, chain, rules
@@ -59,8 +61,8 @@ def cost(plan: Plan, runs: Sequence[str]) -> Report:
     }
 
 
-def tables(plan: Plan, names: Sequence[str], machines: Machines) -> Report:
-    """What the tables `names` take from nothing to the last row."""
+def tables(plan: Plan, names: Sequence[str], machines: Machines, done: Sequence[Finished] = ()) -> Report:
+    """What the tables `names` take from nothing to the last row; `done` are finished jobs, whose rates are used."""
     loaded = {name: load_table(plan.folder / "tables" / f"{name}.yaml") for name in names}
     jobs = Jobs(plan)
     entries = dict.fromkeys(entry for table in loaded.values() for entry in measured_entries(table, plan.preset.name))
@@ -72,7 +74,10 @@ def tables(plan: Plan, names: Sequence[str], machines: Machines) -> Report:
     for run in runs:
         check_share(run, plan.run(run).train.batch_size, machines.gpus)
     placements = _placements(plan, runs, machines)
-    taken = {job.key: rates.hours(gpu_hours.work(job, plan, costs)) for job in every}
+    works = {job.key: gpu_hours.work(job, plan, costs) for job in every}
+    history = History(plan, {key: sum(work.values()) for key, work in works.items()}, every, done, machines.gpu)
+    estimates = {job.key: history.hours(job, works[job.key], rates) for job in every}
+    taken = {key: estimate.hours for key, estimate in estimates.items()}
     by_stage: dict[str, float] = {}
     for job in every:
         by_stage[job.spec.stage] = by_stage.get(job.spec.stage, 0.0) + taken[job.key]
@@ -82,6 +87,11 @@ def tables(plan: Plan, names: Sequence[str], machines: Machines) -> Report:
         "machines": {**asdict(machines), "rates": asdict(rates), "rates_assumed": machines.tflops is None},
         "jobs": {"download": sum(supply.by_rule for supply in wanted), **rules(every), "table": len(loaded)},
         "rows": _rows(plan, loaded, jobs, keys, taken),
+        "unit": history.unit,
+        "origins": origins(estimates.values()),
+        "origins_by_stage": {
+            stage: origins(estimates[job.key] for job in every if job.spec.stage == stage) for stage in by_stage
+        },
         "gpu_hours": {"total": sum(taken.values()), "by_stage": by_stage},
         "further_seeds_gpu_hours": _of_further_seeds(plan, loaded, jobs, keys, taken),
         "memory": {run: _memory(placement, capacity(gpu(machines.gpu))) for run, placement in placements.items()},

@@ -8,6 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from dmd2.cost.gpus import UTILISATION
+from dmd2.cost.measured import ASSUMED
 from dmd2.cost.memory import GIB
 from dmd2.cost.placement import FRAGMENTATION, RESERVED_GIB
 
@@ -38,14 +39,20 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def _rows(report: dict[str, Any]) -> Iterator[str]:
-    machines = report["machines"]
+    machines, unit, origins = report["machines"], report["unit"], report["origins"]
     rates = machines["rates"]
     origin = f"ASSUMED: {UTILISATION:.0%} of the peak" if report["machines"]["rates_assumed"] else "as given"
-    yield (
-        f"{report['preset']} on {machines['gpus']} x {machines['gpu']}: GPU-hours at {rates['bf16']:.0f} TFLOP/s "
-        f"sustained in bf16 and {rates['fp32']:.0f} in fp32 ({origin}), counted operations over rate."
-    )
-    headers = ["row", "method", "paper FID", "entry", "chain", "GPU-hours", "added"]
+    if unit == "GPU-hours":
+        yield (
+            f"{report['preset']} on {machines['gpus']} x {machines['gpu']}: GPU-hours at {rates['bf16']:.0f} TFLOP/s "
+            f"sustained in bf16 and {rates['fp32']:.0f} in fp32 ({origin}), counted operations over rate."
+        )
+    else:
+        yield f"{report['preset']} on the CPU: {unit} (threads x wall time) by finished jobs."
+    if set(origins) - {ASSUMED}:
+        counts = ", ".join(f"{num} {origin}" for origin, num in origins.items())
+        yield f"Jobs with hours: {counts}. Rates are of finished jobs on this network and device."
+    headers = ["row", "method", "paper FID", "entry", "chain", unit, "added"]
     rows = [
         [
             *(row[key] for key in ("row", "method", "paper_fid", "entry")),
@@ -58,10 +65,10 @@ def _rows(report: dict[str, Any]) -> Iterator[str]:
     total = report["gpu_hours"]["total"]
     rows.append(["all", "", None, "", "", "", _hours(total)])
     yield tabulate(rows, headers, colalign=("left", "left", "right", "left", "left", "right", "right"))
-    yield "`GPU-hours` is all that the row needs; `added` leaves out what a row above it has made already."
+    yield f"`{unit}` is all that the row needs; `added` leaves out what a row above it has made already."
     if further := report["further_seeds_gpu_hours"]:
         yield f"{_hours(further)} of them ({further / total:.0%}) are for training seeds beyond the first of a row."
-    if machines["gpus"] > 1:
+    if machines["gpus"] > 1 and unit == "GPU-hours":
         yield f"On {machines['gpus']} GPUs without loss: {_hours(total / machines['gpus'])} hours."
 
 
@@ -70,11 +77,15 @@ def _hours(value: float) -> str:
 
 
 def _jobs(report: dict[str, Any]) -> Iterator[str]:
-    counts, taken = report["jobs"], report["gpu_hours"]["by_stage"]
-    rows = [[rule, num, _hours(taken[rule]) if taken.get(rule) else ""] for rule, num in counts.items() if num]
-    rows.append(["all", sum(counts.values()), _hours(report["gpu_hours"]["total"])])
+    counts, taken, origins = report["jobs"], report["gpu_hours"]["by_stage"], report["origins_by_stage"]
+    rows = [
+        [rule, num, _hours(taken[rule]) if taken.get(rule) else "", ", ".join(origins.get(rule, ()))]
+        for rule, num in counts.items()
+        if num
+    ]
+    rows.append(["all", sum(counts.values()), _hours(report["gpu_hours"]["total"]), ""])
     yield "Jobs from nothing to the tables:"
-    yield tabulate(rows, ["rule", "jobs", "GPU-hours"], colalign=("left", "right", "right"))
+    yield tabulate(rows, ["rule", "jobs", report["unit"], "from"], colalign=("left", "right", "right", "left"))
 
 
 def _memory(report: dict[str, Any]) -> Iterator[str]:

@@ -7,6 +7,7 @@ of the configuration. Does not import torch or Snakemake, whose objects it is gi
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -33,6 +34,14 @@ def records_of(outputs: Iterable[str]) -> list[dict[str, Any]]:
         except (UserError, OSError):
             continue
     return found
+
+
+def output_named(key: Path) -> str:
+    """The output that an entry of `.snakemake/metadata` or `.snakemake/incomplete`, of path `key` in there, is about.
+
+    The path is the output's path in base64, cut into folders if it is long. Raises ValueError for another name.
+    """
+    return base64.b64decode("".join(part.removeprefix("@") for part in key.parts), validate=True).decode()
 
 
 def digest_in(record: Mapping[str, Any]) -> str | None:

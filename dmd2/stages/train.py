@@ -240,13 +240,16 @@ def _progress(train: Train, step: int, took: Mapping[str, float] | None, device:
 
 
 def _train_seconds(took: Mapping[str, float], device: str) -> dict[str, Any]:
-    """Wall-clock seconds of the main process over all attempts; CPU and GPU seconds of all processes.
+    """Wall-clock seconds of the main process over all attempts; CPU and GPU seconds, and joules, of all processes.
 
-    CPU seconds are the main process's times the number of processes, which share the work equally.
+    CPU seconds and joules are the main process's times the number of processes, which share the work equally.
     """
-    seconds = {"train_wall_s": took["wall_s"], "train_cpu_s": took["cpu_s"] * ranks.world_size()}
+    seconds: dict[str, Any] = {"train_wall_s": took["wall_s"], "train_cpu_s": took["cpu_s"] * ranks.world_size()}
     if device == "cuda":
         seconds["gpu_s"] = took["wall_s"] * ranks.world_size()
+        seconds["device_name"] = torch.cuda.get_device_name()
+        if "energy_j" in took:
+            seconds["energy_j"] = took["energy_j"] * ranks.world_size()
     return {**seconds, "num_processes": ranks.world_size(), "device": device}
 
 

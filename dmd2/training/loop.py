@@ -19,6 +19,7 @@ from dmd2.errors import Interrupted
 from dmd2.progress import Progress
 from dmd2.training import ranks, sharding
 from dmd2.training.checkpoint_store import CheckpointStore
+from dmd2.training.energy import Meter, gpu_meter
 from dmd2.training.log import TrainLog
 from dmd2.training.optimizer import FiniteGuard
 
@@ -65,15 +66,25 @@ class StopSignals:
 
 
 class Clock:
-    """Wall-clock and CPU seconds, including those of earlier attempts."""
+    """Wall-clock and CPU seconds, and the GPU's joules where `meter` knows them, including those of earlier attempts.
 
-    def __init__(self, wall_s: float = 0.0, cpu_s: float = 0.0):
+    `energy_j` are those of earlier attempts; None where one of them did not know, and then nobody does.
+    """
+
+    def __init__(
+        self, wall_s: float = 0.0, cpu_s: float = 0.0, energy_j: float | None = 0.0, meter: Meter | None = None
+    ):
         self._wall, self._cpu = time.monotonic() - wall_s, time.process_time() - cpu_s
+        self._meter = meter or gpu_meter()
+        now = self._meter()
+        self._energy = None if now is None or energy_j is None else now - energy_j
 
     def read(self) -> dict[str, float]:
-        """Seconds so far."""
+        """Seconds so far, and joules as `energy_j` where they are known."""
         wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
-        return {"wall_s": round(wall, 3), "cpu_s": round(cpu, 3)}
+        known = {"wall_s": round(wall, 3), "cpu_s": round(cpu, 3)}
+        now = None if self._energy is None else self._meter()
+        return known if now is None or self._energy is None else {**known, "energy_j": round(now - self._energy, 1)}
 
 
 def fit(
@@ -144,4 +155,4 @@ def _take_up(trainee: Trainee, store: CheckpointStore) -> tuple[int, Clock]:
         return 0, Clock()
     state, facts = found
     trainee.load_state_dict(state)
-    return facts["step"], Clock(facts["wall_s"], facts["cpu_s"])
+    return facts["step"], Clock(facts["wall_s"], facts["cpu_s"], facts.get("energy_j"))

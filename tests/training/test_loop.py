@@ -15,9 +15,10 @@ from toy import DIGEST
 from dmd2.config import Runtime
 from dmd2.errors import Interrupted
 from dmd2.files import read_json, write_json
+from dmd2.training import energy
 from dmd2.training.checkpoint_format import seal
 from dmd2.training.checkpoint_store import CheckpointStore
-from dmd2.training.loop import StopSignals, fit
+from dmd2.training.loop import Clock, StopSignals, fit
 from dmd2.training.optimizer import FiniteGuard
 
 
@@ -157,3 +158,34 @@ def test_ctrl_c_after_a_request_to_stop_waits_once_more():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == signal.SIGINT
+
+
+def test_energy_is_summed_over_attempts_and_unknown_once_it_was():
+    counted = iter([100.0, 130.0, 5.0, 9.0])  # the second attempt is on another device
+    first = Clock(meter=lambda: next(counted)).read()
+    assert first["energy_j"] == 30
+    assert Clock(1.0, 1.0, first["energy_j"], meter=lambda: next(counted)).read()["energy_j"] == 34
+    assert "energy_j" not in Clock(1.0, 1.0, None, meter=lambda: 7.0).read()
+    assert "energy_j" not in Clock(meter=lambda: None).read()
+
+
+def test_nvml_is_read_in_millijoules_and_its_refusal_is_unknown():
+    class Nvml:
+        refused = 0
+
+        def nvmlInit_v2(self) -> int:
+            return 0
+
+        def nvmlDeviceGetHandleByUUID(self, uuid: bytes, device: Any) -> int:
+            return 0 if uuid == b"GPU-1" else 6
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, device: Any, used: Any) -> int:
+            used._obj.value = 2500
+            return self.refused
+
+    nvml = Nvml()
+    meter = energy._meter_of(nvml, "GPU-1")  # type: ignore[arg-type]
+    assert meter() == 2.5
+    nvml.refused = 3
+    assert meter() is None
+    assert energy._meter_of(nvml, "GPU-2")() is None  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE, STDOUT
-from typing import Any
+from typing import IO, Any
 
 import forked_snakemake
 
@@ -84,10 +84,12 @@ class Checkout:
         how: dict[str, Any] = {"cwd": self.folder, "env": surroundings, "stdout": PIPE, "stderr": STDOUT}
         return subprocess.run(command, text=True, check=False, **how)
 
-    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-        """Starts `snakemake ARGUMENTS` in a process group of its own."""
-        how: dict[str, Any] = {"cwd": self.folder, "env": environment(), "start_new_session": True}
-        return subprocess.Popen(self.command(*arguments, **options), text=True, stdout=PIPE, stderr=STDOUT, **how)
+    def start(
+        self, *arguments: str, env: Mapping[str, str] | None = None, said: int | IO[str] = PIPE, **options: Any
+    ) -> subprocess.Popen[str]:
+        """Starts `snakemake ARGUMENTS` in a process group of its own; what it prints goes to `said`."""
+        how: dict[str, Any] = {"cwd": self.folder, "env": environment() | (env or {}), "start_new_session": True}
+        return subprocess.Popen(self.command(*arguments, **options), text=True, stdout=said, stderr=STDOUT, **how)
 
     def planned(self, *targets: str, overlay: Overlay = None) -> set[str]:
         """What a dry run would start: rules with their wildcards, such as `train dmd2` and `sample teacher/ode`."""

@@ -56,6 +56,15 @@ def test_captions_came_through(report: tuple[Path, str]):
     assert "{{ snakemake" not in text
 
 
+def test_report_opens_on_the_page_of_results(report: tuple[Path, str], finished: Checkout):
+    text = content(report[0])
+    page = (finished / "results/index.html").read_text()
+    for part in ("Sheets by row", "What made each measured row", "DMD2 + longer training"):
+        assert part in page
+        assert part in text
+    assert "58 jobs took" in page  # every job of the call but the one that only collects
+
+
 def test_report_is_written_without_complaints(report: tuple[Path, str]):
     _, said = report
     assert "ERROR/" not in said
