@@ -59,7 +59,11 @@ def command(rank: int, world: int, port: int, arguments: list[str], constants: d
     """`dmd2 ARGUMENTS` as one rank, with constants of modules, by their dotted names, changed."""
     join(rank, world, port)
     from dmd2.__main__ import main
+    from dmd2.training.launcher import LAUNCHER, drop_foreign_ranks
 
+    os.environ[LAUNCHER] = str(os.getppid())
+    drop_foreign_ranks()
+    assert os.environ["WORLD_SIZE"] == str(world)
     for name, value in constants.items():
         module, _, constant = name.rpartition(".")
         setattr(importlib.import_module(module), constant, value)
