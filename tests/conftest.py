@@ -1,6 +1,8 @@
 """Shared settings of all tests: one torch thread, so that timings and reductions do not depend on the machine."""
 
+import gc
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,17 @@ LONGEST = (
     "training/",
 )
 """Those that take longest start first, so that no worker of `--dist loadfile` is left alone with one at the end."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Spares the garbage collector the hundreds of thousands of objects that imports make, now and in every test."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

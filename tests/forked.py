@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -51,3 +53,19 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> None:
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
+
+
+def command(rank: int, world: int, port: int, arguments: list[str], constants: dict[str, Any]) -> None:
+    """`dmd2 ARGUMENTS` as one rank, with constants of modules, by their dotted names, changed."""
+    join(rank, world, port)
+    from dmd2.__main__ import main
+    from dmd2.training.launcher import LAUNCHER, drop_foreign_ranks
+
+    os.environ[LAUNCHER] = str(os.getppid())
+    drop_foreign_ranks()
+    assert os.environ["WORLD_SIZE"] == str(world)
+    for name, value in constants.items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)
+    sys.argv = ["dmd2", *arguments]
+    main()

@@ -42,7 +42,7 @@ TEXT_TO_IMAGE = (
     *(f"transformers.models.clip.{name}_clip" for name in ("modeling", "tokenization")),
 )
 """What stages of text-to-image import besides: when the first of them comes, 6 s that no other stage waits for."""
-IDLE_S = 20.0
+IDLE_S = float(os.environ.get("DMD2_PRELOAD_IDLE_S", "20"))
 NUM_FILES = 5
 TEXT_TO_IMAGE_OPTION = b"--components"
 STAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -7,7 +7,8 @@ while it imports (variables, limits, installed packages), is part of the server'
 differs starts another. Checkouts may share one, for it knows nothing of dmd2.
 
 Where there can be no server, or it dies, the caller becomes `python -m dmd2 ARGUMENTS...` itself. `DMD2_PRELOAD=0` asks
-for that. This file imports little, since each job pays for it.
+for that. A server without work ends after `DMD2_PRELOAD_IDLE_S` (20) seconds. This file imports little, since each job
+pays for it.
 """
 
 from __future__ import annotations

@@ -30,7 +30,10 @@ def each(task: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R
         yield from map(task, items)
         return
     before = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # a forked process would inherit the locks of torch's threads
+    # A fork of this process would inherit the locks of torch's threads; one of a server of forks does not, and finds
+    # torch imported, which webdataset's writer needs.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["webdataset"])
     pool = ProcessPoolExecutor(min(workers, len(items)), context, _begin, (task,))
     try:
         for future in as_completed([pool.submit(_run, item) for item in items]):

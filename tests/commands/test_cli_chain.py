@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command import PLAN, dmd2, environment, images, options, random_model, sample_options
+from command import PLAN, dmd2, images, options, random_model, sample_options
+from forked import command, on_ranks
 from safetensors.torch import load_file
 
 from dmd2.files import read_json
@@ -75,12 +74,9 @@ def test_samples_of_a_gpu_are_those_of_the_cpu(model: str, entry: str, tmp_path:
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path):
-    script = tmp_path / "small_shards.py"
-    script.write_text("import dmd2.stages.sample as s\ns.SHARD = 16\nfrom dmd2.__main__ import main\nmain()\n")
     weights = random_model(tmp_path, "noreg_ttur")
     arguments = sample_options(weights, "noreg_ttur/student", tmp_path / "two/manifest.json", 7)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launch, script, *arguments], env=environment(), check=True, timeout=300)
+    on_ranks(2, command, arguments, {"dmd2.stages.sample.SHARD": 16})
     assert len(list((tmp_path / "two").glob("*.tar"))) == 5
     assert dmd2(*sample_options(weights, "noreg_ttur/student", tmp_path / "one/manifest.json")) == 0
     np.testing.assert_array_equal(images(tmp_path / "two/manifest.json"), images(tmp_path / "one/manifest.json"))

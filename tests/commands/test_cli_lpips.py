@@ -27,7 +27,7 @@ def vgg16() -> dict[str, Tensor]:
 
 
 def arguments(folder: Path, tmp_path: Path, run: dict[str, Any]) -> list[str]:
-    small = {"iterations": 1, "batch_size": 2, "num_snapshots": 1, "regression_loss": "lpips", **run}
+    small = {"iterations": 1, "batch_size": 1, "num_snapshots": 1, "regression_loss": "lpips", **run}
     spec = Plan(ROOT / "workflow", "smoke", {**OVERRIDES, "runs": {"dmd": small}}).train("dmd")
     found = train_options(folder, "dmd", str(tmp_path / "out"), str(tmp_path / "state"))
     found[found.index("--spec") + 1] = spec.to_json()

@@ -20,7 +20,7 @@ from dmd2.teachers import load_teacher
 from dmd2.training.checkpoint_store import save_weights
 
 ROOT = Path(__file__).parents[2]
-ITERATIONS = 60
+ITERATIONS = 24
 OVERRIDES: dict[str, Any] = {
     "teacher": {"network": SIZES},
     "train": {"batch_size": 8, "ema_decay": 0.9},

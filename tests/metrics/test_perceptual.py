@@ -87,9 +87,9 @@ def as_they_are(x: Tensor, y: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("channels", "size"), [(3, 32), (1, 8)])
-def test_distance_is_the_papers_formula_on_images_brought_to_224(file: WeightsFile, channels: int, size: int):
-    x, y = images(2, channels, size, 1), images(2, channels, size, 2)
+@pytest.mark.parametrize(("num", "channels", "size"), [(1, 3, 32), (2, 1, 8)])
+def test_distance_is_the_papers_formula_on_images_brought_to_224(file: WeightsFile, num: int, channels: int, size: int):
+    x, y = images(num, channels, size, 1), images(num, channels, size, 2)
     truth = by_hand(x, y, vgg16())
     assert float(truth.min()) > 0.01
     torch.testing.assert_close(load_lpips(file)(x, y), truth.mean(), rtol=1e-4, atol=0)

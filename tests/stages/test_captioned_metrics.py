@@ -32,7 +32,7 @@ class Captioned:
         self.folder, self.plan = folder, plan()
         self.shards, self.extractor = folder / "shards/manifest.json", folder / "extractor.weights"
         self.reference = folder / "reference.npz"
-        data.shards(self.plan.shards, self.shards, None, 0, 1)
+        data.shards(self.plan.shards, self.shards, None, {}, 1)
         measure.features(self.plan.features, self.shards, self.extractor)
         measure.reference(self.plan.reference, self.shards, self.extractor, self.reference, RUNTIME)
         content = ShardReader(self.shards, self.plan.shards.digest).read(range(NUM))

@@ -23,7 +23,7 @@ def shards_of(pixels: np.ndarray, folder: Path, plan: Plan) -> Path:
         (folder / "tree" / f"c{label}").mkdir(parents=True)
         for number, image in enumerate(images):
             Image.fromarray(image).save(folder / "tree" / f"c{label}" / f"{number}.png")
-    data.shards(plan.shards, folder / "manifest.json", str(folder / "tree"), 0, 1)
+    data.shards(plan.shards, folder / "manifest.json", str(folder / "tree"), {}, 1)
     return folder / "manifest.json"
 
 

@@ -1,17 +1,14 @@
 """Streamed evaluation: the same samples, measured without being stored, in parts that outlive a killed job."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from forked import start
-from world import BLOCKS, NUM, RUNTIME, WORKFLOW, World, measure_and_die
+from forked import command, on_ranks, start
+from world import BLOCKS, NUM, RUNTIME, World, measure_and_die
 
 from dmd2.datasets import ShardReader
 from dmd2.lineage.plan import Plan
@@ -102,28 +99,17 @@ def test_batches_of_any_size_measure_the_same(world: World, whole: dict, tmp_pat
     assert_close(whole, found, rel=1e-3)  # a last digit can tip a pixel over to the next of 17 grey levels
 
 
-def command(world: World, plan: Plan, entry: str, folder: Path, gpus: int = 1) -> tuple[list[str], dict[str, str]]:
-    """The stage as the workflow starts it, and the environment for it."""
+def test_two_processes_measure_what_one_does(world: World, whole: dict, tmp_path: Path):
     options: dict[str, Any] = {
-        "spec": plan.metrics(entry).to_json(),
+        "spec": streamed(world).metrics("teacher/ode").to_json(),
         "weights": world.teacher,
         "reference": world.reference,
         "extractor": world.extractor,
-        "state": folder / "state",
-        "out": folder / "m.json",
+        "state": tmp_path / "state",
+        "out": tmp_path / "m.json",
         "runtime": RUNTIME.model_dump_json(),
     }
-    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "DMD2_"))}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    launcher = [str(WORKFLOW / "launch.sh"), str(gpus), "--threads", "1", "metrics"]
-    return [*launcher, *arguments], {**clean, "PATH": path}
-
-
-def test_two_processes_measure_what_one_does(world: World, whole: dict, tmp_path: Path):
-    arguments, env = command(world, streamed(world), "teacher/ode", tmp_path, gpus=2)
-    done = subprocess.run(arguments, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    on_ranks(2, command, ["metrics", *(f"--{name}={value}" for name, value in options.items())], {})
     found = json.loads((tmp_path / "m.json").read_text())
     assert blocks_of(found) == blocks_of(whole), "each block is one process's share, made in the same batches"
     assert list((tmp_path / "state").iterdir()) == []

@@ -24,7 +24,7 @@ def write_results(folder: Path) -> Path:
     plan, results = Plan(WORKFLOW, "smoke-t2i", OVER), folder / "results"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digit_pairs, "EACH", 2)
-        data.shards(plan.shards, folder / "shards/manifest.json", None, 0, 1)
+        data.shards(plan.shards, folder / "shards/manifest.json", None, {}, 1)
     components(plan.components, folder / "shards/manifest.json", results / "components/components.json")
     write_network(results / "teacher/teacher.safetensors", plan.teacher, 0)
     for seed, run in enumerate(("dmd2_1step", "dmd2_4step"), start=1):

@@ -46,7 +46,7 @@ class World:
         plan = self.plan()
         self.shards, self.extractor = folder / "shards/manifest.json", folder / "extractor.weights"
         self.reference = folder / "reference.npz"
-        data.shards(plan.shards, self.shards, None, 0, 1)
+        data.shards(plan.shards, self.shards, None, {}, 1)
         measure.features(plan.features, self.shards, self.extractor)
         measure.reference(plan.reference, self.shards, self.extractor, self.reference, RUNTIME)
         self.teacher = self.model("teacher", plan.teacher, seed=0, iterations=100)

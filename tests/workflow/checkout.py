@@ -139,9 +139,13 @@ def jobs_in(text: str) -> set[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment without what this test session, or a workflow around it, put there."""
+    """The environment without what this test session, or a workflow around it, put there.
+
+    Servers of preloaded stages wait a minute for the next test's: each start imports for three seconds.
+    """
     ours = ("PYTEST", "SNAKEMAKE", "DMD2_", "TRITON_")
-    return {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    return kept | {"DMD2_PRELOAD_IDLE_S": "60"}
 
 
 def _copy_folder(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ Folder, arguments, environment and the checkout's own `dmd2`, which is imported 
 process. Run as a script, this is that process: it answers each line of JSON with an exit status.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -43,6 +44,7 @@ def _serve() -> None:
     from snakemake.cli import get_argument_parser
 
     get_argument_parser()  # imports the plugins
+    gc.freeze()
     for line in sys.stdin:
         child = os.fork()
         if not child:

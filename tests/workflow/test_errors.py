@@ -164,7 +164,8 @@ def test_too_few_devices_are_reported_in_one_line(fresh: Checkout):
     done = fresh.snakemake("--cores", "1", "--resources", "gpu=1", overlay={"gpus": 2})
     assert done.returncode == 1, done.stdout
     (line,) = [line for line in done.stdout.splitlines() if "gpus is 2" in line]
-    assert line.startswith("error: preset smoke: gpus is 2, but 1 can be used here; say ")
+    assert line.startswith("error: preset smoke: gpus is 2, but 1 can be used here; say `--config gpus=1`")
+    assert not (fresh / "data").exists()
     assert "Traceback" not in done.stdout
     assert "common.smk" not in done.stdout.partition(line)[2]
 

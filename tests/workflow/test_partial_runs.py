@@ -1,4 +1,4 @@
-"""Tables before all of their rows are measured, and machines with fewer devices than a preset asks for."""
+"""Tables before all of their rows are measured."""
 
 import csv
 from pathlib import Path
@@ -16,12 +16,3 @@ def test_table_with_pending_rows_is_made_of_what_is_there(fresh: Checkout, tmp_p
     assert sources["t1.dmd2"] == sources["t1.edm_ode"] == "pending"
     assert sources["t1.adm"] == "quoted"
     assert "train dmd2" in checkout.planned("results/table1.csv"), "without the switch the table waits for its rows"
-
-
-def test_too_few_devices_stop_a_run_before_its_first_job(fresh: Checkout, tmp_path: Path):
-    checkout = fresh.copy(tmp_path / "dmd2")
-    target = "data/smoke/shards/manifest.json"
-    done = checkout.snakemake(target, "--cores", "1", "--resources", "gpu=1", overlay={"gpus": 2})
-    assert done.returncode != 0
-    assert "gpus is 2, but 1 can be used here; say `--config gpus=1`" in done.stdout
-    assert not (checkout / target).exists()
