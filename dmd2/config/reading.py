@@ -126,7 +126,11 @@ def load_run(folder: Path | str, name: str, preset: Preset) -> Run:
         preset.check(train)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    return Run(name=name, description=file.description, train=train, weights=file.weights)
+    if not isinstance(preset.teacher, DiffusersTeacherConfig):
+        keys_of_diffusers = {"own": file.own, "weights.lora_rank": file.weights and file.weights.lora_rank}
+        if found := [key for key, value in keys_of_diffusers.items() if value is not None]:
+            raise UserError(f"{where}: `{found[0]}` belongs to teachers of kind diffusers, not {preset.teacher.kind}")
+    return Run(name=name, description=file.description, train=train, weights=file.weights, own=file.own)
 
 
 _KINDS: dict[str, type[BaseModel]] = {

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dmd2.config import WeightsFile
+from dmd2.config import StudentWeights, WeightsFile
 from dmd2.errors import UserError
 from dmd2.files import check_sha256, sha256
 from dmd2.lineage.records import write_record
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Denoiser
+from dmd2.stages.open_weights import open_teacher
 from dmd2.teachers import outline
 from dmd2.teachers.weights import read_network, weight_file
 from dmd2.training.checkpoint_store import save_weights
@@ -28,14 +29,26 @@ def teacher(spec: Spec, out: Path) -> None:
     _publish(out, spec, read_network(source, network.state_dict()), source, digest, network)
 
 
-def student(spec: Spec, generator: Path | None, networks: Path | None) -> None:
+def student(spec: Spec, generator: Path | None, networks: Path | None, teacher: Path | None = None) -> None:
     """Imports a released student: `generator` for sampling, and `networks` (with its fake score) to initialise a run.
 
-    The source is a generator's state dict, or a folder of the released code.
+    The source is a generator's state dict, a folder of the released code, or adapters of the weights `teacher`, to
+    which they are added.
     """
-    source, digest = _identified(spec.need("weights"))
+    weights: StudentWeights = spec.need("weights")
+    source, digest = _identified(weights)
     network = _network(spec)
-    state = read_network(source, network.state_dict())
+    if weights.lora_rank is None:
+        state = read_network(source, network.state_dict())
+    else:
+        if teacher is None:
+            raise UserError("--teacher is missing: these weights are adapters, which are added to the teacher's")
+        from dmd2.teachers.diffusers_unet import DiffusersDenoiser
+        from dmd2.teachers.lora_file import merge_file
+
+        base = open_teacher(spec, teacher).denoiser
+        assert isinstance(base, DiffusersDenoiser)  # checked in the configuration
+        state = merge_file(base, source, rank=weights.lora_rank)
     if generator is not None:
         _publish(generator, spec, state, source, digest, network)
     if networks is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmd2.config import Runtime, Sampler
-from dmd2.config.protocols import PROTOCOLS
+from dmd2.config.protocols import PROTOCOLS, Protocol
 from dmd2.datasets import write_shards
 from dmd2.datasets.prompts import load_prompts
 from dmd2.lineage.spec import Spec
@@ -22,6 +23,7 @@ from dmd2.metrics.images import Images, Labels
 from dmd2.progress import Counter
 from dmd2.report.table_schema import TRAINING
 from dmd2.stages.open_weights import checked_record, open_teacher
+from dmd2.teachers.text_encoder import TextConditioner
 from dmd2.training import ranks
 from dmd2.training.rng import SampleNoise
 
@@ -37,7 +39,27 @@ def open_model(
     """Loads an entry's model on `device`, with the sampler's precision."""
     model = open_teacher(spec, weights, upstream="model", components=components).to(device)
     model.denoiser.precision = sampler.precision
+    if _protocol(spec).first_tokenizer and isinstance(model.conditioner, TextConditioner):
+        model.conditioner.use_first_tokenizer()
     return model
+
+
+def _protocol(spec: Spec) -> Protocol:
+    """The first protocol; the others sample as it does (checked in the configuration)."""
+    return PROTOCOLS[spec.need("evaluation").protocols[0]]
+
+
+@contextmanager
+def tensor_float_32(allowed: bool) -> Iterator[None]:
+    """Allows TensorFloat-32 in products and convolutions on GPUs; if it is not allowed, torch's settings stay."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    if allowed:
+        matmul.allow_tf32 = cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def sample_x0(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler: Sampler, seed: int) -> Tensor:
@@ -52,7 +74,9 @@ def sample_x0(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler:
     if sampler.kind == "few_step":
         train = spec.need("train")
         steps = teacher.grid.student_steps(train.num_steps, train.student_levels)
-        return sampling.few_step(teacher.denoiser, cond, steps, noise).cpu()
+        from_last = list(steps.levels) == [len(teacher.grid.sigmas) - 1]
+        alpha_bar = _protocol(spec).alpha_bar if from_last else None
+        return sampling.few_step(teacher.denoiser, cond, steps, noise, alpha_bar=alpha_bar).cpu()
     return from_teacher(spec, teacher, cond, noise, sampler).cpu()
 
 
@@ -83,9 +107,10 @@ def sample_images(
     spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler: Sampler, seed: int
 ) -> list[Images]:
     """Decodes `sample_x0` under each protocol of the spec: one uint8 (len(ids), H, W, C) each, from the same x0."""
-    x0 = sample_x0(spec, teacher, ids, sampler, seed)
     names = spec.need("evaluation").protocols
-    return [teacher.codec.decode(x0, rounding=PROTOCOLS[name].rounding) for name in names]
+    with tensor_float_32(_protocol(spec).tf32):
+        x0 = sample_x0(spec, teacher, ids, sampler, seed)
+        return [teacher.codec.decode(x0, rounding=PROTOCOLS[name].rounding) for name in names]
 
 
 def maker(

@@ -61,6 +61,11 @@ class TextConditioner:
         self._empty = None
         return self
 
+    def use_first_tokenizer(self) -> None:
+        """Gives the first tokenizer's tokens to all encoders, a mistake of the released evaluation of SDXL."""
+        self.tokenizers = self.tokenizers[:1] * len(self.tokenizers)
+        self._empty = None
+
     @property
     def device(self) -> torch.device:
         """Where the encoders are."""

@@ -117,6 +117,13 @@ def start_of(wildcards):
     return f"{folder}/{parent}/networks.safetensors" if parent else []
 
 
+def base_of(wildcards):
+    """The teacher's weights, for a released student that is adapters of them."""
+    weights = run_of(wildcards).weights
+    folder = RESULTS.format(preset=wildcards.preset)
+    return f"{folder}/teacher/teacher.safetensors" if weights.lora_rank else []
+
+
 def run_file(key, get):
     """A function of wildcards: the record of the file from outside that the run's `key` names, if it names one."""
 
