@@ -11,6 +11,7 @@ CORES ?= all
 SETUP := .venv/installed-$(shell sha256sum pyproject.toml | cut -c1-16)
 DOCS := $(SETUP:.venv/installed-%=.venv/docs-%)
 RUN := source .venv/bin/activate &&
+PYTEST := $(RUN) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 SNAKEMAKE := $(RUN) snakemake --cores $(CORES) $(if $(PRESET),--config preset=$(PRESET))
 
 TABLES := table1 table2 table3 table4 table5 table6
@@ -45,10 +46,10 @@ report: tables
 	@echo "open results/report.html"
 
 test: $(SETUP)
-	@$(RUN) python -m pytest -n 2 --dist loadfile
+	@$(PYTEST)
 
 fast-test: $(SETUP)
-	@$(RUN) python -m pytest -n 2 --dist loadfile -m 'not slow'
+	@$(PYTEST) -m 'not slow'
 
 lint: $(SETUP)
 	@$(RUN) ruff check . && ruff format --check . && mypy && lint-imports && snakefmt --check Snakefile workflow \

@@ -17,6 +17,7 @@ include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/records.smk"
 
 
 # Snakemake gives a job fewer devices where there are fewer; a batch that was checked for `gpus` might not divide then.
@@ -25,7 +26,7 @@ onstart:
     for preset in sorted(PLANNED):
         wanted = TARGETS.plan(preset).preset.gpus
         if devices is not None and devices < wanted:
-            raise WorkflowError(
+            stop(
                 f"preset {preset}: gpus is {wanted}, but {devices} can be used here;"
                 f" say `--config gpus={devices}`, or `--resources gpu={wanted}` if there are more"
             )

@@ -28,13 +28,36 @@ SLOW = (
     "workflow/",
 )
 """Beginnings of the paths of tests that start workflows, ranks or compilers, or count large networks."""
+LONGEST = (
+    "workflow/test_reduced_imagenet.py",
+    "workflow/test_text_to_image.py",
+    "workflow/",
+    "distributed/",
+    "teachers/test_full_size.py",
+    "teachers/test_prepare",
+    "stages/test_streamed.py",
+    "method/test_recovery.py",
+    "commands/",
+    "kernels/",
+    "cost/",
+    "datasets/test_write_images.py",
+    "training/",
+)
+"""Those that take longest start first, so that no worker of `--dist loadfile` is left alone with one at the end."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the slow folders and files, before `-m` is looked at, and leaves `fuzz` out unless `-m` names it."""
+    """Sorts by `LONGEST`, marks the slow files, before `-m` is looked at, and deselects `fuzz` unless `-m` names it."""
+
+    def path(item: pytest.Item) -> str:
+        return os.path.relpath(item.path, TESTS)
+
+    items.sort(
+        key=lambda item: next((i for i, name in enumerate(LONGEST) if path(item).startswith(name)), len(LONGEST))
+    )
     for item in items:
-        if item.path.is_relative_to(TESTS) and item.path.relative_to(TESTS).as_posix().startswith(SLOW):
+        if path(item).startswith(SLOW):
             item.add_marker(pytest.mark.slow)
     if "fuzz" not in config.option.markexpr and (fuzz := [item for item in items if item.get_closest_marker("fuzz")]):
         config.hook.pytest_deselected(items=fuzz)

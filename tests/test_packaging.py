@@ -143,7 +143,7 @@ def test_launcher_starts_one_process_or_one_for_each_gpu(tmp_path: Path, gpus: i
     *started, path = done.stdout.splitlines()
     module = {0: ["dmd2.commands.preloaded"], 1: ["dmd2"]}.get(gpus, ["dmd2.training.launcher", str(gpus)])
     assert started == ["python", "-P", "-m", *module, *arguments]
-    assert path == f"PYTHONPATH={ROOT}:{ROOT}/kernels"  # also where the project is not installed
+    assert path == f"PYTHONPATH={ROOT}/workflow/python:{ROOT}/kernels"  # also where the project is not installed
 
 
 def test_launcher_passes_the_stages_exit_status_on(tmp_path: Path):

@@ -94,7 +94,7 @@ def rng(seed: int = 0) -> torch.Generator:
 
 
 class Call:
-    """What a denoiser was asked and what it answered."""
+    """The inputs and the output of a call of a denoiser."""
 
     def __init__(self, inputs: tuple[Any, ...], output: Tensor):
         self.x, self.sigma, self.cond = (value for value in inputs[:3])

@@ -22,7 +22,19 @@
 # which the others may end by themselves.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
+
+python_path() {  # without folders in which a user's numbers.py would pass for Python's: the checkout's, the working one
+    local IFS=: folder found="$root/workflow/python:$root/kernels"
+    for folder in ${PYTHONPATH-}; do
+        if [ -n "$folder" ] && ! [ "$folder" -ef "$root" ] && ! [ "$folder" -ef . ]; then
+            found+=":$folder"
+        fi
+    done
+    echo "$found"
+}
+
+PYTHONPATH=$(python_path)
+export PYTHONPATH PYTHONSAFEPATH=1
 # What a user's shell may have left over: rank variables would make a lone process wait for others, which only the
 # launcher sets; a notebook's backend has no place here; a folder for temporary files may be gone.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT

@@ -30,7 +30,7 @@ def _plan(workflow: Path, preset: str, configfile: Path | None) -> Plan:
     return Plan(workflow, preset, overrides(over))
 
 
-def _tell(report: dict[str, Any], text: str, as_json: bool) -> None:
+def _print(report: dict[str, Any], text: str, as_json: bool) -> None:
     typer.echo(json.dumps(report, indent=1) if as_json else text)
 
 
@@ -46,7 +46,7 @@ def cost(
     from dmd2.cost import text as cost_text
 
     report = cost_report.cost(_plan(workflow, preset, configfile), run or ["dmd2"])
-    _tell(report, cost_text.cost(report), as_json)
+    _print(report, cost_text.cost(report), as_json)
 
 
 def plan(
@@ -72,7 +72,7 @@ def plan(
     found = _plan(workflow, preset, configfile)
     gpus, layout = gpus or found.preset.gpus or 1, layout or found.preset.runtime.layout
     report = cost_report.tables(found, table, cost_report.Machines(gpu, gpus, layout, tflops, micro_batch))
-    _tell(report, cost_text.tables(report), as_json)
+    _print(report, cost_text.tables(report), as_json)
     if cramped := [run for run, memory in report["memory"].items() if not memory["fits"]]:
         raise UserError(
             f"{', '.join(cramped)}: needs more memory than a {gpu} has; {_remedy(report, cramped, layout, gpus)}"
@@ -131,7 +131,7 @@ def times(
     from dmd2.cost import job_times
 
     report = job_times.report(job_times.read_jobs(folder, only), cores)
-    _tell(report, job_times.text(report), as_json)
+    _print(report, job_times.text(report), as_json)
 
 
 def generate(

@@ -137,7 +137,8 @@ def _connected(path: str) -> socket.socket | None:
 def server_environment(threads: str | None) -> dict[str, str]:
     """This environment as a stage's imports are to find it, without the folders of the checkout."""
     folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    others = [folder for folder in folders if folder not in ("", ROOT, f"{ROOT}/kernels")]
+    own = ("", ROOT, f"{ROOT}/kernels", f"{ROOT}/workflow/python")
+    others = [folder for folder in folders if folder not in own]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(others)}
     return env if threads is None else {**env, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 

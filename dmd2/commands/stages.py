@@ -242,11 +242,12 @@ def table(
     csv: PathOption,
     markdown: PathOption,
     metrics: Annotated[list[str] | None, typer.Option(help="ENTRY=FILE, repeated")] = None,
+    content: Annotated[str, typer.Option(help="what identifies the source and the entries in the record")] = "",
 ) -> None:
     """Fill a table with metric records."""
     from dmd2.stages import tables
 
-    tables.table(_spec(spec, "table"), source, _named(metrics or []), csv, markdown)
+    tables.table(_spec(spec, "table"), source, _named(metrics or []), csv, markdown, content)
 
 
 COMMANDS = (

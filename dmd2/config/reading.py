@@ -19,6 +19,8 @@ from dmd2.config import DiffusersTeacherConfig, Preset, Run, RunFile, TeacherCon
 from dmd2.errors import UserError, closest, suggestion
 
 M = TypeVar("M", bound=BaseModel)
+SHOWN = 100
+"""Characters of a wrong value in a message."""
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
@@ -157,7 +159,11 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"`{key}` is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    value = repr(problem["input"])
+    shown_value = value if len(value) <= SHOWN else f"{value[: SHOWN - 3]}..."
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"`{key}` is {shown_value}: input should be a mapping of keys to values, such as {{key: value}}"
+    return f"`{key}` is {shown_value}: {message[0].lower()}{message[1:]}"
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -69,7 +69,7 @@ class Stopwatch:
         self._spans.append((part, self._start, self._mark(part)))
 
     def now(self) -> float:
-        """The host's time when all that was asked of the device is done."""
+        """The host's time when all work queued on the device is done."""
         if self._on_gpu:
             torch.cuda.synchronize(self._device)
         return time.perf_counter()

@@ -126,7 +126,7 @@ def _chain(plan: Plan, entry: str) -> list[str]:
 
 
 def _micro_batch(plan: Plan, machines: Machines) -> int | None:
-    """Samples passed at a time, as told or as the preset says; None for as many as fit."""
+    """Samples passed at a time, as given or as the preset says; None for as many as fit."""
     return machines.micro_batch or plan.preset.runtime.micro_batch_size
 
 

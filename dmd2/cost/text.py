@@ -40,7 +40,7 @@ def tables(report: dict[str, Any]) -> str:
 def _rows(report: dict[str, Any]) -> Iterator[str]:
     machines = report["machines"]
     rates = machines["rates"]
-    origin = f"ASSUMED: {UTILISATION:.0%} of the peak" if report["machines"]["rates_assumed"] else "as told"
+    origin = f"ASSUMED: {UTILISATION:.0%} of the peak" if report["machines"]["rates_assumed"] else "as given"
     yield (
         f"{report['preset']} on {machines['gpus']} x {machines['gpu']}: GPU-hours at {rates['bf16']:.0f} TFLOP/s "
         f"sustained in bf16 and {rates['fp32']:.0f} in fp32 ({origin}), counted operations over rate."

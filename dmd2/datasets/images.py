@@ -13,7 +13,7 @@ import numpy as np
 
 from dmd2 import files
 from dmd2.config import Data
-from dmd2.datasets import members
+from dmd2.datasets import members, origin
 from dmd2.datasets.shards import Batch, LeftOut, write_shards
 from dmd2.datasets.sources import Source, Unreadable, open_source
 from dmd2.errors import UserError
@@ -50,6 +50,7 @@ def write_images(
     """
     manifest_path = Path(manifest_path)
     log.info("shards: listing %s", data.path or data.source)  # a minute for ImageNet's archive
+    sight = origin.seen(data)
     source = open_source(data)
     if passed_over := str(getattr(source, "passed_over", "")):
         log.info("shards: passed over: %s", passed_over)
@@ -60,7 +61,7 @@ def write_images(
     missing = check_captions(source, data, manifest_path.with_name("missing_captions.json"))
     check_room(make, manifest_path.parent)
     report = _Unreadable(source, data.max_unreadable, manifest_path.with_name("unreadable.json"), missing)
-    return write_shards(
+    manifest = write_shards(
         manifest_path,
         len(source),
         data.shard_size,
@@ -73,6 +74,8 @@ def write_images(
         left_out=report.add,
         facts=report.facts,
     )
+    origin.remember(manifest_path, source.fingerprint, sight)
+    return manifest
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ class Fetch:
             start, total = _range(answer)
             if start != self._have():
                 self._discard()
-                raise _Again("another part than the one asked for")
+                raise _Again("another part than the requested one")
         else:
             self._discard()
             length = answer.headers.get("Content-Length", "")

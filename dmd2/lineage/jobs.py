@@ -1,4 +1,4 @@
-"""The jobs behind tables: what a row needs, found by following the specs of the plan. No torch."""
+"""The jobs behind tables: what a row needs, found by following the inputs of its specs. No torch."""
 
 from __future__ import annotations
 
@@ -61,32 +61,9 @@ class Jobs:
     def _add(self, spec: Spec) -> Job:
         key = key_of(spec)
         if key not in self._found:
-            needs = tuple(self._add(self._needed(spec, role)).key for role in spec.upstream)
+            needs = tuple(self._add(needed).key for needed in spec.inputs)
             self._found[key] = Job(spec, needs)
         return self._found[key]
-
-    def _needed(self, spec: Spec, role: str) -> Spec:
-        """The spec that `spec` builds on as its `role`: the one of its digest."""
-        plan, (model, _, name) = self.plan, spec.name.partition("/")
-        candidates: Iterable[Spec]
-        if role == "samples":
-            candidates = [plan.sample(spec.name)]
-        elif role == "model":
-            candidates = [plan.teacher] if model == "teacher" else [plan.train(model)]
-            if name and plan.preset.samplers[name].checkpoint != "last":
-                candidates = [*candidates, plan.select(spec.name)]
-        elif role == "start":
-            candidates = [plan.train(parent) for parent in chain(plan, model)[:-1]]
-        elif role == "curve":
-            candidates = [plan.curve(model)]
-        elif role == "shards":
-            candidates = [plan.shards, plan.reference_shards]
-        else:
-            candidates = [getattr(plan, role)]
-        found = [candidate for candidate in candidates if candidate.digest == spec.upstream[role]]
-        if not found:
-            raise ValueError(f"{key_of(spec)}: nothing in the plan is its {role}")
-        return found[-1]
 
 
 def rules(jobs: Sequence[Job]) -> dict[str, int]:

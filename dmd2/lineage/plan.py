@@ -26,7 +26,7 @@ from dmd2.config.reading import load_preset, load_run
 from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
 
-APART = 2**31
+CURVE_SEED_OFFSET = 2**31
 """Offset between the seed of a run's curve and that of its best snapshot's samples."""
 
 
@@ -42,7 +42,7 @@ class Plan:
         self.preset: Preset = load_preset(folder, preset, overrides)
         self._runs: dict[str, Run] = {}
         for name in self.preset.runs:  # raises for an override of an unknown run
-            self._asked(name, f"preset {preset}: `runs.{name}`")
+            self._requested(name, f"preset {preset}: `runs.{name}`")
 
     def run(self, name: str) -> Run:
         """The run `name` on this preset. Raises UserError for an unknown name or contradictory keys."""
@@ -51,7 +51,7 @@ class Plan:
             self._check_ancestors(name)
         return self._runs[name]
 
-    def _asked(self, name: str, where: str) -> Run:
+    def _requested(self, name: str, where: str) -> Run:
         """The run `name`; a UserError starts with `where` it was requested."""
         try:
             return self.run(name)
@@ -223,9 +223,9 @@ class Plan:
         if self.run(model).own is None:
             content["train"] = self._steps(train) if self.run(model).weights else train
         made = self.train(model) if sampler.checkpoint == "last" else self.select(entry)
-        apart = APART if sampler.checkpoint == "best" else 0
+        offset = CURVE_SEED_OFFSET if sampler.checkpoint == "best" else 0
         upstream = self._with_components({"model": made})
-        return content | {"upstream": upstream, "seed": (seed + apart) % 2**32}
+        return content | {"upstream": upstream, "seed": (seed + offset) % 2**32}
 
     def sample(self, entry: str) -> Spec:
         """The stored samples of an entry: all, or the `num_shown` of a streamed evaluation."""
@@ -281,7 +281,7 @@ class Plan:
                 f"{', '.join(self.preset.samplers)}; add it there, or give the row `only` with the presets that have it"
             )
         sampler = self.preset.samplers[name]
-        run = None if model == "teacher" else self._asked(model, f"entry {entry}")
+        run = None if model == "teacher" else self._requested(model, f"entry {entry}")
         as_teacher = run is None or run.own is not None
         if as_teacher != sampler.of_teacher:
             wanted = "a sampler of a teacher" if as_teacher else "a few_step sampler"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from dmd2.config import AnyTeacher, Data, Evaluation, Features, Model, Pairs, Prompts, Sampler, StudentWeights, Train
 from dmd2.config.reading import parse, read_mapping, read_yaml
@@ -52,12 +52,20 @@ class Spec(Model):
     train: Train | None = None
     weights: StudentWeights | None = None
     upstream: dict[str, str] = Field({}, description="digests of the stages whose outputs this one reads")
+    _inputs: tuple[Spec, ...] = PrivateAttr(())
 
     @classmethod
     def of(cls, stage: str, name: str, upstream: Mapping[str, Spec] | None = None, **sections: Any) -> Spec:
         """The spec of `stage` for the artifact `name`, with the digests of its `upstream` specs."""
         digests = {key: spec.digest for key, spec in (upstream or {}).items()}
-        return cls(stage=stage, name=name, version=VERSIONS[stage], upstream=digests, **sections)
+        spec = cls(stage=stage, name=name, version=VERSIONS[stage], upstream=digests, **sections)
+        spec._inputs = tuple((upstream or {}).values())
+        return spec
+
+    @property
+    def inputs(self) -> tuple[Spec, ...]:
+        """The specs whose digests are in `upstream`; none for a spec that was read from a file or command line."""
+        return self._inputs
 
     def to_json(self) -> str:
         """The canonical form: sorted keys, no white space, all defaults.

@@ -70,8 +70,8 @@ class NearestDistance:
 
     def observe(self, batch: Batch) -> Means:
         """The distances, summed."""
-        asked = as_vectors(thumbnails(batch.images[0][: max(0, MAX_KEPT - batch.first)]))  # enough for the mean
-        return Means.of(to_nearest(asked, self._real, device=self._device))
+        queries = as_vectors(thumbnails(batch.images[0][: max(0, MAX_KEPT - batch.first)]))  # enough for the mean
+        return Means.of(to_nearest(queries, self._real, device=self._device))
 
     def value(self, sums: Means) -> dict[str, float]:
         """The mean."""

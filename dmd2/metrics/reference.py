@@ -67,7 +67,7 @@ class Reference:
     leave_one_out: float  # mean distance of a kept image to the nearest other one
     captions: NDArray[np.str_]  # (K,), sorted; (0,) of data with classes
     image_shape: tuple[int, ...]  # (H, W, C) of the images themselves
-    patches: Gaussian | None = None  # of the features of patches, where patch_fid was asked for
+    patches: Gaussian | None = None  # of the features of patches, where patch_fid was requested
     kept_patches: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # (M, D)
 
     @classmethod
@@ -103,8 +103,8 @@ class Reference:
         vectors = as_vectors(kept.images)
         captions: NDArray[np.str_] = np.unique(kept.labels.astype(np.str_)) if num_classes is None else _NO_CAPTIONS
         groups = numbered(kept.labels, captions) if num_classes is None else targets(kept.labels)
-        asked = (None if published else observe, observe if with_patches else None)
-        moments = _moments(read, num_images, kept.image_shape, asked, progress)
+        observers = (None if published else observe, observe if with_patches else None)
+        moments = _moments(read, num_images, kept.image_shape, observers, progress)
         features, origin = published or (moments[0], OF_DATA)
         assert features is not None  # without published ones they were measured
         assert moments[1] is not None
@@ -223,14 +223,14 @@ def _moments(
     read: Read,
     num_images: int,
     shape: tuple[int, ...],
-    asked: tuple[Observe | None, Observe | None],
+    observers: tuple[Observe | None, Observe | None],
     progress: Callable[[int], object] | None,
 ) -> list[Gaussian | None]:
     """Gaussians of the features, pixels and patches' features of all images, computed in batches.
 
-    `asked` observes the images and the patches; None where that is not asked for.
+    `observers` are those of the images and of the patches; None where that is not requested.
     """
-    features, of_patches = asked
+    features, of_patches = observers
     found: list[FeatureStats | None] = [None] * 3
     for part in batches(num_images, batch_of(shape)):
         images, _ = read(range(part.start, part.stop))

@@ -13,7 +13,7 @@ from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Cond, Teacher, concat, move
 from dmd2.progress import Counter
 from dmd2.stages.open_weights import checked_record, components_folder, open_teacher
-from dmd2.stages.sample import APART_MINUTES, from_teacher
+from dmd2.stages.sample import SHARD_TIMEOUT_MINUTES, from_teacher
 from dmd2.teachers import load_space
 from dmd2.training import ranks
 from dmd2.training.rng import SampleNoise, step_rng
@@ -30,7 +30,7 @@ def latents(spec: Spec, images: Path, manifest: Path, runtime: Runtime, componen
     device = ranks.device_of(runtime.device)
     folder = None if components is None else components_folder(components, spec.upstream["components"])
     codec, conditioner = load_space(spec.need("teacher"), spec.need("data"), components=folder)
-    with ranks.process_group(device, APART_MINUTES):
+    with ranks.process_group(device, SHARD_TIMEOUT_MINUTES):
         write_latents(
             images,
             manifest,
@@ -62,7 +62,7 @@ def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime, component
         x0 = from_teacher(spec, teacher, cond, noise, sampler)
         return PairBatch(start.cpu(), x0.cpu(), tokens)
 
-    with ranks.process_group(device, APART_MINUTES):
+    with ranks.process_group(device, SHARD_TIMEOUT_MINUTES):
         write_pairs(
             manifest,
             settings.num_pairs,

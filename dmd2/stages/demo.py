@@ -111,12 +111,11 @@ def serve(results: Path, runs: Sequence[str], *, host: str, port: int | None, wa
 
     Raises UserError without gradio, for what `open_runs` refuses, and for a port that is taken.
     """
-    gr = gradio()
+    gradio()
     blocks = page(open_runs(results, runs, ranks.device_of("auto"), **teacher))
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # else Google's fonts
     local = {"share": False, "ssr_mode": False, "pwa": False, "footer_links": [], "quiet": True}
     try:
-        blocks.launch(server_name=host, server_port=port, theme=theme, prevent_thread_lock=True, **local)
+        blocks.launch(server_name=host, server_port=port, prevent_thread_lock=True, **local)
     except OSError as error:
         raise UserError(f"--host {host}, --port {port or 'any'}: {error}; choose another") from None
     print(f"open {blocks.local_url}; Ctrl-C ends it", flush=True)

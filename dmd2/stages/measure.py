@@ -84,7 +84,7 @@ def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runt
 
     data = spec.need("data")
     evaluation = spec.evaluation or Evaluation()
-    asked = chosen(evaluation.measures, captions=data.captions is not None)
+    measures = chosen(evaluation.measures, captions=data.captions is not None)
 
     def read(ids: Sequence[int] | range | np.ndarray) -> tuple[Images, Labels]:
         content = reader.read(ids, ["image", data.label_field])
@@ -96,13 +96,13 @@ def reference(spec: Spec, images: Path, extractor_weights: Path, out: Path, runt
         num,
         extractor,
         data.num_classes,
-        with_patches="patch_fid" in asked,
+        with_patches="patch_fid" in measures,
         bicubic=PROTOCOLS[evaluation.protocols[0]].bicubic,
         published=published,
         device=device,
         progress=Counter("reference", num),
     )
-    if "diversity" in asked:
+    if "diversity" in measures:
         found.check_classes()
     found.save(out)
     write_record(out, spec, num_samples=num, moments=found.origin)

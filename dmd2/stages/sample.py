@@ -29,7 +29,7 @@ from dmd2.training.rng import SampleNoise
 
 SHARD = 4096
 """Samples per shard of generated images."""
-APART_MINUTES = 24 * 60.0
+SHARD_TIMEOUT_MINUTES = 24 * 60.0
 """Timeout of collective calls: ranks may be a shard apart, which takes a many-step teacher most of an hour."""
 
 
@@ -168,7 +168,7 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime, componen
         }
 
     record = checked_record(weights, spec.upstream["model"])
-    with ranks.process_group(device, APART_MINUTES):
+    with ranks.process_group(device, SHARD_TIMEOUT_MINUTES):
         write_shards(
             manifest,
             total,

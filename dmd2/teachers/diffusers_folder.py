@@ -178,6 +178,9 @@ def load_text(folder: Path, pooled: bool) -> tuple[list[Any], list[nn.Module]]:
 
 def _loaded(kind: Any, folder: Path, part: str, **dtype: torch.dtype) -> Any:
     """A network of diffusers or transformers from its subfolder, with every weight from the file."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     weight_files(folder, part)
     try:
         network, info = kind.from_pretrained(

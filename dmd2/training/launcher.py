@@ -96,15 +96,15 @@ class Workers:
 
     def wait(self) -> int:
         """Blocks until all processes have ended; returns 0 or the exit status of the first that failed."""
-        status, end, asked = 0, float("inf"), False
+        status, end, forwarded = 0, float("inf"), False
         while running := [process for process in self._processes if process.poll() is None]:
             while self._signals:
                 self._send(self._signals.pop(0))
-                asked = True
+                forwarded = True
             failed = status or self._failure()
             if failed and not status:
                 status, end = failed, time.monotonic() + self._grace_s
-                if not asked:  # else they are already saving
+                if not forwarded:  # else they are already saving
                     self._send(signal.SIGTERM)
             if time.monotonic() > end:
                 self._kill(running)
@@ -117,13 +117,13 @@ class Workers:
         codes = {self._first + i: process.returncode for i, process in enumerate(self._processes) if process.returncode}
         for rank, code in sorted(codes.items(), key=lambda item: item[1]):
             if code < 0:
-                _tell(f"rank {rank} was ended by {signal.Signals(-code).name}; the other ranks are terminated")
+                _print_error(f"rank {rank} was ended by {signal.Signals(-code).name}; the other ranks are terminated")
             return 128 - code if code < 0 else code
         return 0
 
     def _kill(self, running: list[subprocess.Popen[bytes]]) -> None:
         ranks = [str(self._first + i) for i, process in enumerate(self._processes) if process in running]
-        _tell(f"rank {', '.join(ranks)} did not end within {self._grace_s:g} s and is killed")
+        _print_error(f"rank {', '.join(ranks)} did not end within {self._grace_s:g} s and is killed")
         self._send(signal.SIGKILL)
 
     def _send(self, signum: int) -> None:
@@ -149,7 +149,7 @@ def _start(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=prepare)  # noqa: PLW1509  # no threads
 
 
-def _tell(message: str) -> None:
+def _print_error(message: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} error: {message}", file=sys.stderr, flush=True)
 
 
@@ -159,7 +159,7 @@ def main() -> None:
     try:
         nodes = Nodes.of(os.environ)
     except ValueError as error:
-        _tell(str(error))
+        _print_error(str(error))
         sys.exit(2)
     grace_s = float(os.environ.get("DMD2_GRACE_S", GRACE_S))
     sys.exit(Workers([sys.executable, "-m", "dmd2", *arguments], nodes, num, grace_s).wait())

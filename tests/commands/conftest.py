@@ -1,4 +1,4 @@
-"""What the stages made, and what they told."""
+"""What the stages made, and the errors they reported."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def told() -> Iterator[list[str]]:
-    """The errors that the command line told."""
+def reported() -> Iterator[list[str]]:
+    """The errors that the command line reported."""
     messages: list[str] = []
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+from events import wait_for_end
 
 from dmd2.commands import preload_server, preloaded
 
@@ -38,29 +39,29 @@ def wait():
     heard = []
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, lambda signum, frame: heard.append(signum))
-    told(None)
+    say(None)
     while not heard:
         signal.pause()
     sys.exit(100 + sum(heard))
 
-def told(value):
+def say(value):
     print(json.dumps([os.getpid(), os.getppid(), value]), flush=True)
 
 from pathlib import Path
 name, *rest = [argument for argument in sys.argv[1:] if not argument.startswith("--threads")]
 if name == "facts":
-    told(facts())
+    say(facts())
 elif name == "threads":
-    told(threads())
+    say(threads())
 elif name == "say":
-    told("old")
+    say("old")
 elif name == "echo":
     sys.stdout.write(sys.stdin.read().upper())
-    print("told apart", file=sys.stderr)
+    print("on stderr", file=sys.stderr)
 elif name == "end":
     sys.exit(eval(rest[0]))
 elif name == "raise":
-    raise ValueError("nothing mended it")
+    raise ValueError("nothing repaired it")
 elif name == "kill":
     os.kill(os.getpid(), int(rest[0]))
 elif name == "wait":
@@ -101,14 +102,14 @@ class World:
         self.processes.append(process)
         return process
 
-    def run(self, *arguments: str, told: str | None = None, **how: Any) -> tuple[int, str, str]:
+    def run(self, *arguments: str, stdin: str | None = None, **how: Any) -> tuple[int, str, str]:
         """Exit status and what was written to stdout and stderr."""
         process = self.start(*arguments, **how)
-        out, err = process.communicate(told, timeout=100)
+        out, err = process.communicate(stdin, timeout=100)
         return process.returncode, out, err
 
     def say(self, *arguments: str, **how: Any) -> tuple[int, int, Any]:
-        """Process id, that of the parent, and the value that a stage told."""
+        """Process id, that of the parent, and the value that a stage printed."""
         status, out, err = self.run(*arguments, **how)
         assert status == 0, err
         return tuple(json.loads(out))
@@ -126,7 +127,7 @@ class World:
             try:
                 if str(self.root) in " ".join(process.cmdline()):
                     process.kill()
-                    process.wait(60)
+                    wait_for_end(process.pid)
             except psutil.Error:
                 pass
 

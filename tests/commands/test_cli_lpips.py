@@ -44,7 +44,7 @@ def test_a_run_regresses_in_lpips_by_the_users_network(folder: Path, tmp_path: P
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "exchanged"])
 def test_a_network_that_is_not_the_one_is_refused_before_training(
-    damage: str, folder: Path, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+    damage: str, folder: Path, tmp_path: Path, reported: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "vgg16.pth"
     torch.save(vgg16(), path)
@@ -57,7 +57,7 @@ def test_a_network_that_is_not_the_one_is_refused_before_training(
         named["sha256"] = "0" * 64
         monkeypatch.setenv("DMD2_FILES", json.dumps({named["sha256"]: str(path)}))  # as the workflow tells places
     assert dmd2(*arguments(folder, tmp_path, {"vgg_weights": named})) == 2
-    (message,) = told
+    (message,) = reported
     assert message.startswith(f"error: {path}: ")
     assert not (tmp_path / "state").exists()
     assert not (tmp_path / "out").exists()

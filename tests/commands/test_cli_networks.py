@@ -20,12 +20,14 @@ def import_spec(weights: StudentWeights) -> Spec:
 
 
 def test_imported_student_is_the_network_that_was_exported(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[str]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reported: list[str]
 ):
     source, out = folder / "noreg_ttur/generator.safetensors", tmp_path / "generator.safetensors"
     spec = import_spec(StudentWeights(path="/nowhere/generator.safetensors", sha256=sha256(source)))
     assert dmd2("import-student", *options(spec=spec.to_json(), generator=out)) == 2
-    assert told == ["error: generator.safetensors: no such weight file; put it there or correct the configured path"]
+    assert reported == [
+        "error: generator.safetensors: no such weight file; put it there or correct the configured path"
+    ]
     monkeypatch.setenv("DMD2_FILES", json.dumps({sha256(source): str(source)}))  # as the workflow says where it lies
     assert dmd2("import-student", *options(spec=spec.to_json(), generator=out)) == 0
     assert read_record(out)["run"] == "released"
@@ -41,7 +43,7 @@ def test_activation_checkpointing_changes_no_bit(folder: Path):
         assert read_record(folder / f"recomputed/{name}.safetensors")["sha256"] == plain
 
 
-def test_teacher_that_is_trained_asks_for_its_latents(tmp_path: Path, told: list[str]):
+def test_teacher_that_is_trained_asks_for_its_latents(tmp_path: Path, reported: list[str]):
     made = {"state": tmp_path / "state", "weights": tmp_path / "t.safetensors", "train_log": tmp_path / "log.jsonl"}
     assert dmd2("teacher", *options(spec=PLAN.teacher.to_json(), runtime=RUNTIME, **made)) == 2
-    assert told == ["error: --latents is missing: this teacher is trained on them"]
+    assert reported == ["error: --latents is missing: this teacher is trained on them"]

@@ -20,9 +20,9 @@ from dmd2.errors import Interrupted
 from dmd2.lineage.spec import Spec
 
 
-def assert_refused(told: list[str], words: str, *arguments: Any) -> None:
+def assert_refused(reported: list[str], words: str, *arguments: Any) -> None:
     assert dmd2(*arguments) == 2
-    (message,) = told
+    (message,) = reported
     assert words in message
     assert message.startswith("error: ")
     assert "\n" not in message
@@ -32,9 +32,9 @@ def changed(spec: Spec, **keys: Any) -> str:
     return json.dumps({**json.loads(spec.to_json()), **keys})
 
 
-def test_spec_of_another_stage_is_refused(tmp_path: Path, told: list[str]):
+def test_spec_of_another_stage_is_refused(tmp_path: Path, reported: list[str]):
     arguments = options(spec=PLAN.latents.to_json(), manifest=tmp_path / "m.json")
-    assert_refused(told, "--spec is for the stage latents, not shards", "shards", *arguments)
+    assert_refused(reported, "--spec is for the stage latents, not shards", "shards", *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -48,9 +48,9 @@ def test_spec_of_another_stage_is_refused(tmp_path: Path, told: list[str]):
         ("@no/such/file.json", "no/such/file.json: no such file"),
     ],
 )
-def test_spec_that_cannot_be_read_is_refused(text: str, words: str, tmp_path: Path, told: list[str]):
+def test_spec_that_cannot_be_read_is_refused(text: str, words: str, tmp_path: Path, reported: list[str]):
     assert dmd2("shards", *options(spec=text, manifest=tmp_path / "m.json")) == 2
-    assert any(words in message for message in told)
+    assert any(words in message for message in reported)
 
 
 @pytest.mark.parametrize(
@@ -61,18 +61,18 @@ def test_spec_that_cannot_be_read_is_refused(text: str, words: str, tmp_path: Pa
         ("{log", "--runtime: not valid YAML"),
     ],
 )
-def test_runtime_that_cannot_be_read_is_refused(text: str, words: str, tmp_path: Path, told: list[str]):
+def test_runtime_that_cannot_be_read_is_refused(text: str, words: str, tmp_path: Path, reported: list[str]):
     paths = {"images": tmp_path / "i.json", "manifest": tmp_path / "m.json"}
-    assert_refused(told, words, "latents", *options(spec=PLAN.latents.to_json(), runtime=text, **paths))
+    assert_refused(reported, words, "latents", *options(spec=PLAN.latents.to_json(), runtime=text, **paths))
 
 
-def test_missing_inputs_are_named(folder: Path, tmp_path: Path, told: list[str]):
+def test_missing_inputs_are_named(folder: Path, tmp_path: Path, reported: list[str]):
     lost = tmp_path / "lost/manifest.json"
     arguments = options(spec=PLAN.latents.to_json(), images=lost, manifest=tmp_path / "m.json")
-    assert_refused(told, f"{lost}: no such file", "latents", *arguments)
-    told.clear()
+    assert_refused(reported, f"{lost}: no such file", "latents", *arguments)
+    reported.clear()
     lost = tmp_path / "lost.safetensors"
-    assert_refused(told, "lost.json: no such file", *sample_options(lost, "dmd/student", tmp_path / "m.json"))
+    assert_refused(reported, "lost.json: no such file", *sample_options(lost, "dmd/student", tmp_path / "m.json"))
 
 
 def copied(folder: Path, name: str, to: Path) -> Path:
@@ -81,27 +81,27 @@ def copied(folder: Path, name: str, to: Path) -> Path:
     return to / "copy.safetensors"
 
 
-def test_damaged_weights_are_refused(folder: Path, tmp_path: Path, told: list[str]):
+def test_damaged_weights_are_refused(folder: Path, tmp_path: Path, reported: list[str]):
     weights = copied(folder, "dmd/generator", tmp_path)
     content = bytearray(weights.read_bytes())
     content[-5] ^= 4
     weights.write_bytes(content)
-    assert_refused(told, "SHA-256 differs", *sample_options(weights, "dmd/student", tmp_path / "m.json"))
+    assert_refused(reported, "SHA-256 differs", *sample_options(weights, "dmd/student", tmp_path / "m.json"))
 
 
-def test_weights_of_another_configuration_are_refused(folder: Path, tmp_path: Path, told: list[str]):
+def test_weights_of_another_configuration_are_refused(folder: Path, tmp_path: Path, reported: list[str]):
     weights = folder / "noreg_ttur/generator.safetensors"
     arguments = sample_options(weights, "dmd/student", tmp_path / "m.json")
     words = f"made with configuration {PLAN.train('noreg_ttur').digest}, but this run expects"
-    assert_refused(told, words, *arguments)
+    assert_refused(reported, words, *arguments)
 
 
-def test_damaged_shard_stops_training_with_its_name(folder: Path, tmp_path: Path, told: list[str]):
+def test_damaged_shard_stops_training_with_its_name(folder: Path, tmp_path: Path, reported: list[str]):
     shutil.copytree(folder / "latents", tmp_path / "latents")
     shutil.copytree(folder / "teacher", tmp_path / "teacher")
     shard = sorted((tmp_path / "latents").glob("*.tar"))[2]
     os.truncate(shard, shard.stat().st_size - 1024)
-    assert_refused(told, shard.name, *train_options(tmp_path, "noreg_ttur", "out"))
+    assert_refused(reported, shard.name, *train_options(tmp_path, "noreg_ttur", "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -115,14 +115,14 @@ def test_damaged_shard_stops_training_with_its_name(folder: Path, tmp_path: Path
     ],
 )
 def test_full_disk_and_interruption_have_a_line_and_a_status(
-    error: Exception, status: int, words: str, monkeypatch: pytest.MonkeyPatch, told: list[str]
+    error: Exception, status: int, words: str, monkeypatch: pytest.MonkeyPatch, reported: list[str]
 ):
     def fail(*_: Any) -> None:
         raise error
 
     monkeypatch.setattr("dmd2.stages.data.shards", fail)
     assert dmd2("shards", *options(spec=PLAN.shards.to_json(), manifest="m.json")) == status
-    assert words in told[0]
+    assert words in reported[0]
 
 
 def test_ctrl_c_has_the_shells_status(monkeypatch: pytest.MonkeyPatch):

@@ -94,7 +94,7 @@ def replace_teacher(training: Training) -> None:
 
 @pytest.mark.parametrize("change", [brighten, replace_teacher])
 def test_training_on_other_inputs_under_the_same_configuration_starts_anew(
-    change: Any, training: Training, resumed: Any, monkeypatch: pytest.MonkeyPatch, told: list[str]
+    change: Any, training: Training, resumed: Any, monkeypatch: pytest.MonkeyPatch, reported: list[str]
 ):
     assert training.run(monkeypatch, stop_at=2) == 2
     (first,) = training.states()
@@ -104,7 +104,7 @@ def test_training_on_other_inputs_under_the_same_configuration_starts_anew(
     change(training)
     assert {name: (training.folder / name).read_bytes() for name in kept} != kept
     assert training.run(monkeypatch, stop_at=1) == 2
-    assert told == ["error: stopped by the test"] * 2, "and not that a checkpoint is foreign"
+    assert reported == ["error: stopped by the test"] * 2, "and not that a checkpoint is foreign"
     assert not resumed()
     assert len(training.states()) == 2
     assert (training.folder / "state" / first / "newest.json").exists()
@@ -126,21 +126,21 @@ def test_inputs_that_moved_with_their_content_are_resumed_on(
 
 
 def test_a_disk_too_small_stops_a_training_before_its_first_iteration(
-    training: Training, monkeypatch: pytest.MonkeyPatch, told: list[str]
+    training: Training, monkeypatch: pytest.MonkeyPatch, reported: list[str]
 ):
     usage = shutil.disk_usage(training.folder)._replace(free=2**18)
     monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage)
     assert training.run(monkeypatch, stop_at=0) == 2
-    (message,) = told
+    (message,) = reported
     assert "GiB will be written and 0.00 GiB are free; free space, or lower runtime.keep_checkpoints" in message
     assert not list((training.folder / "state").glob("*/step-*"))
 
 
-def test_room_that_is_asked_for_covers_what_a_training_wrote(training: Training, monkeypatch: pytest.MonkeyPatch):
-    asked: list[dict[Path, int]] = []
-    monkeypatch.setattr("dmd2.stages.state.check_room", asked.append)
+def test_room_that_is_requested_covers_what_a_training_wrote(training: Training, monkeypatch: pytest.MonkeyPatch):
+    requested: list[dict[Path, int]] = []
+    monkeypatch.setattr("dmd2.stages.state.check_room", requested.append)
     assert training.run(monkeypatch, stop_at=3) == 2
-    ((state, needed), (out, results)) = asked[0].items()
+    ((state, needed), (out, results)) = requested[0].items()
     checkpoints = len(list(state.glob("step-*.json")))
     assert checkpoints == 2
     checkpoint = sum(map(tensor_bytes, state.glob("step-*.safetensors"))) / checkpoints
@@ -151,14 +151,14 @@ def test_room_that_is_asked_for_covers_what_a_training_wrote(training: Training,
 
 
 def test_what_an_earlier_attempt_left_is_not_asked_for_again(training: Training, monkeypatch: pytest.MonkeyPatch):
-    asked: list[dict[Path, int]] = []
-    monkeypatch.setattr("dmd2.stages.state.check_room", asked.append)
+    requested: list[dict[Path, int]] = []
+    monkeypatch.setattr("dmd2.stages.state.check_room", requested.append)
     assert training.run(monkeypatch, stop_at=3) == 2
-    ((state, first), results) = asked[0].items()
+    ((state, first), results) = requested[0].items()
     left = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
     assert left > first / 3
     assert training.run(monkeypatch, stop_at=3) == 2
-    ((same, again), results_again) = asked[1].items()
+    ((same, again), results_again) = requested[1].items()
     assert same == state
     assert again == pytest.approx(first - left, abs=1000), "but for what names the folder's owner"
     assert results_again == results, "results are written beside old ones before they take their place"

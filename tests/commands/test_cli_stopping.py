@@ -1,4 +1,4 @@
-"""A training that is asked to stop, beside a second one that wants its folder."""
+"""A training that is requested to stop, beside a second one that wants its folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_killed_training_refuses_a_second_one_and_resumes_to_the_same_weights(
-    device: str, folder: Path, tmp_path: Path, told: list[str]
+    device: str, folder: Path, tmp_path: Path, reported: list[str]
 ):
     def arguments_of(out: str) -> list[str]:
         start = folder / "noreg_ttur/networks.safetensors"
@@ -31,7 +31,7 @@ def test_killed_training_refuses_a_second_one_and_resumes_to_the_same_weights(
     wait_until(lambda: any(log.read_text().count("\n") >= 8 for log in logs("dmd2_long-*/log.jsonl")), process)
     process.send_signal(signal.SIGSTOP)  # it waits, in the middle of its run
     assert dmd2(*arguments) == 2
-    assert f"in use by process {process.pid} on " in told[0]
+    assert f"in use by process {process.pid} on " in reported[0]
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
     _, text = process.communicate(timeout=100)

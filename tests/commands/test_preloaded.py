@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from events import wait_for_end
 from preload_world import COMMANDS, STAGE, World, line
 
 from dmd2.commands import preload_server, preloaded
@@ -60,18 +61,18 @@ def test_packages_have_the_threads_that_the_caller_says(world: World, arguments:
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["echo"], 0, "told apart\n"),
+        (["echo"], 0, "on stderr\n"),
         (["end", "3"], 3, ""),
         (["end", "None"], 0, ""),
         (["end", "'a reason'"], 1, "a reason\n"),
-        (["raise"], 1, "ValueError: nothing mended it\n"),
+        (["raise"], 1, "ValueError: nothing repaired it\n"),
         (["kill", "9"], -9, ""),
         (["kill", "15"], -15, ""),
         (["kill", "11"], 128 + 11, ""),
     ],
 )
 def test_caller_ends_as_its_stage(world: World, arguments: list[str], status: int, said: str):
-    found, out, err = world.run(*arguments, told="from the caller")
+    found, out, err = world.run(*arguments, stdin="from the caller")
     assert found == status
     assert out == ("FROM THE CALLER" if arguments == ["echo"] else "")
     assert err.endswith(said)
@@ -132,7 +133,7 @@ def test_stage_starts_again_when_the_server_dies(world: World, tmp_path: Path):
     assert err == "warning: the server of preloaded stages died; the stage starts again without it\n"
 
 
-def test_stage_that_was_told_to_end_does_not_start_again(world: World):
+def test_stage_that_was_terminated_does_not_start_again(world: World):
     caller = world.start("wait")
     stage, server, _ = line(caller.stdout)
     os.kill(stage, signal.SIGSTOP)
@@ -144,9 +145,8 @@ def test_stage_that_was_told_to_end_does_not_start_again(world: World):
 
 def test_dead_servers_socket_is_replaced(world: World):
     _, server, _ = world.say("say")
-    process = psutil.Process(server)
-    process.kill()
-    process.wait(60)
+    os.kill(server, signal.SIGKILL)
+    wait_for_end(server)
     assert any(path.is_socket() for path in (world.sockets / f"dmd2-preload-{os.getuid()}").iterdir())
     _, another, _ = world.say("say")
     assert another not in (server, os.getpid())
@@ -185,16 +185,16 @@ def test_two_first_callers_start_one_server(world: World):
     world.torch.write_text(world.torch.read_text() + f"open({str(gate)!r}).close()\n")
     callers = [world.start("say") for _ in range(2)]
     gate.open("w").close()  # it waits until a server imports
-    told = [json.loads(caller.communicate(timeout=100)[0]) for caller in callers]
-    assert told[0][0] != told[1][0]
-    assert told[0][1] == told[1][1] != os.getpid()
+    reported = [json.loads(caller.communicate(timeout=100)[0]) for caller in callers]
+    assert reported[0][0] != reported[1][0]
+    assert reported[0][1] == reported[1][1] != os.getpid()
     assert world.num_servers == 1
 
 
 def test_next_stage_runs_edited_code_in_the_same_server(world: World):
     _, server, said = world.say("say")
     main = world.root / "dmd2/__main__.py"
-    main.write_text(STAGE.replace('told("old")', "import dmd2.added\n    told(dmd2.added.__doc__)"))
+    main.write_text(STAGE.replace('say("old")', "import dmd2.added\n    say(dmd2.added.__doc__)"))
     (world.root / "dmd2/added.py").write_text('"""new"""')
     _, parent, edited = world.say("say")
     assert (said, edited) == ("old", "new")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from forked import join
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -59,3 +61,11 @@ def saved_for_backward() -> Iterator[list[int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield sizes
+
+
+def timed_on_a_rank(rank: int, world: int, port: int, out: Path) -> None:
+    """The step benchmark of a sharded run, as one of its ranks."""
+    from dmd2.cost import bench
+
+    join(rank, world, port)
+    bench.main(iterations=1, batch_size=8, device="cpu", layout="shard", out=out)

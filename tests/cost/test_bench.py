@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import typer
-from counted import FLAT, real_run, train
+from counted import FLAT, real_run, timed_on_a_rank, train
+from forked import on_ranks
 from typer.testing import CliRunner
 
 from dmd2.cost import bench, step_parts
@@ -78,22 +76,7 @@ def test_every_part_of_the_step_has_its_time(rows: list[dict[str, str]]):
 
 def test_several_ranks_time_a_sharded_run_together(tmp_path: Path):
     out = tmp_path / "step.csv"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [
-        "-m",
-        "dmd2.cost.bench",
-        "--iterations",
-        "1",
-        "--batch-size",
-        "8",
-        "--device",
-        "cpu",
-        "--layout",
-        "shard",
-    ]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    subprocess.run([*command, "--out", str(out)], env=env, check=True, capture_output=True, timeout=300)
+    on_ranks(2, timed_on_a_rank, out)
     with out.open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["ranks"], row["batch"], row["micro_batch"], row["layout"]) == ("2", "8", "4", "shard")

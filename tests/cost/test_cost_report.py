@@ -32,7 +32,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from dmd2.cost import report
 
     machines = report.Machines("a100-40gb", 2, "replicate")
@@ -53,19 +53,19 @@ def test_cost_tells_the_parts_of_each_run(capsys: pytest.CaptureFixture[str], tm
     assert "generator's GAN term" not in found["runs"]["noreg"]["parts"]
 
 
-def test_plan_is_readable_and_has_every_measured_row(capsys: pytest.CaptureFixture[str], told: dict[str, Any]):
+def test_plan_is_readable_and_has_every_measured_row(capsys: pytest.CaptureFixture[str], reported: dict[str, Any]):
     from dmd2.cost import text as cost_text
 
-    text = cost_text.tables(told)
-    for row in told["rows"]:
+    text = cost_text.tables(reported)
+    for row in reported["rows"]:
         assert row["row"] in text
     assert f"ASSUMED: {UTILISATION:.0%} of the peak" in text
     assert "noreg_ttur > dmd2_long" in text
     assert max(map(len, text.splitlines())) < 200
 
 
-def test_shared_work_is_counted_once(told: dict[str, Any]):
-    rows, total = told["rows"], told["gpu_hours"]["total"]
+def test_shared_work_is_counted_once(reported: dict[str, Any]):
+    rows, total = reported["rows"], reported["gpu_hours"]["total"]
     assert sum(row["added_gpu_hours"] for row in rows) == pytest.approx(total)
     assert sum(row["gpu_hours"] for row in rows) > 1.5 * total  # the teacher, and rows that stand in both tables
     by_row = {row["row"]: row for row in rows}
@@ -73,12 +73,12 @@ def test_shared_work_is_counted_once(told: dict[str, Any]):
     assert by_row["t3.dmd"]["gpu_hours"] == by_row["t1.dmd"]["gpu_hours"]
     assert 0 < by_row["t3.full"]["added_gpu_hours"] < 0.5 * by_row["t3.full"]["gpu_hours"]  # a snapshot's samples
     assert by_row["t1.dmd2_long"]["chain"] == ["noreg_ttur", "dmd2_long"]
-    assert sum(told["gpu_hours"]["by_stage"].values()) == pytest.approx(total)
+    assert sum(reported["gpu_hours"]["by_stage"].values()) == pytest.approx(total)
 
 
-def test_every_trained_run_has_its_memory(told: dict[str, Any]):
-    assert told["jobs"]["train"] == len(told["memory"])
-    for memory in told["memory"].values():
+def test_every_trained_run_has_its_memory(reported: dict[str, Any]):
+    assert reported["jobs"]["train"] == len(reported["memory"])
+    for memory in reported["memory"].values():
         assert memory["fits"]
         assert memory["share"] == 16  # 32 on two GPUs
         assert memory["micro_batch"] * memory["parts"] == memory["share"]
@@ -86,13 +86,13 @@ def test_every_trained_run_has_its_memory(told: dict[str, Any]):
         assert memory["peak"] == state + max(memory["generator_turn"], memory["critic_turn"])
 
 
-def test_a_rate_that_is_given_scales_the_hours(told: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+def test_a_rate_that_is_given_scales_the_hours(reported: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     from dmd2.cost import report
 
     rates = report.Machines("a100-40gb", 2, "replicate", tflops=100.0).rates()
     assert (rates.bf16, rates.fp32) == (100, 50)
     assumed = report.Machines("a100-40gb", 2, "replicate").rates()
-    assert told["machines"]["rates"] == {"bf16": assumed.bf16, "fp32": assumed.fp32}
+    assert reported["machines"]["rates"] == {"bf16": assumed.bf16, "fp32": assumed.fp32}
     assert assumed.bf16 == UTILISATION * 312
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_cannot_fit_ends_the_plan_with_an_error(
     assert "more memory than a tiny has; use --layout shard with several --gpus, or a larger --gpu" in caplog.text
 
 
-def test_an_unknown_gpu_is_told_with_the_known_ones():
+def test_an_unknown_gpu_is_reported_with_the_known_ones():
     with pytest.raises(UserError, match=r"--gpu h100-80: .*did you mean 'h100-80gb'\?"):
         gpu("h100-80")
 

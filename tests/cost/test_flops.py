@@ -72,8 +72,8 @@ def test_the_gan_adds_two_encoder_passes_to_the_critic_and_one_to_the_generators
 
 
 def test_one_pass_for_fake_score_and_gan_saves_an_encoder_pass_with_its_backward():
-    apart, shared = (step_cost(FLAT, DATA, train(share_critic_pass=share)).total for share in (False, True))
-    assert apart - shared == pytest.approx(3 * ENCODER - FIRST)
+    separate, shared = (step_cost(FLAT, DATA, train(share_critic_pass=share)).total for share in (False, True))
+    assert separate - shared == pytest.approx(3 * ENCODER - FIRST)
 
 
 def test_backward_simulation_costs_half_of_a_students_other_steps():
@@ -140,7 +140,7 @@ def test_a_shared_critic_pass_costs_at_most_1_26_tflop():
     assert imagenet("dmd2", share_critic_pass=True).total <= 1.26e12
 
 
-def test_what_fused_attention_does_again_is_told_apart():
+def test_what_fused_attention_does_again_is_distinguished():
     """The scores of a block at 8x8, formed again in each backward pass: the generator's fifth and the critic's."""
     found = step_cost(FLAT, DATA, train(critic_steps_per_generator=5, **NO_GAN))
     assert found.recomputed == 2 * PIXELS**2 * C * (1 + 1 / 5)

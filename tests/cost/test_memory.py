@@ -135,7 +135,7 @@ def test_sharded_ranks_hold_their_part_of_state_and_gradients():
     assert saved == pytest.approx(whole.state.generator_gradients / 2 - gathered)
 
 
-def test_a_share_is_cut_as_the_training_cuts_it_and_the_largest_part_that_fits_is_told():
+def test_a_share_is_cut_as_the_training_cuts_it_and_the_largest_part_that_fits_is_reported():
     memory = on_meta(train())
     room = memory.peak(4) + 1
     found = place(lambda parts, samples: memory, room, "replicate", 2, batch=48, micro=5)  # 6 of 24 are too many

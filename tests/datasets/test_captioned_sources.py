@@ -1,4 +1,4 @@
-"""Images with captions: every container gives the same images and captions; what is missing or damaged is told."""
+"""Images with captions: every container gives the same images and captions; what is missing or damaged is reported."""
 
 import json
 import logging
@@ -111,7 +111,7 @@ FOLDER_FAULTS = [
 
 
 @pytest.mark.parametrize(("files", "message"), FOLDER_FAULTS)
-def test_faults_of_metadata_are_told_with_the_row(files: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_faults_of_metadata_are_reported_with_the_row(files: dict[str, str], message: str, tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set")
     for name, text in files.items():
         (root / name).write_text(text)
@@ -163,7 +163,7 @@ TAR_FAULTS = [
 
 
 @pytest.mark.parametrize(("members", "message"), TAR_FAULTS)
-def test_faults_of_tars_are_told_with_the_member(
+def test_faults_of_tars_are_reported_with_the_member(
     members: list[tuple[str, bytes]], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "a.tar").write_bytes(tar_of(members))
@@ -187,7 +187,7 @@ def test_unsuitable_parquet_files_are_refused(columns: dict[str, list[object]], 
         open_source(captioned("parquet", tmp_path / "a.parquet"))
 
 
-def test_damaged_parquet_files_and_rows_without_an_image_are_told(tmp_path: Path) -> None:
+def test_damaged_parquet_files_and_rows_without_an_image_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"jpg": [None, *(png(i) for i in range(200))], "text": ["a"] * 201})
     parquet.write_table(table, path, compression="none", use_dictionary=False)

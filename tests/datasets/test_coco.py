@@ -91,7 +91,7 @@ def test_all_images_have_their_first_caption(tmp_path: Path) -> None:
     assert source.labels.tolist() == [" ".join(first[source.name(i)].split()) for i in range(30)]
 
 
-def test_faults_are_told(tmp_path: Path) -> None:
+def test_faults_are_reported(tmp_path: Path) -> None:
     images, _ = coco_files(tmp_path, extra=2)
     with pytest.raises(UserError, match=r"val2014.zip: has no COCO_val2014_.*, nor 1 others"):
         open_source(captioned("coco", images))

@@ -187,10 +187,10 @@ def test_a_damaged_head_in_a_tar_lets_no_image_vanish(kind: str, tree: Path, tmp
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar of tars", "webdataset"])
-def test_whatever_damage_does_to_an_archive_is_told(kind: str, tree: Path, tmp_path: Path) -> None:
+def test_whatever_damage_does_to_an_archive_is_reported(kind: str, tree: Path, tmp_path: Path) -> None:
     name, path = container(kind, tree, tmp_path)
     file = tmp_path / "train-1.tar" if kind == "webdataset" else Path(path)
-    whole, rng, told = file.read_bytes(), np.random.default_rng(7), []
+    whole, rng, reported = file.read_bytes(), np.random.default_rng(7), []
     for _ in range(120):
         content = bytearray(whole)
         for _ in range(rng.integers(1, 4)):  # most of it at the end, where a zip has its list
@@ -201,9 +201,9 @@ def test_whatever_damage_does_to_an_archive_is_told(kind: str, tree: Path, tmp_p
             for number in range(len(source)):
                 assert source[number].shape == (4, 4, 3)
         except (UserError, Unreadable) as error:
-            told.append(str(error))
-    assert len(told) >= 30
-    assert not any("\n" in line for line in told)
+            reported.append(str(error))
+    assert len(reported) >= 30
+    assert not any("\n" in line for line in reported)
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar of tars", "webdataset"])

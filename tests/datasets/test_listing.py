@@ -68,7 +68,7 @@ def test_usual_suffixes_of_jpeg_are_read_and_other_formats_count_as_unreadable(t
         write_images(tmp_path / "out" / "manifest.json", data, Spec.of("shards", "x", data=data))
 
 
-def test_what_is_passed_over_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_what_is_passed_over_is_reported_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     root = tree(tmp_path / "tree", "a/1.png", "b/2.png", "a/.x.png", "b/notes.md", "b/more.md")
     data = data_of("image_folder", root)
     with caplog.at_level(logging.INFO):

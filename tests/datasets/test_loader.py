@@ -93,19 +93,19 @@ def test_changing_a_batch_does_not_change_the_cache(write: Write) -> None:
 
 def test_the_next_steps_are_read_once_and_in_the_background(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = Loader(write(23), batch_size=4, seed=5, cache_bytes=0, prefetch=2)
-    read, asked, threads = loader.reader.read, [], set()
+    read, requested, threads = loader.reader.read, [], set()
 
     def recorded(ids: np.ndarray, names: None) -> dict[str, np.ndarray]:
         threads.add(threading.current_thread())
-        asked.append(ids.tolist())
+        requested.append(ids.tolist())
         return read(ids, names)
 
     monkeypatch.setattr(loader.reader, "read", recorded)
     loader.batch(0)
     loader.batch(1)
-    wait_until(lambda: len(asked) >= 4)
+    wait_until(lambda: len(requested) >= 4)
     loader.close()
-    assert asked == [loader.ids(step).tolist() for step in range(4)]
+    assert requested == [loader.ids(step).tolist() for step in range(4)]
     assert len(threads) == 1
     assert threading.main_thread() not in threads
 

@@ -107,7 +107,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("content", "reason"), BAD.values(), ids=BAD.keys())
-def test_what_cannot_be_read_is_told_with_its_reason(content: bytes, reason: str) -> None:
+def test_what_cannot_be_read_is_reported_with_its_reason(content: bytes, reason: str) -> None:
     with pytest.raises(Unreadable, match=reason):
         decode(content, 4, 3)
 
@@ -221,7 +221,7 @@ def test_over_the_limit_the_writing_fails_with_count_and_names_and_a_higher_limi
     assert {path.name: path.stat().st_ino for path in out.glob("shard-*")} == before
 
 
-def test_a_set_that_is_mended_leaves_no_list_behind(spoilt: Data, tmp_path: Path) -> None:
+def test_a_set_that_is_repaired_leaves_no_list_behind(spoilt: Data, tmp_path: Path) -> None:
     out, spec = tmp_path / "out", Spec.of("shards", "tree", data=spoilt)
     write_images(out / "manifest.json", spoilt, spec)
     write_tree(tmp_path / "tree", NAMES)

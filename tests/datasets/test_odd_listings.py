@@ -11,6 +11,7 @@ from test_listing import names_in, picture, tree, zipped
 from trees import data_of, tar_of
 
 from dmd2.datasets import write_images
+from dmd2.datasets.origin import is_of_other_data
 from dmd2.datasets.sources import open_source
 from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
@@ -50,14 +51,14 @@ def test_members_of_tars_that_belong_to_no_sample_are_told(tmp_path: Path):
     odd = [("._1.png", b"fork"), ("__MACOSX/1.cls", b"9"), ("__MACOSX/1.txt", b"x"), ("notes.md", b"x")]
     classes = [("1.cls", b"0"), ("2.cls", b"1")]
     (tmp_path / "c.tar").write_bytes(tar_of([*image, *classes, *odd]))
-    told = str(open_source(data_of("webdataset", tmp_path / "c.tar")).passed_over)
-    assert told == (
+    passed_over = str(open_source(data_of("webdataset", tmp_path / "c.tar")).passed_over)
+    assert passed_over == (
         "3 hidden or of a system (first: c.tar/._1.png), 1 no image by their suffix (first: c.tar/notes.md)"
     )
     (tmp_path / "t.tar").write_bytes(tar_of([*image, ("1.txt", b"one"), ("2.txt", b"two"), *odd]))
     source = open_source(captioned("webdataset", tmp_path / "t.tar"))
     assert source.labels.tolist() == ["one", "two"]
-    assert str(source.passed_over) == told.replace("c.tar", "t.tar")
+    assert str(source.passed_over) == passed_over.replace("c.tar", "t.tar")
 
 
 def test_files_beside_captioned_images_are_told(tmp_path: Path):
@@ -101,6 +102,9 @@ def test_folders_whose_names_are_not_utf8_can_be_classes(tmp_path: Path):
     assert list(source.classes) == ["a", r"caf\xe9"]
     assert str(source.passed_over) == r"1 no image by their suffix (first: caf\xe9/n\xe9.txt)"
     assert source[1].shape == (4, 4, 3)
+    assert not is_of_other_data(tmp_path / "out" / "manifest.json", data)
+    Path(os.fsdecode(odd + b"/3.png")).write_bytes(picture(3))
+    assert is_of_other_data(tmp_path / "out" / "manifest.json", data)
 
 
 def test_a_bitmap_of_16_bits_a_pixel_has_fewer_than_8_a_channel(tmp_path: Path):
@@ -121,3 +125,14 @@ def test_characters_of_patterns_in_the_names_of_folders_and_files(folder: str, t
     path.with_name("._a.tar").write_bytes(b"resource fork")
     for given in (path.parent, path):
         assert len(open_source(data_of("webdataset", given))) == 2
+
+
+@pytest.mark.parametrize("place", ["a/more", "more", "a/3.png"])
+def test_a_link_to_nothing_is_refused_and_not_passed_over(place: str, tmp_path: Path):
+    """A folder of images on a disk that is not there, in a class folder or as one."""
+    root = tree(tmp_path / "tree", "a/1.png", "b/2.png")
+    (root / place).symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=rf"{place}: (a link to .*gone, where nothing is|cannot be read)"):
+        open_source(data_of("image_folder", root))
+    with pytest.raises(UserError, match=rf"{place}: (a link to .*gone, where nothing is|cannot be read)"):
+        open_source(captioned("image_folder", root, max_missing=9))

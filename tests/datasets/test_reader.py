@@ -94,7 +94,7 @@ def test_a_shard_is_hashed_once_per_process(write: Write, monkeypatch: pytest.Mo
     assert len(hashed) == 3
 
 
-def test_samples_come_in_the_order_asked_for_with_repeats(write: Write) -> None:
+def test_samples_come_in_the_requested_order_with_repeats(write: Write) -> None:
     ids = [22, 0, 10, 9, 10, 21, 0]
     raw = ShardReader(write()).read(ids)
     np.testing.assert_array_equal(raw["latent"], numbered(range(23))["latent.npy"][ids])
@@ -108,7 +108,7 @@ def test_batches_cover_the_set_in_order(write: Write) -> None:
     np.testing.assert_array_equal(np.concatenate([b["latent"] for b in batches]), numbered(range(23))["latent.npy"])
 
 
-def test_only_the_names_asked_for_are_read(write: Write) -> None:
+def test_only_the_requested_names_are_read(write: Write) -> None:
     reader = ShardReader(write())
     assert reader.read([1], ["cls"]).keys() == {"cls"}
     with pytest.raises(UserError, match=r"manifest.json: has no `image`, only cls, latent; is it the right set"):

@@ -160,16 +160,16 @@ def test_a_killed_worker_ends_the_writing_with_a_line_and_leaves_no_half_shard(s
     out = tmp_path / "out"
     process = started(slow, out)
     os.kill(children(process.pid)[0], signal.SIGKILL)
-    _, told = process.communicate(timeout=60)
+    _, reported = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert told.strip().startswith("a worker process was killed, perhaps out of memory; run again with fewer")
-    assert len(told.strip().splitlines()) == 1
+    assert reported.strip().startswith("a worker process was killed, perhaps out of memory; run again with fewer")
+    assert len(reported.strip().splitlines()) == 1
     assert not (out / "manifest.json").exists()
     for sidecar in out.glob("shard-*.json"):
         assert sidecar.with_suffix(".tar").exists()
 
 
-def test_an_error_in_a_worker_ends_the_others_and_is_told_as_without_workers(data: Data, tmp_path: Path) -> None:
+def test_an_error_in_a_worker_ends_the_others_and_is_reported_as_without_workers(data: Data, tmp_path: Path) -> None:
     strict = data.model_copy(update={"max_unreadable": 0})
     for workers in (1, 2):
         with pytest.raises(

@@ -22,6 +22,6 @@ def straight(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     common = {"DMD2_NODES": "2", "DMD2_MASTER_ADDR": "127.0.0.1", "DMD2_MASTER_PORT": str(free_port())}
     machines = [job.start(1, {**common, "DMD2_NODE": str(node), "GLOO_SOCKET_IFNAME": "lo"}) for node in range(2)]
     for machine in machines:
-        status, told = ended(machine)
-        assert status == 0, told
+        status, reported = ended(machine)
+        assert status == 0, reported
     return job

@@ -115,9 +115,9 @@ class Job:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """The exit status and what was told."""
-    _, told = process.communicate(timeout=600)
-    return process.returncode, told
+    """The exit status and what was reported."""
+    _, reported = process.communicate(timeout=600)
+    return process.returncode, reported
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:

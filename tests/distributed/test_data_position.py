@@ -26,7 +26,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return manifest
 
 
-def asked_for(manifest: Path, world: int, steps: range, *, cached: bool) -> list[int]:
+def requested_ids(manifest: Path, world: int, steps: range, *, cached: bool) -> list[int]:
     """The samples that `world` ranks get together in these iterations, in the order of the ranks."""
     cache = {} if cached else {"cache_bytes": 0}
     loaders = [Loader(manifest, batch_size=BATCH // world, seed=4, rank=r, world=world, **cache) for r in range(world)]
@@ -39,11 +39,11 @@ def asked_for(manifest: Path, world: int, steps: range, *, cached: bool) -> list
 @pytest.mark.parametrize("cached", [True, False])
 def test_every_epoch_has_each_sample_once_though_the_ranks_change_from_two_to_one_to_four(manifest: Path, cached: bool):
     spans = [(2, range(9)), (1, range(9, 12)), (4, range(12, 40))]  # a run saved and taken up again, twice
-    stream = [x for world, steps in spans for x in asked_for(manifest, world, steps, cached=cached)]
+    stream = [x for world, steps in spans for x in requested_ids(manifest, world, steps, cached=cached)]
     assert len(stream) == 40 * BATCH
     epochs = [stream[start : start + NUM_SAMPLES] for start in range(0, len(stream), NUM_SAMPLES)]
     for epoch in epochs[:-1]:
         assert sorted(epoch) == list(range(NUM_SAMPLES)), "none is lost, none comes twice"
     assert len(set(epochs[-1])) == len(epochs[-1])
     assert epochs[0] != epochs[1], "each epoch has an order of its own"
-    assert stream == asked_for(manifest, 1, range(40), cached=cached), "as one process asks for them from the beginning"
+    assert stream == requested_ids(manifest, 1, range(40), cached=cached), "as one process requests them from the start"

@@ -1,4 +1,4 @@
-"""What ranks exchange in a step: gradients in buckets, bad terms, logged means; and how a loss of one is told."""
+"""What ranks exchange in a step: gradients in buckets, bad terms, logged means; and how a loss of one is reported."""
 
 from __future__ import annotations
 
@@ -121,23 +121,23 @@ def watched(rank: int, world: int, port: int, out: Path) -> None:
             terms = {"good_loss": torch.tensor(1.0), "bad_loss": torch.tensor(float("inf") if bad else 1.0)}
             descent.step(index, guard, terms, "norm")
             weights.append(built[0].weight.detach().clone())
-        told = ""
+        reported = ""
         try:
             guard.raise_if_tripped()
         except UserError as error:
-            told = str(error)
+            reported = str(error)
         with TrainLog(out, 0, enabled=rank == 0) as rows:
             for index in range(2):
                 rows.add({"loss": torch.tensor(float(10 * rank + index))})
             row = rows.flush(2, {})
-        torch.save({"weights": weights, "told": told, "loss": row["loss"]}, out / f"{rank}.pt")
+        torch.save({"weights": weights, "error": reported, "loss": row["loss"]}, out / f"{rank}.pt")
 
 
 def test_term_that_is_bad_on_one_rank_stops_all_at_the_same_update(tmp_path: Path):
     on_ranks(2, watched, tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert one["told"] == other["told"]
-    assert one["told"].startswith("step 2: bad_loss not finite")
+    assert one["error"] == other["error"]
+    assert one["error"].startswith("step 2: bad_loss not finite")
     for mine, theirs in zip(one["weights"], other["weights"], strict=True):
         assert torch.equal(mine, theirs)
     assert torch.equal(one["weights"][0], one["weights"][2]), "neither update was made"
@@ -173,7 +173,7 @@ def fitted(rank: int, world: int, port: int, out: Path) -> None:
     join(rank, world, port)
     minutes = {"clock": 1e-9 if rank == 1 else 1e9, "third": 1e9, "last": 1e9}
     signalled = {"clock": None, "third": 2, "last": 6}
-    told = {}
+    reported = {}
     with ranks.process_group(CPU):
         for name, index in signalled.items():
             at = {index: lambda: os.kill(os.getpid(), signal.SIGTERM)} if index is not None and rank == 1 else {}
@@ -181,13 +181,13 @@ def fitted(rank: int, world: int, port: int, out: Path) -> None:
             try:
                 with CheckpointStore(out / name, "a" * 16, keep=100, in_background=True) as store:
                     fit(Idle(at), 7, store, runtime, title=name)
-                told[name] = "done"
+                reported[name] = "done"
             except Interrupted as stop:
-                told[name] = f"{stop.status} {stop}"
-    torch.save(told, out / f"{rank}.pt")
+                reported[name] = f"{stop.status} {stop}"
+    torch.save(reported, out / f"{rank}.pt")
 
 
-def test_ranks_save_and_stop_together_though_one_alone_was_asked(tmp_path: Path):
+def test_ranks_save_and_stop_together_though_one_alone_received_the_signal(tmp_path: Path):
     on_ranks(2, fitted, tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one == other
@@ -211,11 +211,11 @@ def test_ranks_save_and_stop_together_though_one_alone_was_asked(tmp_path: Path)
 def test_lost_rank_is_one_line_that_says_where_and_what_to_do(error: Exception, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(UserError, match=r"^rank 3 of 8, in the mean of x: another rank ended or was silent") as told:
+    with pytest.raises(UserError, match=r"^rank 3 of 8, in the mean of x: another rank ended or was silent") as e:
         raise_in("the mean of x", error)
-    assert "\n" not in str(told.value)
-    assert str(error).partition("\n")[0] in str(told.value)
-    assert "Run the same command again" in str(told.value)
+    assert "\n" not in str(e.value)
+    assert str(error).partition("\n")[0] in str(e.value)
+    assert "Run the same command again" in str(e.value)
 
 
 def test_other_errors_pass_an_exchange_as_they_are():

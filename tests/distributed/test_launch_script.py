@@ -30,25 +30,25 @@ class Machine:
 
     def start(self, gpus: int, seconds: float = 60, **env: str) -> tuple[subprocess.Popen[str], Path]:
         self.num += 1
-        told = self.folder / f"told-{self.num}"
+        arguments = self.folder / f"arguments-{self.num}"
         surroundings = {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "TMPDIR": str(self.folder / "tmp"),
             "DMD2_DEV": str(self.folder / "dev"),
             "STAGE_S": str(seconds),
-            "TOLD": str(told),
+            "TOLD": str(arguments),
             **env,
         }
         command = ["bash", str(SCRIPT), str(gpus), "train"]
         process = subprocess.Popen(command, env=surroundings, stderr=subprocess.PIPE, text=True, start_new_session=True)
         self.started.append(process)
-        return process, told
+        return process, arguments
 
     def devices(self, gpus: int, **how: str) -> str:
         """What a stage of `gpus` devices that has just begun is shown; it goes on."""
-        process, told = self.start(gpus, **how)
-        wait_until(told.exists, process)
-        return told.read_text().partition("|")[0]
+        process, arguments = self.start(gpus, **how)
+        wait_until(arguments.exists, process)
+        return arguments.read_text().partition("|")[0]
 
 
 @pytest.fixture

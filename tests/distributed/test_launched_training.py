@@ -21,16 +21,16 @@ def test_killed_rank_ends_the_job_and_the_next_start_ends_like_an_uninterrupted_
     process = job.start(collective_timeout_minutes=600)  # that it ends shows that it does not wait for this
     job.wait_for(chance.randrange(15, 40), process)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
-    status, told = ended(process)
-    assert status == 128 + signal.SIGKILL, told
-    assert "error: rank 1 was ended by SIGKILL" in told
-    assert re.search(LOST.format(0), told), told
-    assert "Traceback" not in told
+    status, reported = ended(process)
+    assert status == 128 + signal.SIGKILL, reported
+    assert "error: rank 1 was ended by SIGKILL" in reported
+    assert re.search(LOST.format(0), reported), reported
+    assert "Traceback" not in reported
     saved = job.saved()
     assert saved >= 7
-    status, told = ended(job.start())
-    assert status == 0, told
-    assert f"dmd2: resuming after iteration {saved} of {ITERATIONS}" in told
+    status, reported = ended(job.start())
+    assert status == 0, reported
+    assert f"dmd2: resuming after iteration {saved} of {ITERATIONS}" in reported
     record = json.loads((straight.folder / "out/generator.json").read_text())
     assert record["num_processes"] == 2
     for name in ("networks", "generator"):
@@ -42,12 +42,12 @@ def test_hung_rank_ends_the_job_within_the_time_limit(inputs: Path, tmp_path: Pa
     process = job.start(collective_timeout_minutes=0.1)
     job.wait_for(8, process)
     os.kill(ranks_of(process)[0], signal.SIGSTOP)
-    status, told = ended(process)
-    assert status == 2, told
-    assert re.search(LOST.format(1), told), told
-    assert "Timed out" in told
-    assert "error: rank 0 did not end within 2 s and is killed" in told
-    assert "Traceback" not in told
+    status, reported = ended(process)
+    assert status == 2, reported
+    assert re.search(LOST.format(1), reported), reported
+    assert "Timed out" in reported
+    assert "error: rank 0 did not end within 2 s and is killed" in reported
+    assert "Traceback" not in reported
 
 
 def test_interrupted_ranks_save_and_one_process_goes_on_with_their_parts(inputs: Path, straight: Job, tmp_path: Path):
@@ -55,15 +55,15 @@ def test_interrupted_ranks_save_and_one_process_goes_on_with_their_parts(inputs:
     process = job.start(layout="shard")
     job.wait_for(20, process)
     process.send_signal(signal.SIGTERM)
-    status, told = ended(process)
-    assert status == 143, told
-    stopped = re.findall(r"error: SIGTERM: saved after iteration (\d+); run the same command to resume", told)
-    assert stopped == [str(job.saved())], told
+    status, reported = ended(process)
+    assert status == 143, reported
+    stopped = re.findall(r"error: SIGTERM: saved after iteration (\d+); run the same command to resume", reported)
+    assert stopped == [str(job.saved())], reported
     assert job.saved() == job.rows()[-1]["step"], "nothing that was done is lost"
 
-    status, told = ended(job.start(gpus=1, micro_batch_size=4))
-    assert status == 0, told
-    assert f"resuming after iteration {stopped[0]} of {ITERATIONS}" in told
+    status, reported = ended(job.start(gpus=1, micro_batch_size=4))
+    assert status == 0, reported
+    assert f"resuming after iteration {stopped[0]} of {ITERATIONS}" in reported
     log = [json.loads(line) for line in (job.folder / "out/train_log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == list(range(1, ITERATIONS + 1)), "no iteration is lost or made twice"
     # The same parts of the same batches: one process differs from two by rounding, which 60 updates let grow.

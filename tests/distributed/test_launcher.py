@@ -51,8 +51,8 @@ def wait_for(folder: Path, *names: str) -> None:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, told = process.communicate(timeout=60)
-    return process.returncode, told
+    _, reported = process.communicate(timeout=60)
+    return process.returncode, reported
 
 
 def test_processes_that_succeed_give_zero(tmp_path: Path):
@@ -60,16 +60,18 @@ def test_processes_that_succeed_give_zero(tmp_path: Path):
     wait_for(tmp_path, "ready-0", "ready-1")
 
 
-def test_status_is_that_of_the_first_that_failed_and_the_others_are_asked_to_end(tmp_path: Path):
+def test_status_is_that_of_the_first_that_failed_and_the_others_are_terminated(tmp_path: Path):
     code = f"import sys\nif rank == 1: sys.exit(7)\n{WAIT}"
     assert ended(launch(code, tmp_path)) == (7, "")
 
 
 def test_killed_process_is_named_with_its_signal(tmp_path: Path):
     code = f"import signal\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n{WAIT}"
-    status, told = ended(launch(code, tmp_path))
+    status, reported = ended(launch(code, tmp_path))
     assert status == 128 + signal.SIGKILL
-    assert re.fullmatch(r"\d\d:\d\d:\d\d error: rank 1 was ended by SIGKILL; the other ranks are terminated\n", told)
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d error: rank 1 was ended by SIGKILL; the other ranks are terminated\n", reported
+    )
 
 
 def test_process_that_does_not_follow_a_failed_one_is_killed_after_the_grace(tmp_path: Path):
@@ -81,9 +83,9 @@ if rank == 0:
 while not os.path.exists('ready-0'): time.sleep(0.01)
 sys.exit(2)
 """
-    status, told = ended(launch(code, tmp_path, grace_s=0.5))
+    status, reported = ended(launch(code, tmp_path, grace_s=0.5))
     assert status == 2
-    assert "error: rank 0 did not end within 0.5 s and is killed" in told
+    assert "error: rank 0 did not end within 0.5 s and is killed" in reported
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -104,7 +106,7 @@ def test_no_process_outlives_a_killed_launcher(tmp_path: Path):
     wait_for_end(*pids)
 
 
-def test_one_machine_needs_to_be_told_nothing():
+def test_one_machine_needs_no_settings():
     nodes = Nodes.of({})
     assert (nodes.num, nodes.this, nodes.address) == (1, 0, "127.0.0.1")
     assert nodes.port > 1023

@@ -1,4 +1,4 @@
-"""An HTTP server in a thread that breaks off, changes its mind and answers wrongly when told to."""
+"""An HTTP server in a thread that breaks off, changes its mind and answers wrongly on request."""
 
 import re
 import threading
@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Server:
-    """What it serves by path, how it misbehaves, and what it was asked."""
+    """What it serves by path, how it misbehaves, and the requests it got."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     break_after: list[int] = field(default_factory=list)  # bytes of the next answers, one each, before the line breaks
@@ -19,11 +19,11 @@ class Server:
     version: str | None = '"v1"'
     kind: str = "application/octet-stream"
     with_length: bool = True
-    asked: list[dict[str, str]] = field(default_factory=list)  # path and headers of every request
+    requests: list[dict[str, str]] = field(default_factory=list)  # path and headers of every request
     url: str = ""
 
     def respond(self, handler: BaseHTTPRequestHandler) -> None:
-        self.asked.append({"path": handler.path, **dict(handler.headers.items())})
+        self.requests.append({"path": handler.path, **dict(handler.headers.items())})
         if self.statuses and (status := self.statuses.pop(0)) != 200:
             return handler.send_error(status)
         content = self.files.get(handler.path.lstrip("/"))
@@ -49,12 +49,12 @@ class Server:
         return None
 
     def _start(self, handler: BaseHTTPRequestHandler) -> int | None:
-        """The first byte asked for; None where all is to be sent."""
-        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        """The first byte requested; None where all is to be sent."""
+        requested = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
         condition = handler.headers.get("If-Range")
-        if not asked or not self.ranges or (condition is not None and condition != self.version):
+        if not requested or not self.ranges or (condition is not None and condition != self.version):
             return None
-        return int(asked[1])
+        return int(requested[1])
 
 
 @contextmanager

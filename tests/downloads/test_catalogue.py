@@ -84,7 +84,9 @@ def test_a_listed_path_waits_for_its_record_and_one_that_is_there_for_nothing(tm
         requirement("data/downloads/misspelt.pkl", "teacher.weights", CATALOGUE)
 
 
-def test_what_is_gone_is_told_unless_nobody_needs_it_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_reported_unless_nobody_needs_it_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     path = FOLDER / "imagenet-64x64.npz"
     path.parent.mkdir(parents=True)
@@ -143,11 +145,11 @@ def test_a_file_that_is_not_there_is_fetched_checked_and_recorded(
     assert record["url"] == f"{server.url}/w.pkl"
 
 
-def test_the_mirror_is_asked_first_then_the_address_then_the_entrys_mirrors(server: Server, tmp_path: Path) -> None:
+def test_the_mirror_is_tried_first_then_the_address_then_the_entrys_mirrors(server: Server, tmp_path: Path) -> None:
     server.files = {"third": CONTENT}
     item = entry(url=f"{server.url}/second", mirrors=(f"{server.url}/third",), sha256=SHA256)
     provide("w.pkl", item, mirror=f"{server.url}/mirror/", folder=tmp_path)
-    assert [asked["path"] for asked in server.asked] == ["/mirror/w.pkl", "/second", "/third"]
+    assert [requested["path"] for requested in server.requests] == ["/mirror/w.pkl", "/second", "/third"]
 
 
 def test_a_mirror_serves_what_has_no_public_address(server: Server, tmp_path: Path) -> None:
@@ -165,10 +167,10 @@ def test_what_cannot_be_fetched_says_what_to_put_where(server: Server, tmp_path:
         UserError, match=r"ILSVRC2012_img_train.tar is missing and cannot be fetched by a program: needs an"
     ) as e:
         provide("ILSVRC2012_img_train.tar", CATALOGUE["ILSVRC2012_img_train.tar"], folder=tmp_path)
-    told = str(e.value)
-    assert "put it at data/downloads/ILSVRC2012_img_train.tar (MD5 1d675b47d978889d74fa0da5fadfb00e)" in told
-    assert "image-net.org" in told
-    assert "\n" not in told
+    reported = str(e.value)
+    assert "put it at data/downloads/ILSVRC2012_img_train.tar (MD5 1d675b47d978889d74fa0da5fadfb00e)" in reported
+    assert "image-net.org" in reported
+    assert "\n" not in reported
     assert list(tmp_path.iterdir()) == []
 
 
@@ -221,7 +223,7 @@ def test_the_list_of_a_preset_says_what_is_needed_and_what_to_do(
     assert len(listing(WORKFLOW, None).splitlines()) >= len(CATALOGUE)
 
 
-def test_all_a_preset_needs_can_be_fetched_at_once_and_what_cannot_be_had_is_told(
+def test_all_a_preset_needs_can_be_fetched_at_once_and_what_cannot_be_had_is_reported(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -230,9 +232,9 @@ def test_all_a_preset_needs_can_be_fetched_at_once_and_what_cannot_be_had_is_tol
     monkeypatch.setattr("dmd2.stages.download.load_catalogue", lambda path: unpinned)
     absent = [f"{folder}/vgg16-397923af.pth" for folder in ("mirror", "own")]
     server.files = {path: content for path, content in files.items() if path not in absent}
-    with pytest.raises(UserError, match=r"^http.*/mirror/vgg16-397923af.pth: 404 .*; put it at .*$") as told:
+    with pytest.raises(UserError, match=r"^http.*/mirror/vgg16-397923af.pth: 404 .*; put it at .*$") as reported:
         fetch(WORKFLOW, "cifar10", f"{server.url}/mirror")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(reported.value)
     there = {path.name for path in FOLDER.iterdir() if path.suffix != ".json"}
     wanted = {"cifar-10-binary.tar.gz", "edm-cifar10-32x32-cond-vp.pkl", "inception-2015-12-05.pt", "cifar10-32x32.npz"}
     assert there == wanted

@@ -33,7 +33,7 @@ def target(tmp_path: Path) -> Path:
 
 def rests(server: Server) -> list[int]:
     """Where each request began."""
-    return [int(asked.get("Range", "bytes=0-")[6:-1]) for asked in server.asked]
+    return [int(requested.get("Range", "bytes=0-")[6:-1]) for requested in server.requests]
 
 
 def left(target: Path) -> list[str]:
@@ -52,7 +52,7 @@ def test_a_file_arrives_whole_and_nothing_else_is_left(
     assert target.read_bytes() == CONTENT
     assert left(target) == ["file.bin"]
     assert seen[-1] == (len(CONTENT), len(CONTENT) if with_length else None)
-    assert server.asked[0]["Accept-Encoding"] == "identity"
+    assert server.requests[0]["Accept-Encoding"] == "identity"
 
 
 @pytest.mark.parametrize("pinned", [False, True])
@@ -61,7 +61,7 @@ def test_a_broken_line_is_gone_on_with_where_it_broke(pinned: bool, server: Serv
     Fetch(target, is_content, pinned=pinned).run([f"{server.url}/a"])
     assert target.read_bytes() == CONTENT
     begins = rests(server)
-    assert begins == [0, 2 * fetch.CHUNK, 2 * fetch.CHUNK, 3 * fetch.CHUNK]  # a piece cut short is asked for again
+    assert begins == [0, 2 * fetch.CHUNK, 2 * fetch.CHUNK, 3 * fetch.CHUNK]  # a piece cut short is requested again
 
 
 def test_breaks_that_bring_something_are_never_too_many_and_those_that_bring_nothing_are(
@@ -70,12 +70,12 @@ def test_breaks_that_bring_something_are_never_too_many_and_those_that_bring_not
     server.files, server.break_after = {"a": CONTENT}, [fetch.CHUNK] * 48
     Fetch(target, is_content, retries=2).run([f"{server.url}/a"])
     assert target.read_bytes() == CONTENT
-    assert len(server.asked) == 49
-    server.break_after, server.asked = [0] * 10, []
+    assert len(server.requests) == 49
+    server.break_after, server.requests = [0] * 10, []
     target.unlink()
     with pytest.raises(UserError, match=r"/a: no connection or broken off 3 times"):
         Fetch(target, is_content, retries=2).run([f"{server.url}/a"])
-    assert len(server.asked) == 3
+    assert len(server.requests) == 3
     assert not target.exists()
 
 
@@ -88,7 +88,7 @@ def interrupted(server: Server, target: Path, **options: object) -> int:
 
     with pytest.raises(KeyboardInterrupt):
         Fetch(target, is_content, progress=stop, **options).run([f"{server.url}/a"])
-    server.asked.clear()
+    server.requests.clear()
     assert not target.exists()
     return target.with_name("file.bin.part").stat().st_size
 
@@ -99,7 +99,7 @@ def test_an_interrupted_fetch_goes_on_in_the_next_run(server: Server, target: Pa
     assert have == 20 * fetch.CHUNK
     Fetch(target, is_content).run([f"{server.url}/a"])
     assert rests(server) == [have]
-    assert server.asked[0]["If-Range"] == '"v1"'
+    assert server.requests[0]["If-Range"] == '"v1"'
     assert target.read_bytes() == CONTENT
 
 
@@ -193,19 +193,19 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("spoil", "complaint"), WRONG)
-def test_a_wrong_answer_is_told_once_and_leaves_no_file(
+def test_a_wrong_answer_is_reported_once_and_leaves_no_file(
     spoil: Callable[[Server], None], complaint: str, server: Server, target: Path
 ) -> None:
     server.files = {"a": CONTENT}
     spoil(server)
     with pytest.raises(UserError, match=f"/a: .*{complaint}"):
         Fetch(target, is_content, size=len(CONTENT), pinned=True).run([f"{server.url}/a"])
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
     assert left(target) == []
 
 
 @pytest.mark.parametrize(("spoil", "complaint"), [w for w in WRONG if w[0] is not wrong_page])
-def test_the_next_address_is_asked_when_one_has_not_the_file(
+def test_the_next_address_is_tried_when_one_has_not_the_file(
     spoil: Callable[[Server], None], complaint: str, server: Server, target: Path
 ) -> None:
     server.files = {"a": CONTENT, "b": CONTENT}
@@ -229,7 +229,7 @@ def test_two_processes_do_not_fetch_the_same_file_at_once(server: Server, target
     with FileLock(target.with_name(".file.bin.lock")):
         with pytest.raises(UserError, match=r"file.bin is being fetched by another process; wait for it and run again"):
             Fetch(target, is_content).run([f"{server.url}/a"])
-        assert server.asked == []
+        assert server.requests == []
     Fetch(target, is_content).run([f"{server.url}/a"])
     assert target.read_bytes() == CONTENT
 
@@ -243,14 +243,14 @@ def test_an_empty_file_is_a_file(server: Server, target: Path) -> None:
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_a_disk_without_room_is_told_before_anything_is_written(
+def test_a_disk_without_room_is_reported_before_anything_is_written(
     server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.files = {"a": CONTENT}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, len(CONTENT) - 1))
     with pytest.raises(UserError, match=r"file.bin: 0.0 GB are still to come, 0.0 GB are free; make room, or make"):
         Fetch(target, is_content).run([f"{server.url}/a", f"{server.url}/a"])
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
     assert left(target) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, len(CONTENT)))
     have = interrupted(server, target)

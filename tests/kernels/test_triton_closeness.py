@@ -45,9 +45,9 @@ def test_fp64_matching_loss_of_x0_predictions(device: str) -> None:
             exact, exact_grad = exactly(dk.matching_loss_and_grad, x0, real, fake)
             together, grad = dk.matching_loss_and_grad(x0, real, fake)
             x0.requires_grad_()
-            apart = dk.matching_loss(x0, real, fake)
-            (3 * apart.loss).backward()
-            for got in (together, apart):
+            separate = dk.matching_loss(x0, real, fake)
+            (3 * separate.loss).backward()
+            for got in (together, separate):
                 assert_relative(got.loss.detach(), exact.loss)
                 assert_relative(got.weight, exact.weight)
                 assert_relative(got.sq_norm, exact.sq_norm)
@@ -152,9 +152,9 @@ def test_special_values_equal_those_of_the_reference(device: str) -> None:
         expected, expected_grad = dk.matching_loss_and_grad(x0, real, fake)
     together, grad = dk.matching_loss_and_grad(x0, real, fake)
     x0.requires_grad_()
-    apart = dk.matching_loss(x0, real, fake)
-    apart.loss.backward()
-    for got, got_grad in ((together, grad), (apart, x0.grad)):
+    separate = dk.matching_loss(x0, real, fake)
+    separate.loss.backward()
+    for got, got_grad in ((together, grad), (separate, x0.grad)):
         for mine, true in zip(got, expected, strict=True):
             torch.testing.assert_close(mine.detach(), true, equal_nan=True)
         torch.testing.assert_close(got_grad, expected_grad)

@@ -144,17 +144,17 @@ def test_ranks_exchange_gradients_in_the_last_backward_pass_alone(
     regression: float, flags: list[bool], monkeypatch: pytest.MonkeyPatch
 ):
     run = whole(2, regression_weight=regression)
-    asked: dict[str, list[bool]] = {"generator": [], "critic": []}
+    requested: dict[str, list[bool]] = {"generator": [], "critic": []}
     for name, descent in (("generator", run._generator_optimizer), ("critic", run._critic_optimizer)):
         block = descent.accumulating
 
         def spy(*, last: bool, name: str = name, block: Any = block) -> Any:
-            asked[name].append(last)
+            requested[name].append(last)
             return block(last=last)
 
         monkeypatch.setattr(descent, "accumulating", spy)
     run.step(0)
-    assert asked == {"generator": flags, "critic": [False, False, True]}
+    assert requested == {"generator": flags, "critic": [False, False, True]}
 
 
 @pytest.mark.parametrize("turns", ["both", "disjoint"])
@@ -190,17 +190,17 @@ def test_slots_have_the_same_samples_and_random_numbers_on_any_number_of_ranks(m
 
 
 def test_batches_are_read_once_a_step_and_must_be_a_ranks_share():
-    asked: list[int] = []
+    requested: list[int] = []
 
     def batches(index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        asked.append(index)
+        requested.append(index)
         return data(index)
 
     share = BatchReader(batches, MicroBatches(3, 2), CPU)
     for step in (4, 5):
         for part in range(3):
             share(step, part)
-    assert asked == [4, 5]
+    assert requested == [4, 5]
     with pytest.raises(ValueError, match="batch 0 has 6 samples"):
         BatchReader(batches, MicroBatches(2, 2), CPU)(0, 0)
 

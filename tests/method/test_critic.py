@@ -93,9 +93,9 @@ def test_shared_pass_judges_the_sample_that_the_fake_score_denoises():
     result, seen, logits = seen_by(critic_of(), Train(share_critic_pass=True))
     assert len(seen["x"]) == 10
     assert logits.shape == (10, 1)
-    apart, all_seen, _ = seen_by(critic_of(), Train())
+    separate, all_seen, _ = seen_by(critic_of(), Train())
     assert torch.equal(seen["x"][:5], all_seen["x"][:5])
-    torch.testing.assert_close(result.denoising.loss, apart.denoising.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.denoising.loss, separate.denoising.loss, rtol=1e-6, atol=0)
     gen = logits[:5].double()
     real = logits[5:].double()
     by_hand = torch.log1p(gen.exp()).mean() + torch.log1p((-real).exp()).mean()
@@ -190,12 +190,12 @@ def test_critic_weight_without_data_scale_is_the_epsilon_loss():
     torch.testing.assert_close((weight * (x0_hat - x0).square()).mean(), epsilon_loss, rtol=1e-12, atol=0)
 
 
-def test_without_a_gan_no_data_is_asked_for_and_no_head_exists():
+def test_without_a_gan_no_data_is_requested_and_no_head_exists():
     critic = critic_of(num_taps=0)
     assert len(critic.heads) == 0
 
     def never() -> Any:
-        raise AssertionError("data was asked for")
+        raise AssertionError("data was requested")
 
     result = critic_turn(critic, Train(gan_generator_weight=0, gan_critic_weight=0), never)
     assert result.gan is None

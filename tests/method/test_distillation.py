@@ -148,16 +148,16 @@ def test_regression_adds_its_weight_times_the_gradient_of_the_squared_error():
 
 
 def test_regression_goes_by_the_distance_that_it_is_given():
-    asked = []
+    requested = []
 
     def distance(x0: Tensor, target: Tensor) -> Tensor:
-        asked.append((x0, target))
+        requested.append((x0, target))
         return (x0 - target).abs().mean()
 
     train = Train(**{**QUICK, **NO_GAN, "regression_weight": 0.25})
     run = Distillation(toy_teacher(), train, pairs=pairs, regression_distance=distance)
     metrics = run.step(0)
-    ((x0, target),) = asked
+    ((x0, target),) = requested
     assert torch.equal(target, pairs(0)[1])
     assert x0.requires_grad
     assert float(metrics["regression_loss"]) == float((x0 - target).abs().mean().detach())

@@ -37,7 +37,7 @@ def images(num: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def indices(sigma: Tensor) -> np.ndarray:
-    """Places in EDM's grid of levels that a network was asked at."""
+    """Places in EDM's grid of levels at which a network was evaluated."""
     grid = NoiseGrid.karras().sigmas
     index = torch.searchsorted(grid, sigma)
     assert torch.equal(grid[index], sigma), "a level that is not on the grid"
@@ -63,7 +63,7 @@ def test_matching_gradient_is_the_papers_formula_in_float64(scale: float):
     if scale == 1:
         x0_real = real.output.numpy()
         assert torch.equal(real.x, fake.x)
-    else:  # the teacher is asked for [uncond; cond] at once, the fake score is never guided
+    else:  # the teacher is requested [uncond; cond] at once, the fake score is never guided
         assert torch.equal(real.x, torch.cat([fake.x, fake.x]))
         uncond, conditional = real.output.chunk(2)
         x0_real = (uncond + scale * (conditional - uncond)).numpy()
@@ -96,36 +96,36 @@ def test_matching_asks_levels_20_to_980_and_critic_and_gan_0_to_999():
         losses.matching_gradient(x0, cond, teacher, critic, Train(), rng(1))
     assert_uniform(indices(calls[0].sigma), 20, 980)
 
-    asked = []
+    requested = []
     run = critic.fake.denoise_and_tap
 
     def spy(x: Tensor, sigma: Tensor, *args: Any, **options: Any) -> tuple[Tensor, list[Tensor]]:
-        asked.append(sigma)
+        requested.append(sigma)
         return run(x, sigma, *args, **options)
 
     critic.fake.denoise_and_tap = spy
     with torch.no_grad():
         losses.critic_losses(x0, cond, lambda: (x0, cond), teacher, critic, Train(), rng(2))
-    parts = [indices(part) for part in asked[0].split(num)]
+    parts = [indices(part) for part in requested[0].split(num)]
     assert len(parts) == 3
     for part in parts:
         assert_uniform(part, 0, 999)
     correlations = np.corrcoef(np.stack(parts))[np.triu_indices(3, 1)]
     assert np.abs(correlations).max() < 0.05, "fake score, D(gen) and D(data) draw levels of their own"
-    asked.clear()
+    requested.clear()
     losses.gan_gradient(x0, cond, teacher, critic, Train(), rng(3))
-    assert_uniform(indices(asked[0]), 0, 999)
+    assert_uniform(indices(requested[0]), 0, 999)
 
 
 @pytest.mark.parametrize(("key", "low", "high"), [("matching_levels", 300, 301), ("gan_levels", 0, 2)])
 def test_configured_levels_are_obeyed(key: str, low: int, high: int):
     teacher, critic = toy_teacher(), critic_of()
     train = Train(**{key: (low, high)})
-    asked = []
-    critic.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[1]))
+    requested = []
+    critic.register_forward_pre_hook(lambda _, inputs: requested.append(inputs[1]))
     call = losses.matching_gradient if key == "matching_levels" else losses.gan_gradient
     call(images(200), labels(200), teacher, critic, train, rng())
-    assert set(indices(asked[0])) == set(range(low, high + 1))
+    assert set(indices(requested[0])) == set(range(low, high + 1))
 
 
 class SetLogits:

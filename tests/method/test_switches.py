@@ -58,7 +58,7 @@ def counted(run: Distillation) -> Iterator[Passes]:
 
 
 @contextmanager
-def asked(network: nn.Module) -> Iterator[list[Call]]:
+def requested(network: nn.Module) -> Iterator[list[Call]]:
     """The questions that reach a network's `denoise_and_tap`."""
     calls: list[Call] = []
     original = network.denoise_and_tap
@@ -84,21 +84,21 @@ def test_paper_takes_these_passes():
 def test_share_levels_asks_matching_and_gan_about_one_noised_sample_in_one_pass():
     def generator_turn(**keys: Any) -> tuple[Passes, list[Call], list[Call]]:
         run = distillation(**LEVELS, **keys)
-        with counted(run) as passes, asked(run.teacher.denoiser) as real, asked(run.critic.fake) as fake:
+        with counted(run) as passes, requested(run.teacher.denoiser) as real, requested(run.critic.fake) as fake:
             run.step(0)
         return passes, real, fake
 
-    apart, real, fake = generator_turn()
+    separate, real, fake = generator_turn()
     assert torch.equal(real[0].x, fake[0].x)
     assert not torch.equal(fake[0].x, fake[1].x)
     assert not torch.equal(fake[0].sigma, fake[1].sigma)
-    assert apart.encoder["fake"] == [6, 6, 18]
+    assert separate.encoder["fake"] == [6, 6, 18]
 
     shared, real, fake = generator_turn(share_levels=True)
     assert torch.equal(real[0].x, fake[0].x)
     assert torch.equal(real[0].sigma, fake[0].sigma)
     assert shared.encoder == {"generator": [6], "fake": [6, 18], "real": [6]}, "one encoder pass less"
-    assert shared.decoder == apart.decoder
+    assert shared.decoder == separate.decoder
     assert fake[1].x.shape[0] == 18, "the critic's own turn is as it was"
 
 
@@ -206,7 +206,7 @@ def test_gan_gradient_through_the_teachers_features_is_the_difference_quotient()
 def test_uniform_denoising_weight_is_the_plain_mean_square():
     run = distillation(denoising_weighting="uniform")
     x0, cond = data(0)
-    with asked(run.critic.fake) as calls:
+    with requested(run.critic.fake) as calls:
         found = losses.critic_losses(x0, cond, lambda: data(1), run.teacher, run.critic, run.train, rng(4))
     truth = (calls[0].output - x0).double().square().mean()
     torch.testing.assert_close(found.denoising.loss.double(), truth, rtol=1e-5, atol=0)

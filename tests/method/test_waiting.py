@@ -43,7 +43,7 @@ class NoWaiting(TorchDispatchMode):
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Fails on what would wait for a GPU: a tensor's numbers asked for, or a list made a tensor."""
+    """Fails on what would wait for a GPU: a tensor's numbers requested, or a list made a tensor."""
     with ExitStack() as stack:
         for name in METHODS:
             stack.enter_context(patch.object(Tensor, name, refuse(name)))

@@ -66,10 +66,10 @@ def test_more_noise_is_further_away(digits, reference, extractor):
 def test_blocks_are_the_measures_of_each_part_and_their_spread(digits, reference, extractor):
     images, labels = digits.images[:900], digits.labels[:900]
     found = measure(images, labels, reference, extractor, num_blocks=3)
-    apart = [means(measure(images[i : i + 300], labels[i : i + 300], reference, extractor)) for i in (0, 300, 600)]
+    separate = [means(measure(images[i : i + 300], labels[i : i + 300], reference, extractor)) for i in (0, 300, 600)]
     assert (found["num_samples"], found["num_blocks"]) == (300, 3)
     for name, value in found["metrics"].items():
-        blocks = np.array([part[name] for part in apart])
+        blocks = np.array([part[name] for part in separate])
         np.testing.assert_allclose(value["blocks"], blocks)
         assert value["mean"] == pytest.approx(blocks.sum() / 3)
         assert value["sd"] == pytest.approx(np.sqrt(((blocks - blocks.mean()) ** 2).sum() / 2))

@@ -23,7 +23,7 @@ NUM = 1200  # twelve images of each composition, six of each caption
 
 
 class Told:
-    """An extractor of two features of the pixels, which is told the digits; -1 stands for a wrong one."""
+    """An extractor of two features of the pixels, which is reported the digits; -1 stands for a wrong one."""
 
     name, dim = "pair_classifier", 2
 
@@ -43,13 +43,13 @@ def pairs():
 
 
 @pytest.fixture(scope="module")
-def told(pairs) -> Told:
+def reported(pairs) -> Told:
     return Told(pairs[0], targets(pairs[1]))
 
 
 @pytest.fixture(scope="module")
-def reference(pairs, told) -> Reference:
-    return Reference.build(lambda ids: (pairs[0][ids], pairs[1][ids]), NUM, told, None, with_patches=True)
+def reference(pairs, reported) -> Reference:
+    return Reference.build(lambda ids: (pairs[0][ids], pairs[1][ids]), NUM, reported, None, with_patches=True)
 
 
 def measured(images, labels, reference, extractor, names=MEASURED, **options) -> dict[str, float]:
@@ -58,8 +58,8 @@ def measured(images, labels, reference, extractor, names=MEASURED, **options) ->
     return {name: value["mean"] for name, value in found["metrics"].items()}
 
 
-def test_the_data_scores_as_itself(pairs, reference, told):
-    found = measured(*pairs, reference, told)
+def test_the_data_scores_as_itself(pairs, reference, reported):
+    found = measured(*pairs, reference, reported)
     assert list(found) == ["fid", "patch_fid", "prompt_diversity", "alignment", "alignment_held_out"]
     assert found["fid"] == pytest.approx(0, abs=1e-6)
     assert found["patch_fid"] == pytest.approx(0, abs=1e-6)
@@ -67,43 +67,43 @@ def test_the_data_scores_as_itself(pairs, reference, told):
     assert (found["alignment"], found["alignment_held_out"]) == (1, 1)
 
 
-def test_one_image_for_each_prompt_keeps_alignment_and_loses_diversity(pairs, reference, told):
+def test_one_image_for_each_prompt_keeps_alignment_and_loses_diversity(pairs, reference, reported):
     images, labels = pairs
     first = {caption: i for i, caption in reversed(list(enumerate(labels)))}
-    found = measured(images[[first[caption] for caption in labels]], labels, reference, told)
+    found = measured(images[[first[caption] for caption in labels]], labels, reference, reported)
     assert found["prompt_diversity"] == pytest.approx(0, abs=1e-9)
     assert found["alignment"] == 1
 
 
-def test_either_caption_of_a_composition_is_right_and_the_mirrored_one_wrong(pairs, reference, told):
+def test_either_caption_of_a_composition_is_right_and_the_mirrored_one_wrong(pairs, reference, reported):
     images, _ = pairs
-    codes = np.array([told.known[image.tobytes()] for image in images])
+    codes = np.array([reported.known[image.tobytes()] for image in images])
     both = [[captions_of(left, right)[k] for left, right in zip(codes // 10, codes % 10, strict=True)] for k in (0, 1)]
     for texts in both:
-        assert measured(images, np.array(texts), reference, told, ("fid", "alignment"))["alignment"] == 1
+        assert measured(images, np.array(texts), reference, reported, ("fid", "alignment"))["alignment"] == 1
     mirrored = np.array([captions_of(right, left)[0] for left, right in zip(codes // 10, codes % 10, strict=True)])
-    found = measured(images, mirrored, reference, told, ("fid", "alignment"))
+    found = measured(images, mirrored, reference, reported, ("fid", "alignment"))
     assert found["alignment"] == pytest.approx((codes // 10 == codes % 10).mean())
 
 
-def test_held_out_compositions_are_counted_apart(pairs, reference, told):
+def test_held_out_compositions_are_counted_apart(pairs, reference, reported):
     images, labels = pairs
     outside = np.array([is_held_out(code // 10, code % 10) for code in targets(labels)])
     np.testing.assert_array_equal(held_out(labels), outside)
     assert 0 < outside.sum() < NUM
     spoiled = np.where(outside[:, None, None, None], 255 - images, images)
-    found = measured(spoiled, labels, reference, told, ("fid", "alignment"))
+    found = measured(spoiled, labels, reference, reported, ("fid", "alignment"))
     assert found["alignment_held_out"] == 0
     assert found["alignment"] == pytest.approx(1 - outside.mean())
-    inside = measured(images[~outside], labels[~outside], reference, told, ("fid", "alignment"))
+    inside = measured(images[~outside], labels[~outside], reference, reported, ("fid", "alignment"))
     assert "alignment_held_out" not in inside
 
 
-def test_patches_see_the_centre_alone(pairs, reference, told):
+def test_patches_see_the_centre_alone(pairs, reference, reported):
     images, labels = pairs
     framed = images.copy()
     framed[:, :4], framed[:, -4:] = 255, 255
-    found, plain = (measured(x, labels, reference, told, ("fid", "patch_fid")) for x in (framed, images))
+    found, plain = (measured(x, labels, reference, reported, ("fid", "patch_fid")) for x in (framed, images))
     assert found["patch_fid"] == plain["patch_fid"]
     assert found["fid"] > plain["fid"] + 1
 
@@ -118,40 +118,40 @@ def test_floor_of_captions_is_small_and_aligned(reference):
     assert found["prompt_diversity"]["mean"] == pytest.approx(np.sqrt(5 / 6), abs=0.03)
 
 
-def test_saved_reference_and_tallies_of_captions_measure_the_same(pairs, reference, told, tmp_path: Path):
+def test_saved_reference_and_tallies_of_captions_measure_the_same(pairs, reference, reported, tmp_path: Path):
     images, labels = pairs
     reference.save(tmp_path / "reference.npz")
     meter = Meter(
-        Reference.load(tmp_path / "reference.npz"), told, NUM, evaluation=config.Evaluation(measures=MEASURED)
+        Reference.load(tmp_path / "reference.npz"), reported, NUM, evaluation=config.Evaluation(measures=MEASURED)
     )
     for i in (0, 1):
         part = slice(i * 600, i * 600 + 600)
         meter.tally([images[part]], labels[part], part.start).save(tmp_path / f"{i}.npz")
     both = Tally.load(tmp_path / "0.npz").merge(Tally.load(tmp_path / "1.npz"))
     found = meter.measures(both)
-    assert found == pytest.approx(measured(images, labels, reference, told), abs=1e-6)
+    assert found == pytest.approx(measured(images, labels, reference, reported), abs=1e-6)
 
 
-def test_a_measure_that_the_data_does_not_allow_is_refused(pairs, told):
+def test_a_measure_that_the_data_does_not_allow_is_refused(pairs, reported):
     images, labels = pairs[0][:100], pairs[1][:100]  # one image of each composition
-    alone = Reference.build(lambda ids: (images[ids], labels[ids]), 100, told, None)
+    alone = Reference.build(lambda ids: (images[ids], labels[ids]), 100, reported, None)
     with pytest.raises(UserError, match="prompt_diversity needs data with several images of one caption"):
-        measured(images, labels, alone, told, ("fid", "prompt_diversity"))
+        measured(images, labels, alone, reported, ("fid", "prompt_diversity"))
     with pytest.raises(UserError, match="the reference has no patches for patch_fid; build it again"):
-        measured(images, labels, alone, told, ("fid", "patch_fid"))
-    assert list(measured(images, labels, alone, told, None)) == [*MEASURES_OF_CAPTIONS[:3], "precision", "recall"]
+        measured(images, labels, alone, reported, ("fid", "patch_fid"))
+    assert list(measured(images, labels, alone, reported, None)) == [*MEASURES_OF_CAPTIONS[:3], "precision", "recall"]
 
 
-def test_prompts_that_the_data_has_not_are_left_out_of_the_diversity(pairs, reference, told):
+def test_prompts_that_the_data_has_not_are_left_out_of_the_diversity(pairs, reference, reported):
     images, labels = pairs
     half = NUM // 2
     others = labels.copy()
     others[half:] = "a nine left of a nine, but in other words"
-    found = measured(images, others, reference, told, ("fid", "prompt_diversity"))
-    alone = measured(images[:half], labels[:half], reference, told, ("fid", "prompt_diversity"))
+    found = measured(images, others, reference, reported, ("fid", "prompt_diversity"))
+    alone = measured(images[:half], labels[:half], reference, reported, ("fid", "prompt_diversity"))
     assert found["prompt_diversity"] == pytest.approx(alone["prompt_diversity"], rel=1e-9)
     with pytest.raises(UserError, match="no prompt is both the data's and that of two samples"):
-        measured(images[half:], others[half:], reference, told, ("fid", "prompt_diversity"))
+        measured(images[half:], others[half:], reference, reported, ("fid", "prompt_diversity"))
 
 
 def test_names_of_the_configuration_are_the_measures():

@@ -20,7 +20,7 @@ DATA = config.Data(source="noise", resolution=8, channels=1, num_classes=2)
 class ChannelMeans(nn.Module):
     """Features: the mean of each channel and the height, so that a test knows what must come out.
 
-    Probabilities: the softmax of the channels' means over 100, with a bias for the first class unless told without.
+    Probabilities: the softmax of the channels' means over 100, with a bias for the first class unless called without.
     """
 
     def forward(

@@ -124,7 +124,7 @@ def test_building_it_downloads_nothing_and_leaves_the_random_numbers_alone(
     file: WeightsFile, monkeypatch: pytest.MonkeyPatch
 ):
     def refused(*arguments: object, **options: object) -> None:
-        raise AssertionError("a download was asked for")
+        raise AssertionError("a download was requested")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", refused)
     before = torch.get_rng_state()

@@ -66,15 +66,15 @@ def test_it_needs_vggs_weights():
 
 
 def test_latency_is_of_the_calls_after_the_warm_up(monkeypatch: pytest.MonkeyPatch):
-    clock, asked = [0.0], []
+    clock, requested = [0.0], []
 
     def make(i: int) -> None:
-        asked.append(i)
+        requested.append(i)
         clock[0] += 100.0 if i < 2 else [1.0, 3.0][i % 2]
 
     monkeypatch.setattr("dmd2.metrics.latency.time.perf_counter", lambda: clock[0])
     found = measure_latency(make, warm_up=2, repeats=4)
-    assert asked == list(range(6))
+    assert requested == list(range(6))
     assert found == {"mean": 2.0, "sd": pytest.approx(np.std([1, 3, 1, 3], ddof=1)), "blocks": [1.0, 3.0, 1.0, 3.0]}
     with pytest.raises(ValueError, match="repeats is 1"):
         measure_latency(make, repeats=1)

@@ -106,7 +106,7 @@ def test_distances_stand_against_iterations_and_against_generator_updates(tmp_pa
     assert axes[0].get_ylim() == axes[1].get_ylim()
 
 
-def test_a_dozen_runs_are_told_apart_on_logarithmic_axes(tmp_path: Path, drawn):
+def test_a_dozen_runs_are_distinguished_on_logarithmic_axes(tmp_path: Path, drawn):
     names = [f"run {i}" for i in range(12)]
     curves = {
         name: write_curve(

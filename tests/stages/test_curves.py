@@ -12,7 +12,7 @@ from world import RUNTIME, World
 
 from dmd2.datasets import ShardReader
 from dmd2.errors import UserError
-from dmd2.lineage.plan import APART, Plan
+from dmd2.lineage.plan import CURVE_SEED_OFFSET, Plan
 from dmd2.lineage.records import read_record, write_record
 from dmd2.metrics import Meter
 from dmd2.stages import curves
@@ -57,7 +57,7 @@ def curve(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_snapshot_is_measured_with_the_samples_asked_for(world: World, curve: Path, measured: list[int]):
+def test_every_snapshot_is_measured_with_the_requested_samples(world: World, curve: Path, measured: list[int]):
     rows = read(curve)
     assert list(rows[0]) == COLUMNS
     assert [row["step"] for row in rows] == ["5", "10", "15", "20"]
@@ -148,7 +148,7 @@ def test_curve_of_other_snapshots_chooses_nothing(world: World, curve: Path, tmp
     assert not (tmp_path / "best.safetensors").exists()
 
 
-def test_best_and_last_are_entries_apart_and_say_so(world: World, curve: Path, tmp_path: Path):
+def test_best_and_last_are_separate_entries_and_say_so(world: World, curve: Path, tmp_path: Path):
     plan = world.plan()
     chosen(world, altered(world, curve, tmp_path / "curve.csv", [3, 1, 2, 2]), tmp_path / "best.safetensors")
     facts = {}
@@ -190,10 +190,10 @@ def test_noise_that_chose_the_best_does_not_measure_it(world: World, monkeypatch
     seeds = {name: spec.need("evaluation").seed for name, spec in
              {"curve": plan.curve("dmd2"), "last": plan.sample("dmd2/student"), "best": plan.sample("dmd2/best"),
               "metrics": plan.metrics("dmd2/best")}.items()}  # fmt: skip
-    assert seeds == {"curve": 0, "last": 0, "best": APART, "metrics": APART}
+    assert seeds == {"curve": 0, "last": 0, "best": CURVE_SEED_OFFSET, "metrics": CURVE_SEED_OFFSET}
     spec = plan.sample("dmd2/student")
     model = curves.open_model(spec, world.student, curves.STUDENT, torch.device("cpu"))
-    a, b = (sample_x0(spec, model, range(50), curves.STUDENT, seed) for seed in (0, APART))
+    a, b = (sample_x0(spec, model, range(50), curves.STUDENT, seed) for seed in (0, CURVE_SEED_OFFSET))
     assert not any(bool((x == y).all()) for x in a for y in b)
 
 

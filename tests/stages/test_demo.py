@@ -69,7 +69,7 @@ def test_a_seed_that_is_no_natural_number_is_refused(models: dict[str, Model], s
         demo.compare(models, PROMPT, seed)
 
 
-def test_held_out_compositions_are_told(models: dict[str, Model]):
+def test_held_out_compositions_are_reported(models: dict[str, Model]):
     assert [demo.compare(models, text, 0)[1] != "" for text in demo.examples(models)] == [False, False, True]
 
 
@@ -129,7 +129,7 @@ def test_a_taken_port_is_refused(text_results: Path):
 
 
 class Browsed:
-    """The page in a browser that reaches this machine alone, and the hosts that it asked for."""
+    """The page in a browser that reaches this machine alone, and the hosts that it requested."""
 
     def __init__(self, page: Any, address: str):
         self.page, self.hosts = page, set()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from events import wait_until
-from world import BLOCKS, NUM, RUNTIME, WORKFLOW, World
+from forked import start
+from world import BLOCKS, NUM, RUNTIME, WORKFLOW, World, measure_and_die
 
 from dmd2.datasets import ShardReader
 from dmd2.lineage.plan import Plan
@@ -128,20 +129,18 @@ def test_two_processes_measure_what_one_does(world: World, whole: dict, tmp_path
     assert list((tmp_path / "state").iterdir()) == []
 
 
-def test_evaluation_killed_without_warning_loses_no_finished_part(world: World, tmp_path: Path):
-    size = measure.CHUNK + 200
-    plan = streamed(world, num_samples=size, num_blocks=2)
-    arguments, env = command(world, plan, "teacher/ode", tmp_path)
-    process = subprocess.Popen(arguments, env=env)
-    wait_until(lambda: len(list((tmp_path / "state").glob("*/samples-*.npz"))) >= 2, process)
-    process.kill()
-    process.wait()
+def test_evaluation_killed_without_warning_loses_no_finished_part(
+    world: World, whole: dict, tmp_path: Path, small_chunks, made: list[range], caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    process = start(measure_and_die, world, streamed(world), tmp_path / "m.json", measure.CHUNK, 2)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "m.json").exists()
-    done = subprocess.run(arguments, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "resuming with 2 finished files of an interrupted job" in done.stderr
-    straight = world.metrics(plan, "teacher/ode", tmp_path / "straight.json", weights=world.teacher)
-    assert_close(json.loads((tmp_path / "m.json").read_text()), straight, rel=1e-6)
+    resumed = world.metrics(streamed(world), "teacher/ode", tmp_path / "m.json", weights=world.teacher)
+    assert "resuming with 2 finished files of an interrupted job" in caplog.text
+    assert min(i for ids in made for i in ids) == 2 * measure.CHUNK
+    assert_close(resumed, whole, rel=1e-3)
 
 
 def test_killed_evaluation_goes_on_where_it_was(

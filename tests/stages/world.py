@@ -4,6 +4,8 @@ The networks have random weights: what is sampled is noise of a kind, and yet a 
 """
 
 import json
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from dmd2.config import Runtime
 from dmd2.files import write_json
 from dmd2.lineage.plan import Plan
 from dmd2.lineage.records import write_record
+from dmd2.metrics import Tally
 from dmd2.stages import data, measure
 from dmd2.teachers import load_teacher
 from dmd2.training.checkpoint_store import save_weights
@@ -75,3 +78,17 @@ class World:
         found = json.loads(out.read_text())
         found.pop("provenance")
         return found
+
+
+def measure_and_die(world: World, plan: Plan, out: Path, chunk: int, num_files: int) -> None:
+    """Measures the teacher's samples in chunks, and is killed when so many of their files are written."""
+    measure.CHUNK, save, saved = chunk, Tally.save, []
+
+    def dying(tally: Tally, path: Path) -> None:
+        save(tally, path)
+        saved.append(path)
+        if len(saved) == num_files:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Tally.save = dying  # type: ignore[method-assign]
+    world.metrics(plan, "teacher/ode", out, weights=world.teacher)

@@ -223,16 +223,16 @@ def test_weights_of_another_network_are_refused_by_name_and_change_nothing(tmp_p
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(UserError) as caught:
         load_weights(denoiser, tmp_path / "w.safetensors")
-    told = str(caught.value)
-    assert "1 missing: model.map_layer0.bias" in told
-    assert "1 unexpected: model.extra" in told
-    assert "model.out_norm.weight (3,) for (8,)" in told
-    assert "2 mismatching: model.enc.4x4_down.skip.resample_filter is not the 2x2 box filter" in told
-    assert "\n" not in told
+    reported = str(caught.value)
+    assert "1 missing: model.map_layer0.bias" in reported
+    assert "1 unexpected: model.extra" in reported
+    assert "model.out_norm.weight (3,) for (8,)" in reported
+    assert "2 mismatching: model.enc.4x4_down.skip.resample_filter is not the 2x2 box filter" in reported
+    assert "\n" not in reported
     assert all(torch.equal(value, before[name]) for name, value in denoiser.state_dict().items())
 
 
-def test_many_wrong_names_are_counted_and_the_first_told(tmp_path: Path):
+def test_many_wrong_names_are_counted_and_the_first_reported(tmp_path: Path):
     save_file({"other": torch.ones(1)}, tmp_path / "w.safetensors")
     expected = len(load_teacher(CONFIG, DATA).denoiser.state_dict())
     with pytest.raises(UserError, match=rf"{expected} missing: model.map_layer0.weight, .* and {expected - 3} more"):
@@ -240,7 +240,7 @@ def test_many_wrong_names_are_counted_and_the_first_told(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "reported"),
     [
         ("w.safetensors", b"\x10\x00", "not a readable safetensors file"),
         ("w.safetensors", b"", "not a readable safetensors file"),
@@ -250,11 +250,11 @@ def test_many_wrong_names_are_counted_and_the_first_told(tmp_path: Path):
         (None, b"", "no such weight file"),
     ],
 )
-def test_unreadable_weight_files_are_user_errors(tmp_path: Path, name: str | None, content: bytes, told: str):
+def test_unreadable_weight_files_are_user_errors(tmp_path: Path, name: str | None, content: bytes, reported: str):
     path = tmp_path / (name or "absent.safetensors")
     if name:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         load_teacher(CONFIG, DATA, path)
 
 

@@ -55,15 +55,15 @@ def read_all(corpus: Iterable[bytes], read: Reader, path: Path, flag: Path) -> C
             try:
                 state = read(path)
             except UserError as error:
-                told = str(error)
-                outcomes["blocked" if "blocked global" in told else "refused"] += 1
+                reported = str(error)
+                outcomes["blocked" if "blocked global" in reported else "refused"] += 1
             else:
-                told = ""
+                reported = ""
                 outcomes["read"] += 1
                 assert all(isinstance(value, Tensor) for value in state.values())
                 assert sum(float(value.double().nan_to_num().sum()) for value in state.values()) is not None
-        assert "\n" not in told
-        assert len(told) < 600 + len(str(path))
+        assert "\n" not in reported
+        assert len(reported) < 600 + len(str(path))
         assert [event for event in events if str(path) not in event and not harmless(event)] == [], content[:2000]
         assert not flag.exists(), content[:2000]
         outcomes["files"] += 1

@@ -149,8 +149,8 @@ def test_run_cannot_go_on_from_less_than_generator_and_fake_score(tmp_path: Path
     torch.save(network(1).state_dict(), path)
     assert "a generator alone cannot initialise a run; name the released folder" in fails(import_spec(path), out, True)
     folder = released(tmp_path / "checkpoint", fake_unet={})
-    told = fails(import_spec(folder), out, True)
-    assert "pytorch_model_1.bin: fake_unet.*: not the weights of the configured network" in told
+    reported = fails(import_spec(folder), out, True)
+    assert "pytorch_model_1.bin: fake_unet.*: not the weights of the configured network" in reported
     (folder / "pytorch_model_1.bin").unlink()
     assert "a generator alone cannot initialise a run" in fails(import_spec(folder), out, True)
 

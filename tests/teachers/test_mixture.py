@@ -26,9 +26,9 @@ def plane(half_width: float, num: int) -> tuple[Tensor, float]:
 
 def clean_density(points: Tensor, label: int) -> Tensor:
     """The mixture's density of x0, written out: (P, 2) -> (P,)."""
-    told = mixture()
+    reported = mixture()
     total = torch.zeros(len(points), dtype=torch.float64)
-    for mean, std, weight in zip(told.means[label], told.stds[label], told.weights[label], strict=True):
+    for mean, std, weight in zip(reported.means[label], reported.stds[label], reported.weights[label], strict=True):
         total += weight * torch.exp(-(points - mean).square().sum(1) / (2 * std**2)) / (2 * math.pi * std**2)
     return total
 
@@ -59,11 +59,11 @@ def test_score_is_the_gradient_of_the_log_density():
 
 
 def test_samples_have_the_mixtures_moments():
-    told, num = mixture(), 40_000
+    reported, num = mixture(), 40_000
     for label in (0, 1):
-        x0 = told.sample(torch.full((num,), label), torch.Generator().manual_seed(1))
-        mean = told.weights[label] @ told.means[label]
-        second = told.weights[label] @ (told.means[label].square() + told.stds[label, :, None].square())
+        x0 = reported.sample(torch.full((num,), label), torch.Generator().manual_seed(1))
+        mean = reported.weights[label] @ reported.means[label]
+        second = reported.weights[label] @ (reported.means[label].square() + reported.stds[label, :, None].square())
         assert x0.shape == (num, 2)
         torch.testing.assert_close(x0.mean(0), mean, rtol=0, atol=0.012)
         torch.testing.assert_close(x0.square().mean(0), second, rtol=0, atol=0.012)

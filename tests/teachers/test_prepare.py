@@ -92,6 +92,8 @@ def test_compiled_blocks_equal_eager_ones_up_to_rounding(arch: str, activation_c
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's code for CPUs needs a C++ compiler")
 def test_inductor_compiles_a_block(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no processes that import torch each
+    monkeypatch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)  # for one kernel of each kind
     plain, compiled = network("adm"), network("adm")
     monkeypatch.setattr(compiled, "blocks", lambda: [compiled.model.dec["8x8_in0"]])  # attention and no skip
     compiled.prepare(compile=True)

@@ -112,7 +112,7 @@ def attacks(flag: Path) -> dict[str, tuple[bytes, str]]:
         "torch.load": (Call(torch.load, str(flag)), "blocked global 'torch.serialization.load'"),
         "partial": (Call(__import__("functools").partial, os.system, touch), "blocked global 'functools.partial'"),
     }
-    dumped = {name: (pickle.dumps({"ema": value}, 4), told) for name, (value, told) in plain.items()}
+    dumped = {name: (pickle.dumps({"ema": value}, 4), reported) for name, (value, reported) in plain.items()}
     unicode = [pickle.SHORT_BINUNICODE + bytes([len(s)]) + s for s in (b"collections", b"OrderedDict.__init__")]
     order = b"ccollections\nOrderedDict\n"
     opcodes = {
@@ -142,14 +142,14 @@ def attacks(flag: Path) -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("name", list(attacks(Path("flag"))))
-def test_hostile_pickle_executes_nothing_and_names_what_it_asked_for(name: str, tmp_path: Path, executed: list[str]):
+def test_hostile_pickle_executes_nothing_and_names_what_it_requested(name: str, tmp_path: Path, executed: list[str]):
     flag = tmp_path / "flag"
-    content, told = attacks(flag)[name]
+    content, reported = attacks(flag)[name]
     path = write(tmp_path, content)
     executed.clear()
     with pytest.raises(UserError) as caught:
         read_edm_pickle(path)
-    assert told in str(caught.value)
+    assert reported in str(caught.value)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
     assert [event for event in executed if str(path) not in event] == []

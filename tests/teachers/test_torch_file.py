@@ -58,8 +58,8 @@ def attacks(flag: Path) -> dict[str, tuple[bytes, str]]:
         "STACK_GLOBAL": (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.", NO_STATE),
         "extension": (b"\x80\x02\x82\x01.", NO_STATE),
     }
-    files = {f"zip: {name}": (with_pickle(good, content), told) for name, (content, told) in pickles.items()}
-    files |= {f"old: {name}": (old_torch_file(content), told) for name, (content, told) in pickles.items()}
+    files = {f"zip: {name}": (with_pickle(good, content), reported) for name, (content, reported) in pickles.items()}
+    files |= {f"old: {name}": (old_torch_file(content), reported) for name, (content, reported) in pickles.items()}
     script = {"constants.pkl": pickle.dumps((), 2), "code.py": b"open('flag', 'w')"}
     return files | {
         "TorchScript": (with_pickle(good, pickle.dumps({}, 2), **script), "a TorchScript archive, not a state dict"),
@@ -73,11 +73,11 @@ def attacks(flag: Path) -> dict[str, tuple[bytes, str]]:
 @pytest.mark.parametrize("name", list(attacks(Path("flag"))))
 def test_a_hostile_or_damaged_file_executes_nothing_and_is_refused(name: str, tmp_path: Path) -> None:
     path, flag = tmp_path / "weights.bin", tmp_path / "flag"
-    content, told = attacks(flag)[name]
+    content, reported = attacks(flag)[name]
     path.write_bytes(content)
     with watching() as events, pytest.raises(UserError) as caught:
         read_torch_file(path)
-    assert told in str(caught.value)
+    assert reported in str(caught.value)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
     assert "weights_only" not in str(caught.value)

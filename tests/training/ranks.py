@@ -34,8 +34,13 @@ def collectives(rank: int, world: int, port: int, out: Path) -> None:
         tensors = [torch.full((2, 3), float(rank)), torch.tensor(10.0 * rank)]
         ranks.average(tensors)
         notices = ranks.AsyncFlags()
-        told = [notices(0, rank), notices(5 * rank, 10 + rank), notices(0, 0), notices(12 - rank, 9 + rank, now=True)]
-        torch.save({"average": tensors, "told": told, "update": update(rank, world)}, out / f"{rank}.pt")
+        found = [
+            notices(0, rank),
+            notices(5 * rank, 10 + rank),
+            notices(0, 0),
+            notices(12 - rank, 9 + rank, now=True),
+        ]
+        torch.save({"average": tensors, "notices": found, "update": update(rank, world)}, out / f"{rank}.pt")
 
 
 def update(rank: int, world: int) -> Tensor:
@@ -96,7 +101,7 @@ def steps(rank: int, world: int, port: int, out: Path, manifest: Path, num: int)
 
 
 def stopped_fit(rank: int, world: int, port: int, out: Path, manifest: Path) -> None:
-    """A fit in one folder on all ranks, of which the last is asked to stop at iteration 6."""
+    """A fit in one folder on all ranks, of which the last is requested to stop at iteration 6."""
     join(rank, world, port)
     with ranks.process_group(CPU), CheckpointStore(out / "state", DIGEST) as store:
         run = distillation(Source(manifest, rank=rank, world=world))

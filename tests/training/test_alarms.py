@@ -16,6 +16,6 @@ HEALTHY = {"neighbour_ratio": 0.5, "num_nonfinite": 0.0, "matching_loss": 0.7}
         (HEALTHY | {"num_nonfinite": 3.0}, "non-finite values, which are replaced by 0"),
     ],
 )
-def test_collapse_and_values_that_are_not_finite_are_told(row: dict[str, float], words: str | None):
-    told = _alarm(row)
-    assert told is None if words is None else told is not None and words in told
+def test_collapse_and_values_that_are_not_finite_are_reported(row: dict[str, float], words: str | None):
+    reported = _alarm(row)
+    assert reported is None if words is None else reported is not None and words in reported

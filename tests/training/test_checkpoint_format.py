@@ -1,4 +1,4 @@
-"""States taken apart into JSON and tensors, and put together again."""
+"""States split into JSON and tensors, and put together again."""
 
 import json
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_rows_that_no_file_has_are_an_error(tmp_path: Path):
 
 
 @pytest.mark.parametrize("copy", [True, False])
-def test_held_copies_are_apart_from_what_trains_on(copy: bool):
+def test_held_copies_are_separate_from_what_trains_on(copy: bool):
     live = torch.zeros(2, 3).T  # not contiguous, which safetensors would refuse
     held = hold(pieces({"x": live}), copy=copy)
     held.wait()

@@ -32,7 +32,7 @@ def on_two_ranks(function: Callable[..., Any], out: Path, *arguments: Any) -> li
 def test_collectives_and_updates_of_two_ranks_equal_one_process(tmp_path: Path):
     for found in on_two_ranks(collectives, tmp_path):
         assert_equal(found["average"], [torch.full((2, 3), 0.5), torch.tensor(5.0)])
-        assert found["told"] == [[0, 0], [0, 1], [5, 11], [12, 10]], "known one call later, or at once where asked"
+        assert found["notices"] == [[0, 0], [0, 1], [5, 11], [12, 10]], "known one call later, or at once on request"
         torch.testing.assert_close(found["update"], update(0, 1), rtol=1e-6, atol=1e-7)
 
 
@@ -51,7 +51,7 @@ def test_distillation_on_two_ranks_equals_one_process_with_the_whole_batch(laten
             )
 
 
-def test_one_rank_asked_to_stop_stops_all_and_they_resume_exactly(latents: Path, tmp_path: Path):
+def test_one_rank_requested_to_stop_stops_all_and_they_resume_exactly(latents: Path, tmp_path: Path):
     one, other = on_two_ranks(stopped_fit, tmp_path, latents)
     assert one["stopped"] == other["stopped"] == "SIGTERM: saved after iteration 7; run the same command to resume"
     assert_equal(one["weights"], other["weights"])

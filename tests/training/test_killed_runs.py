@@ -36,7 +36,7 @@ def wait_for(folder: Path, step: int, process: BaseProcess) -> None:
     wait_until(lambda: any(row["step"] >= step for row in rows(folder)), process)
 
 
-def asked_for(folder: Path) -> list[list[Any]]:
+def requested_ids(folder: Path) -> list[list[Any]]:
     return [json.loads(line) for line in folder.with_suffix(".ids").read_text().splitlines()]
 
 
@@ -46,9 +46,9 @@ def assert_same_run(folder: Path, uninterrupted: Path, latents: Path) -> None:
         name = f"snapshot-{step:08d}.safetensors"
         assert_equal(load_file(folder / name), load_file(uninterrupted / name))
     loader = Source(latents).loader
-    for index, ids in asked_for(folder):
+    for index, ids in requested_ids(folder):
         assert ids == loader.ids(index).tolist()
-    assert {index for index, _ in asked_for(folder)} == set(range(30))
+    assert {index for index, _ in requested_ids(folder)} == set(range(30))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -71,8 +71,8 @@ def test_run_killed_at_random_steps_equals_the_uninterrupted_one(
     process.join(120)
     assert process.exitcode == 0
     assert_same_run(folder, uninterrupted, latents)
-    told = folder.with_suffix(".log").read_text()
-    assert [f"resuming after iteration {step} " in told for step in resumed_from] == [True] * 3
+    reported = folder.with_suffix(".log").read_text()
+    assert [f"resuming after iteration {step} " in reported for step in resumed_from] == [True] * 3
     assert [row["step"] for row in rows(folder)] == list(range(1, 31)), "no row lost or written twice"
 
 
@@ -109,7 +109,7 @@ def test_signal_saves_ends_with_its_status_and_resumes(
     process.join(120)
     assert process.exitcode == 0
     assert_same_run(folder, uninterrupted, latents)
-    assert [index for index, _ in asked_for(folder)] == list(range(30)), "no batch was asked for twice"
+    assert [index for index, _ in requested_ids(folder)] == list(range(30)), "no batch was requested twice"
 
 
 def test_signal_within_the_write_of_a_checkpoint_waits_for_it(latents: Path, tmp_path: Path, uninterrupted: Path):

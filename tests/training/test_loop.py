@@ -22,16 +22,16 @@ from dmd2.training.optimizer import FiniteGuard
 
 
 class Counting:
-    """A trainee whose weight is the sum of the indices it was asked for."""
+    """A trainee whose weight is the sum of the indices it was requested."""
 
     def __init__(self) -> None:
         self.guard = FiniteGuard(torch.device("cpu"))
         self.total = torch.zeros((), dtype=torch.float64)
-        self.asked: list[int] = []
+        self.requested: list[int] = []
         self.signals: dict[int, int] = {}
 
     def step(self, index: int) -> dict[str, Tensor]:
-        self.asked.append(index)
+        self.requested.append(index)
         self.total = self.total + index
         if index in self.signals:
             os.kill(os.getpid(), self.signals[index])
@@ -72,7 +72,7 @@ def test_resumed_fit_asks_for_the_remaining_iterations_alone(tmp_path: Path):
     run(tmp_path, first, iterations=6)
     second = Counting()
     took = run(tmp_path, second, iterations=10)
-    assert (first.asked, second.asked) == (list(range(6)), [6, 7, 8, 9])
+    assert (first.requested, second.requested) == (list(range(6)), [6, 7, 8, 9])
     assert float(second.total) == sum(range(10))
     earlier = read_json(tmp_path / "step-00000006.json")
     assert took["wall_s"] >= earlier["wall_s"]
@@ -83,7 +83,7 @@ def test_finished_fit_does_nothing_more(tmp_path: Path):
     run(tmp_path, Counting())
     again = Counting()
     run(tmp_path, again)
-    assert again.asked == []
+    assert again.requested == []
     assert float(again.total) == 45
 
 
@@ -140,7 +140,7 @@ def test_signal_on_the_last_iteration_still_ends_and_the_next_run_finishes(tmp_p
         run(tmp_path, trainee, snapshots=[10])
     again = Counting()
     run(tmp_path, again, snapshots=[10])
-    assert again.asked == []
+    assert again.requested == []
     assert (tmp_path / "snapshot-00000010.safetensors").exists()
 
 

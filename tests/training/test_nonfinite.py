@@ -66,12 +66,12 @@ def test_nan_in_the_data_stops_before_the_update_and_keeps_the_last_checkpoint(l
     assert_equal(found[0], after(4, latents).state_dict())
 
 
-def test_run_with_its_data_mended_goes_on_to_where_it_would_have_come(latents: Path, tmp_path: Path):
+def test_run_with_its_data_repaired_goes_on_to_where_it_would_have_come(latents: Path, tmp_path: Path):
     with pytest.raises(UserError, match="step 6"):
         fitted(tmp_path, distillation(Spoilt(latents, at=5)))
-    mended = distillation(Source(latents))
-    fitted(tmp_path, mended, 12)
-    assert_equal(networks(mended), networks(after(12, latents)))
+    repaired = distillation(Source(latents))
+    fitted(tmp_path, repaired, 12)
+    assert_equal(networks(repaired), networks(after(12, latents)))
 
 
 def test_no_snapshot_is_exported_after_a_bad_step(latents: Path, tmp_path: Path):

@@ -53,7 +53,7 @@ def write_latents(manifest: Path) -> None:
 
 
 class Source:
-    """Batches of a latent set, with a diary of what was asked for."""
+    """Batches of a latent set, with a diary of what was requested."""
 
     def __init__(self, manifest: Path, diary: Path | None = None, *, batch: int = BATCH, rank: int = 0, world: int = 1):
         self.loader = Loader(manifest, batch_size=batch // world, seed=1, rank=rank, world=world)

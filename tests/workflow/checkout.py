@@ -64,16 +64,21 @@ class Checkout:
             options += ["--configfile", str(file)]
         return options
 
-    def without_jobs(
-        self, *arguments: str, overlay: Overlay = None, config: str = "preset=smoke"
-    ) -> subprocess.CompletedProcess[str]:
-        """As `snakemake`, for a dry run or one that stops before its first job."""
-        return forked_snakemake.run(self.folder, [*arguments, *self._options(overlay, config)], environment())
-
     def snakemake(
+        self,
+        *arguments: str,
+        overlay: Overlay = None,
+        config: str = "preset=smoke",
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs `snakemake ARGUMENTS` to its end, options as for `command`; `stdout` has all it printed."""
+        surroundings = environment() | (env or {})
+        return forked_snakemake.run(self.folder, [*arguments, *self._options(overlay, config)], surroundings)
+
+    def snakemake_started_anew(
         self, *arguments: str, prefix: tuple[str, ...] = (), env: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Runs `snakemake ARGUMENTS` to its end, `options` as for `command`; `stdout` has all it printed."""
+        """As `snakemake`, in a process that does its own imports."""
         command = [*prefix, *self.command(*arguments, **options)]
         surroundings = environment() | (env or {})
         how: dict[str, Any] = {"cwd": self.folder, "env": surroundings, "stdout": PIPE, "stderr": STDOUT}
@@ -86,7 +91,7 @@ class Checkout:
 
     def planned(self, *targets: str, overlay: Overlay = None) -> set[str]:
         """What a dry run would start: rules with their wildcards, such as `train dmd2` and `sample teacher/ode`."""
-        done = self.without_jobs(*targets, "-n", overlay=overlay)
+        done = self.snakemake(*targets, "-n", overlay=overlay)
         assert done.returncode == 0, done.stdout
         jobs = jobs_in(done.stdout)
         assert (not jobs) == (NOTHING in done.stdout), done.stdout

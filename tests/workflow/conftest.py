@@ -29,7 +29,7 @@ def finished(fresh: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Check
     with FileLock(f"{shared}.lock"):
         if not shared.exists():
             run = fresh.copy(tmp_path_factory.mktemp("run") / "dmd2")
-            done = run.snakemake("--cores", "2")
+            done = run.snakemake_started_anew("--cores", "2")
             assert done.returncode == 0, done.stdout
             run.folder.rename(shared)
     return Checkout(shared).copy(tmp_path_factory.mktemp("finished") / "dmd2")

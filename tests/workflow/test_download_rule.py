@@ -78,6 +78,6 @@ def test_a_users_file_outlives_every_run_and_another_file_is_refused_in_one_line
 
 def test_a_path_where_nothing_lies_stops_the_planning(fresh: Checkout) -> None:
     overlay = {"data": {"source": "image_folder", "path": "no/such/folder", "channels": 3, "levels": 256}}
-    stopped = fresh.without_jobs("data/smoke/shards/manifest.json", "-n", overlay=overlay)
+    stopped = fresh.snakemake("data/smoke/shards/manifest.json", "-n", overlay=overlay)
     assert stopped.returncode == 1
     assert "data.path: no/such/folder does not exist; put it there or correct the path" in stopped.stdout

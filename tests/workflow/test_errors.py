@@ -23,6 +23,11 @@ KEYS = {
     ),
     "adjusts no run": ({"runs": {"gann": {"seed": 5}}}, "`runs.gann`: "),
     "wrong type": ({"train": {"batch_size": "many"}}, "`train.batch_size` is 'many': input should be a valid integer"),
+    "text for a section": (
+        {"train": "{seed:"},
+        "`train` is '{seed:': input should be a mapping of keys to values, such as {key: value}",
+    ),
+    "long value": ({"train": {"batch_size": "9" * 2000 + "x"}}, "`train.batch_size` is '" + "9" * 96 + "...: input"),
     "out of range": (
         {"evaluation": {"num_samples": 0}},
         "`evaluation.num_samples` is 0: input should be greater than 0",
@@ -69,14 +74,14 @@ def complaint(folder: Path, overlay: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(("overlay", "words"), KEYS.values(), ids=KEYS.keys())
-def test_mistake_in_the_users_keys_is_told_in_one_line(overlay: dict[str, Any], words: str):
+def test_mistake_in_the_users_keys_is_reported_in_one_line(overlay: dict[str, Any], words: str):
     said = complaint(REPOSITORY / "workflow", overlay)
     assert words in said
     assert "\n" not in said
 
 
 @pytest.mark.parametrize(("path", "old", "new", "words"), FILES.values(), ids=FILES.keys())
-def test_mistake_in_a_file_is_told_in_one_line(tmp_path: Path, path: str, old: str, new: str, words: str):
+def test_mistake_in_a_file_is_reported_in_one_line(tmp_path: Path, path: str, old: str, new: str, words: str):
     folder = shutil.copytree(REPOSITORY / "workflow", tmp_path / "workflow")
     text = (folder / path).read_text()
     assert old in text
@@ -86,7 +91,7 @@ def test_mistake_in_a_file_is_told_in_one_line(tmp_path: Path, path: str, old: s
     assert "\n" not in said
 
 
-def test_every_mistake_of_a_file_is_told_at_once():
+def test_every_mistake_of_a_file_is_reported_at_once():
     said = complaint(REPOSITORY / "workflow", {"train": {"iteratoins": 5}, "features": {"epochs": -1}})
     assert [line.partition(": ")[0] for line in said.splitlines()] == ["preset smoke", "preset smoke"]
     assert "`train.iteratoins`" in said
@@ -95,9 +100,12 @@ def test_every_mistake_of_a_file_is_told_at_once():
 
 def refuse(checkout: Checkout, words: str, **options: Any) -> None:
     """Asserts that a real run fails in one line with `words`, and that it started nothing."""
-    done = checkout.without_jobs("--cores", "1", **options)
+    done = checkout.snakemake("--cores", "1", **options)
     assert done.returncode == 1, done.stdout
-    assert len([line for line in done.stdout.splitlines() if words in line]) == 1, done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("error: "), done.stdout
+    assert words in last
+    assert done.stdout.count(words) == 1
     assert "Traceback" not in done.stdout
     for folder in ("data", "results", "logs", "state"):
         assert not (checkout / folder).exists(), f"a job was started: {folder}/ is there"
@@ -116,6 +124,22 @@ def test_mistake_in_a_file_stops_snakemake_before_any_job(fresh: Checkout, name:
         refuse(fresh, words)
 
 
+def test_mistake_that_only_a_job_finds_is_reported_in_one_line(fresh: Checkout):
+    """In a function of an input, and in one of a resource: planning a target that no table reads."""
+    done = fresh.snakemake("results/smoke/dmd2/nosuch/metrics.json", "-n")
+    assert done.returncode == 1, done.stdout
+    assert done.stdout.splitlines()[-1].startswith("error: entry dmd2/nosuch: no sampler 'nosuch'"), done.stdout
+
+
+def test_too_few_devices_are_reported_in_one_line(fresh: Checkout):
+    done = fresh.snakemake("--cores", "1", "--resources", "gpu=1", overlay={"gpus": 2})
+    assert done.returncode == 1, done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if "gpus is 2" in line]
+    assert line.startswith("error: preset smoke: gpus is 2, but 1 can be used here; say ")
+    assert "Traceback" not in done.stdout
+    assert "common.smk" not in done.stdout.partition(line)[2]
+
+
 def test_unknown_preset_stops_snakemake_before_any_job(fresh: Checkout):
     refuse(fresh, "smok.yaml: no such file; did you mean 'smoke'?", config="preset=smok")
 
@@ -123,13 +147,13 @@ def test_unknown_preset_stops_snakemake_before_any_job(fresh: Checkout):
 def test_planning_imports_neither_torch_nor_triton(fresh: Checkout, tmp_path: Path):
     for name in ("torch", "triton", "torchvision"):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported while planning')\n")
-    done = fresh.snakemake("-n", env={"PYTHONPATH": str(tmp_path)})
+    done = fresh.snakemake_started_anew("-n", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stdout
     assert "rule train:" in done.stdout
 
 
 def test_gpu_job_gets_a_gpu_under_the_default_profile(fresh: Checkout):
-    done = fresh.without_jobs("results/smoke/gan/generator.safetensors", "-n", overlay={"gpus": 1})
+    done = fresh.snakemake("results/smoke/gan/generator.safetensors", "-n", overlay={"gpus": 1})
     resources = [line for line in done.stdout.splitlines() if line.startswith("    resources:") and "state=" in line]
     assert len(resources) == 2, done.stdout  # teacher and train
     assert all("gpu=1" in line for line in resources)

@@ -25,7 +25,7 @@ def without_network() -> tuple[str, ...]:
 @pytest.fixture(scope="module", params=["report.html", "report.zip"])
 def report(request: pytest.FixtureRequest, finished: Checkout) -> tuple[Path, str]:
     """The report's file, and what Snakemake said while writing it."""
-    done = finished.snakemake("--report", request.param, prefix=without_network())
+    done = finished.snakemake_started_anew("--report", request.param, prefix=without_network())
     assert done.returncode == 0, done.stdout
     return finished / request.param, done.stdout
 

@@ -37,7 +37,7 @@ def released(path: str) -> str:
 
 def stopped(checkout: Checkout, target: str, overlay: dict[str, Any] | None = None) -> str:
     """What a user reads when the planning stops."""
-    run = checkout.without_jobs(target, "-n", overlay=overlay)
+    run = checkout.snakemake(target, "-n", overlay=overlay)
     assert run.returncode != 0
     return run.stdout
 
@@ -67,8 +67,8 @@ def test_listed_file_is_fetched_first(fresh: Checkout):
 
 
 def test_missing_weights_stop_the_planning_with_what_to_put_where(fresh: Checkout):
-    told = stopped(fresh, TEACHER, imported({"path": "/nowhere/teacher.pkl"}))
-    assert "teacher.weights.path: /nowhere/teacher.pkl does not exist; put it there or correct the path" in told
+    reported = stopped(fresh, TEACHER, imported({"path": "/nowhere/teacher.pkl"}))
+    assert "teacher.weights.path: /nowhere/teacher.pkl does not exist; put it there or correct the path" in reported
     with fresh.added("workflow/runs/released.yaml", released("/nowhere/student.bin")):
         assert "run released: weights: /nowhere/student.bin does not exist; put it there" in stopped(fresh, STUDENT)
         assert "train dmd2" in fresh.planned("results/smoke/dmd2/generator.safetensors"), "others can be planned"

@@ -72,7 +72,7 @@ def test_workflow_killed_with_all_its_jobs_resumes_bit_for_bit(finished: Checkou
     assert_resumes_to_the_same_end(checkout, finished, at_least=saved)
 
 
-def test_training_that_was_told_to_end_is_retried_by_the_same_call(finished: Checkout, tmp_path: Path):
+def test_training_that_was_terminated_is_retried_by_the_same_call(finished: Checkout, tmp_path: Path):
     """What a scheduler does to a job that it wants to stop: the workflow itself goes on."""
     checkout = without_the_student(finished, tmp_path / "dmd2")
     process = checkout.start(TARGET, "--cores", "2", "--retries", "1", overlay=OFTEN)

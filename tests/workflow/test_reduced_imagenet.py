@@ -152,7 +152,7 @@ def rows(checkout: Checkout, number: int) -> dict[str, dict[str, str]]:
 
 def test_every_row_is_planned(fresh: Checkout, overlay: dict[str, Any]):
     arguments = ("results/table1.csv", "results/table3.csv", "-n")
-    done = fresh.without_jobs(*arguments, overlay=overlay, config="preset=imagenet64")
+    done = fresh.snakemake(*arguments, overlay=overlay, config="preset=imagenet64")
     assert done.returncode == 0, done.stdout
     jobs = {job.removeprefix("imagenet64: ") for job in jobs_in(done.stdout)}
     assert {job for job in jobs if job.startswith("metrics ")} == {f"metrics {entry}" for entry in ENTRIES}

@@ -94,12 +94,12 @@ def test_students_are_exported_for_stock_pipelines(run: Checkout, tmp_path: Path
 
 
 def test_a_text_table_is_left_alone_by_a_preset_of_classes(run: Checkout):
-    planned = run.without_jobs("-n")
+    planned = run.snakemake("-n")
     assert planned.returncode == 0, planned.stdout
     assert "results/table1.csv" in planned.stdout
     assert "results/table2.csv" not in planned.stdout
-    asked = run.snakemake("results/table2.csv", "--cores", "1")
-    assert asked.returncode == 0, asked.stdout
+    requested = run.snakemake("results/table2.csv", "--cores", "1")
+    assert requested.returncode == 0, requested.stdout
     rows = list(csv.DictReader((run.folder / "results/table2.csv").open()))
     assert {row["source"] for row in rows} == {"quoted", "pending"}
     assert all("selected preset" in row["note"] for row in rows if row["source"] == "pending")
@@ -109,7 +109,7 @@ def test_a_text_table_is_left_alone_by_a_preset_of_classes(run: Checkout):
 def test_presets_at_paper_scale_plan_their_tables(
     fresh: Checkout, preset: str, tables: tuple[int, ...], num_trained: int
 ):
-    done = fresh.without_jobs("-n", config=f"preset={preset}")
+    done = fresh.snakemake("-n", config=f"preset={preset}")
     assert done.returncode == 0, done.stdout
     jobs = {job.removeprefix(f"{preset}: ") for job in jobs_in(done.stdout)}
     assert {f"table table{number}" for number in range(1, 7)} & jobs == {f"table table{number}" for number in tables}

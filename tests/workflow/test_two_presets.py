@@ -25,7 +25,7 @@ def both(finished: Checkout) -> Iterator[Checkout]:
 
 def planned(checkout: Checkout, *targets: str, overlay: dict | None = None) -> tuple[set[str], set[str]]:
     """The jobs of smoke and of the other preset, of a call that chooses no preset."""
-    done = checkout.without_jobs(*targets, "-n", overlay=overlay, config="mirror=")
+    done = checkout.snakemake(*targets, "-n", overlay=overlay, config="mirror=")
     assert done.returncode == 0, done.stdout
     jobs = jobs_in(done.stdout)
     other = {job for job in jobs if job.startswith("other: ")}

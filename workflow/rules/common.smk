@@ -5,14 +5,21 @@ import re
 import sys
 from pathlib import Path
 
-from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
+
+FOLDER = Path(workflow.basedir) / "workflow"
+# A file that a user has put beside the Snakefile, or where it runs, is no module of Python's, whatever its name.
+THEIRS = {Path(workflow.basedir).resolve(), Path.cwd().resolve()}
+sys.path[:] = [
+    str(FOLDER / "python"),
+    *(path for path in sys.path if Path(path).resolve() not in THEIRS),
+]
 
 from dmd2.downloads.catalogue import FOLDER as DOWNLOADS
 from dmd2.downloads.catalogue import load_catalogue, requirement
 from dmd2.errors import UserError
 from dmd2.report.targets import Targets
 
-FOLDER = Path(workflow.basedir) / "workflow"
 # What starts a stage, with this Python also where the environment is not activated.
 LAUNCH = str(FOLDER / "launch.sh")
 SEARCH = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
@@ -23,12 +30,18 @@ RESULTS = "results/{preset}"
 LOGS = "logs/{preset}"
 
 
+def stop(message):
+    """Ends Snakemake with one line; of an exception it would print the class, the place and a traceback after it."""
+    logger.error(f"error: {message}")
+    raise SystemExit(1)
+
+
 def user_errors_stop_planning(function, *arguments):
     """The function's value; an error that the user can fix stops the planning in one line."""
     try:
         return function(*arguments)
     except UserError as error:
-        raise WorkflowError(str(error)) from None
+        stop(error)
 
 
 TARGETS = user_errors_stop_planning(Targets, FOLDER, config)

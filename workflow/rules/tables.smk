@@ -25,6 +25,7 @@ rule table:
         ).to_json(),
         content=lambda wildcards, input: sha256(
             Path(input.source).read_bytes()
+            + " ".join(table_metrics(wildcards)).encode()
         ).hexdigest()[:16],
         metrics=lambda wildcards: [
             f"--metrics {entry}={file}"
@@ -32,4 +33,4 @@ rule table:
         ],
     shell:
         "bash {LAUNCH:q} 0 --log {log} table --spec {params.spec:q} --source {input.source:q} {params.metrics}"
-        " --csv {output.csv} --markdown {output.markdown}"
+        " --content {params.content} --csv {output.csv} --markdown {output.markdown}"

@@ -118,7 +118,8 @@ def _bits(image: Image.Image) -> int:
     """Bits per channel in the file, before decoding, for which Pillow cuts a coloured image to 8."""
     if image.format == "BMP":  # its raw mode has the bits of a pixel
         return 8
-    for _, _, _, arguments in image.tile:  # of the decoder: its raw mode is such as RGB;16B; PPM's is its largest value
+    tiles: Any = getattr(image, "tile", ())
+    for _, _, _, arguments in tiles:  # of the decoder: its raw mode is such as RGB;16B; PPM's is its largest value
         for part in arguments if isinstance(arguments, tuple) else (arguments,):
             if isinstance(part, str) and (found := re.search(r";(\d+)", part)):
                 return int(found[1])

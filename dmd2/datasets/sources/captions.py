@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dmd2.config import Data
 from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of
-from dmd2.datasets.sources.folder import LISTERS, size_of, walk
+from dmd2.datasets.sources.folder import LISTERS, refuse_lost_link, size_of, walk
 from dmd2.datasets.sources.listing import PassedOver, is_hidden, is_image, taken
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
 from dmd2.datasets.sources.tars import expand, passed_by, split_name
@@ -72,6 +72,8 @@ class CaptionedFolder(EncodedImages):
             if len(found) > 1:
                 raise UserError(f"{found[0]}: there is {found[1].name} as well; keep one of the two")
             tables += found
+        for name in others:
+            refuse_lost_link(str(self._root / name))
         stems = set() if tables else {name.rpartition(".")[0] for name in names}  # whose captions are in .txt
         passed_over = PassedOver()
         taken((name for name in others if not (name.endswith(".txt") and name[:-4] in stems)), passed_over)

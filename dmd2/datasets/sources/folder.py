@@ -60,6 +60,7 @@ class ImageFolder(EncodedImages):
                     found.append((path, size_of(f"{top}/{file}")))
                 else:
                     others.append(path)
+                    refuse_lost_link(f"{top}/{file}")
         if not found:
             raise UserError(f"{self._root / printable(name)}: class folder without an image; fill or remove it")
         return sorted(found, key=lambda item: item[0].split("/")), others
@@ -74,7 +75,7 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     def stop(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); give yourself read access to it")
 
-    above = {str(root): (os.path.realpath(root),)}  # the real folders on the way to each
+    above: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}  # the real folders on the way to each
     for top, folders, files in os.walk(root, followlinks=True, onerror=stop):
         way = above.pop(top)
         for name in folders:
@@ -100,8 +101,10 @@ def _beside(root: Path) -> PassedOver:
     for path in sorted(root.iterdir()):
         if path.is_dir() and is_hidden(path.name):
             passed_over.add(HIDDEN, f"{path.name}/")
-        elif not path.is_dir() and taken([path.name], passed_over):
-            passed_over.add(OUTSIDE, path.name)
+        elif not path.is_dir():
+            refuse_lost_link(str(path))
+            for name in taken([path.name], passed_over):
+                passed_over.add(OUTSIDE, name)
     return passed_over
 
 
@@ -112,6 +115,13 @@ def _training_folder(root: Path) -> Path:
     if training and all(name.lower() in SPLITS for name in names) and _folders(root / training[0]):
         return root / training[0]
     return root
+
+
+def refuse_lost_link(path: str) -> None:
+    """Raises UserError for a link to nothing, which may stand for a folder of images; a hidden one is passed over."""
+    if os.path.islink(path) and not os.path.exists(path) and not is_hidden(os.path.basename(path)):
+        target = printable(os.readlink(path))
+        raise UserError(f"{printable(path)}: a link to {target}, where nothing is; restore that, or correct the link")
 
 
 def size_of(path: str) -> int:
