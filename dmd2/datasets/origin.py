@@ -38,7 +38,7 @@ def remember(manifest: Path, fingerprint: str, sight: dict[str, Any]) -> None:
 def is_of_other_data(manifest: Path, data: Data) -> bool:
     """Whether shards were made from other data than `data.path` has now.
 
-    False where that cannot be told: without a path or with one where there is nothing any more, which shards do not
+    False where that is unknown: without a path or with one where there is nothing any more, which shards do not
     need, and without shards. Raises UserError if there is something that is not such a source.
     """
     made = _fingerprint_of(manifest)

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from dmd2.config import Train
-from dmd2.errors import UserError
 from dmd2.method import losses, sampling
 from dmd2.method.critic import Critic
 from dmd2.method.denoiser import Cond, Denoiser, Teacher, move
 from dmd2.method.diagnostics import describe
-from dmd2.method.inputs import Batches, Distance, Networks, PairBatches, Prompts
+from dmd2.method.inputs import Batches, Distance, Networks, PairBatches, Prompts, check_inputs
 from dmd2.method.noise import add_noise, expand
 from dmd2.training import sharding
 from dmd2.training.micro_batches import BatchReader, MicroBatches, means
@@ -39,9 +38,8 @@ class Distillation:
 
     `data` and `pairs` are read only if a loss term needs them. `prompts` are the labels to generate samples for;
     without them the teacher's conditioner draws classes. `networks` are trained in place of copies of the teacher's.
-    `start` are the networks of another run to initialise
-    from (`generator.*`, `critic.fake.*`), with new optimizers and realism heads. `micro_batch_size` enables gradient
-    accumulation. Raises UserError for a configuration that needs inputs that are missing.
+    `start` are the networks of another run to initialise from (`generator.*`, `critic.fake.*`), with new optimizers
+    and realism heads. `micro_batch_size` enables gradient accumulation. Raises UserError as `check_inputs` does.
     """
 
     def __init__(
@@ -59,7 +57,9 @@ class Distillation:
         layout: sharding.Layout = "replicate",
         device: torch.device | str = "cpu",
     ):
-        _check(teacher, train, has_data=data is not None, has_pairs=pairs is not None, has_prompts=prompts is not None)
+        check_inputs(
+            teacher, train, has_data=data is not None, has_pairs=pairs is not None, has_prompts=prompts is not None
+        )
         self.train = train
         self.device = torch.device(device)
         self.teacher = teacher.to(self.device)
@@ -287,23 +287,3 @@ class Distillation:
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors with names that start with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _check(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: bool, has_prompts: bool) -> None:
-    """Raises UserError for a configuration that needs inputs that are missing or that the teacher does not support."""
-    if not has_data and (train.has_gan or (train.num_steps > 1 and not train.backward_simulation)):
-        raise UserError("this run needs real data: it has a GAN, or several steps without backward simulation")
-    if not has_pairs and train.regression_weight > 0:
-        raise UserError("regression_weight > 0 needs the teacher's noise-image pairs")
-    drawn = teacher.conditioner.draw(1, torch.Generator())
-    if drawn is None and not has_prompts:
-        raise UserError("this teacher takes prompts: set `prompts` of the preset to those to train on")
-    has_null = drawn is None or teacher.conditioner.null(teacher.conditioner.embed(drawn)) is not None
-    if train.guidance_scale != 1 and not has_null:
-        raise UserError(
-            f"guidance_scale is {train.guidance_scale}, but this teacher has no unconditional input; set it to 1"
-        )
-    if train.has_gan and train.gan_taps > (num := len(teacher.denoiser.feature_shapes)):
-        raise UserError(
-            f"gan_taps is {train.gan_taps}, but this teacher's encoder has {num} level(s); use at most {num}"
-        )

@@ -68,7 +68,7 @@ def guidance_embedding(scale: float, width: int) -> Tensor:
 
 
 def timestep(prediction: str, sigma: Tensor, limits: Tensor) -> Tensor:
-    """The timestep (B,) that the network is told at sigma (B,).
+    """The timestep (B,) that the network gets at sigma (B,).
 
     That is the index of the level nearest to sigma on a logarithmic scale, with `limits` = `boundaries(sigmas)`; for
     flow matching T * t, with t = sigma / (1 + sigma), which need not be whole.

@@ -64,7 +64,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(data: Data, tmp_path
 
     write_images(tmp_path / "three" / "manifest.json", data, spec_of(data), workers=3, progress=progress)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
-    assert len(contents(tmp_path / "one")) == 16  # seven tars and sidecars, the manifest and the list of the damaged
+    assert len(contents(tmp_path / "one")) == 17  # seven tars and sidecars, manifest, source, list of the damaged
     assert totals == [20]
     assert sorted(counted) == [2, 3, 3, 3, 3, 3, 3]
 

@@ -10,7 +10,7 @@ from events import wait_until
 
 SCRIPT = Path(__file__).parents[2] / "workflow" / "launch.sh"
 STAGE = """#!/usr/bin/env bash
-echo "${CUDA_VISIBLE_DEVICES-unset}|$*" >"$TOLD.part" && mv "$TOLD.part" "$TOLD"
+echo "${CUDA_VISIBLE_DEVICES-unset}|$*" >"$ARGUMENTS.part" && mv "$ARGUMENTS.part" "$ARGUMENTS"
 exec sleep "$STAGE_S"
 """
 
@@ -36,7 +36,7 @@ class Machine:
             "TMPDIR": str(self.folder / "tmp"),
             "DMD2_DEV": str(self.folder / "dev"),
             "STAGE_S": str(seconds),
-            "TOLD": str(arguments),
+            "ARGUMENTS": str(arguments),
             **env,
         }
         command = ["bash", str(SCRIPT), str(gpus), "train"]

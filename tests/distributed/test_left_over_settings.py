@@ -67,7 +67,7 @@ def test_rules_start_the_launcher_by_its_quoted_path():
     """Neither its x bit, nor the search path, nor a blank in a folder's name matters."""
     for path in (ROOT / "workflow/rules").glob("*.smk"):
         for line in path.read_text().splitlines():
-            assert "launch.sh" not in line or "LAUNCH =" in line or line.lstrip().startswith("#"), f"{path}: {line}"
+            assert "launch.sh" not in line or "DMD2_LAUNCH=" in line or line.lstrip().startswith("#"), f"{path}: {line}"
     assert "eol=lf" in (ROOT / ".gitattributes").read_text()
 
 

@@ -22,8 +22,8 @@ MEASURED = ("fid", "patch_fid", "prompt_diversity", "alignment")
 NUM = 1200  # twelve images of each composition, six of each caption
 
 
-class Told:
-    """An extractor of two features of the pixels, which is reported the digits; -1 stands for a wrong one."""
+class KnownDigits:
+    """An extractor of two features of the pixels, which knows the digits; -1 stands for a wrong one."""
 
     name, dim = "pair_classifier", 2
 
@@ -43,8 +43,8 @@ def pairs():
 
 
 @pytest.fixture(scope="module")
-def reported(pairs) -> Told:
-    return Told(pairs[0], targets(pairs[1]))
+def reported(pairs) -> KnownDigits:
+    return KnownDigits(pairs[0], targets(pairs[1]))
 
 
 @pytest.fixture(scope="module")
@@ -183,5 +183,6 @@ def test_pair_classifier_of_other_data_and_classifier_of_captions_are_refused(di
     of_digits = config.Data(source="digits", resolution=8, channels=1, num_classes=10)
     with pytest.raises(UserError, match="pair_classifier belongs to source digit_pairs, not digits"):
         train(digits.images, digits.labels, config.Features(kind="pair_classifier"), of_digits)
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 1), np.uint8)
     with pytest.raises(UserError, match="classifier needs data with classes"):
-        train(np.zeros((4, 16, 16, 1), np.uint8), np.array(["a"] * 4), config.Features(kind="classifier"), DATA)
+        train(images, np.array(["a"] * 4), config.Features(kind="classifier"), DATA)

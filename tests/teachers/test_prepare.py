@@ -2,14 +2,14 @@
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from edm_by_hand import distance, randomised
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -125,13 +125,6 @@ def test_every_block_is_compiled_and_none_falls_back(monkeypatch: pytest.MonkeyP
     for num in range(1, 13):
         denoiser(*batch(num))
     assert len(graphs) == 12, "torch's own limit is 8 forms, after which a block is slow without a word"
-
-
-@pytest.fixture
-def one_process() -> Iterator[DeviceMesh]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])

@@ -1,6 +1,5 @@
 """Blocks of diffusers' U-Nets, compiled and sharded: the same network, run in another way."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from shared_roles import base, batch, made
 from tiny_pipelines import KINDS
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -62,13 +61,6 @@ def test_compiled_blocks_keep_the_roles_apart(monkeypatch: pytest.MonkeyPatch) -
         assert distant(passed(compiled[name], "sd15"), passed(plain[name], "sd15")) == set()
     x, sigma, cond = batch()
     torch.testing.assert_close(compiled["teacher"](x, sigma, cond), plain["teacher"](x, sigma, cond))
-
-
-@pytest.fixture
-def one_process() -> Iterator[DeviceMesh]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])

@@ -10,7 +10,7 @@ from dmd2.teachers.text_cache import CachedConditioner
 from dmd2.teachers.text_encoder import TextConditioner
 
 PROMPTS = [f"{a} {b}" for a in ("three", "red", "cat", "dog") for b in ("left", "right", "of", "photo", "a")] * 5
-ASKED = ["cat photo", "three left", "cat photo", "dog a"]
+REPEATED = ["cat photo", "three left", "cat photo", "dog a"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -22,8 +22,8 @@ def conditioner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def test_looked_up_conditions_are_the_encoders(conditioner: TextConditioner) -> None:
-    cached, tokens = CachedConditioner(conditioner, PROMPTS), conditioner.tokenize(ASKED)
-    wanted, found = conditioner.embed(tokens), cached.embed(cached.tokenize(ASKED))
+    cached, tokens = CachedConditioner(conditioner, PROMPTS), conditioner.tokenize(REPEATED)
+    wanted, found = conditioner.embed(tokens), cached.embed(cached.tokenize(REPEATED))
     assert wanted.keys() == found.keys()
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
@@ -34,7 +34,7 @@ def test_looked_up_conditions_are_the_encoders(conditioner: TextConditioner) -> 
 
 def test_half_the_memory_costs_half_precision(conditioner: TextConditioner) -> None:
     cached = CachedConditioner(conditioner, PROMPTS, dtype=torch.float16)
-    wanted, found = (c.embed(conditioner.tokenize(ASKED)) for c in (conditioner, cached))
+    wanted, found = (c.embed(conditioner.tokenize(REPEATED)) for c in (conditioner, cached))
     assert found["text"].dtype == torch.float32
     error = (found["text"] - wanted["text"]).abs().max()
     assert 0 < error < 1e-2

@@ -4,7 +4,7 @@ import pytest
 
 from dmd2.stages.train import _alarm
 
-HEALTHY = {"neighbour_ratio": 0.5, "num_nonfinite": 0.0, "matching_loss": 0.7}
+HEALTHY = {"neighbour_ratio": 0.5, "brightness": -0.6, "num_nonfinite": 0.0, "matching_loss": 0.7}
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,7 @@ HEALTHY = {"neighbour_ratio": 0.5, "num_nonfinite": 0.0, "matching_loss": 0.7}
         (HEALTHY, None),
         ({"denoising_loss": 0.6}, None),
         (HEALTHY | {"neighbour_ratio": 0.1}, "nearly equal (neighbour ratio 0.100)"),
+        ({"neighbour_ratio": 0.1, "num_nonfinite": 0.0}, None),  # of latents, where the threshold says nothing
         (HEALTHY | {"num_nonfinite": 3.0}, "non-finite values, which are replaced by 0"),
     ],
 )

@@ -120,8 +120,12 @@ def backwards(value: object) -> object:
 @pytest.mark.parametrize(
     ("path", "old", "new"),
     [
-        ("workflow/rules/train.smk", " --state {resources.state}", "   --state   {resources.state}"),
-        ("workflow/rules/train.smk", '"bash {LAUNCH:q} {resources.gpu}', '"nice bash {LAUNCH:q} {resources.gpu}'),
+        ("workflow/rules/train.smk", " --state {resources.state:q}", "   --state   {resources.state:q}"),
+        (
+            "workflow/rules/train.smk",
+            'bash "$DMD2_LAUNCH" {resources.gpu:q}',
+            'nice bash "$DMD2_LAUNCH" {resources.gpu:q}',
+        ),
         ("workflow/launch.sh", "set -euo pipefail\n", "set -euo pipefail\n\n# A remark.\n"),
         ("workflow/runs/dmd2.yaml", "description:", "# A remark.\ndescription:   "),
     ],

@@ -21,9 +21,8 @@ from dmd2.errors import UserError
 from dmd2.report.targets import Targets
 
 # What starts a stage, with this Python also where the environment is not activated.
-LAUNCH = str(FOLDER / "launch.sh")
 SEARCH = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-os.environ.update(PATH=os.pathsep.join(SEARCH))
+os.environ.update(DMD2_LAUNCH=str(FOLDER / "launch.sh"), PATH=os.pathsep.join(SEARCH))
 
 DATA = "data/{preset}"
 RESULTS = "results/{preset}"

@@ -18,7 +18,7 @@ rule download:
             exclude_none=True
         ),
     shell:
-        "bash {LAUNCH:q} 0 --log {log} download {wildcards.name} --entry {params.entry:q} --record {output.record}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} download {wildcards.name:q} --entry {params.entry:q} --record {output.record:q}'
 
 
 rule shards:
@@ -41,8 +41,8 @@ rule shards:
     params:
         spec=spec("shards"),
     shell:
-        "bash {LAUNCH:q} 0 --log {log} shards --spec {params.spec:q} --source={resources.source:q}"
-        " --max-unreadable {resources.max_unreadable} --workers {threads} --manifest {output.manifest}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} shards --spec {params.spec:q} --source={resources.source:q}'
+        " --max-unreadable {resources.max_unreadable:q} --workers {threads} --manifest {output.manifest:q}"
 
 
 use rule shards as reference_shards with:
@@ -84,7 +84,7 @@ rule components:
             f"--images {input.images}" if input.images else ""
         ),
     shell:
-        "bash {LAUNCH:q} 0 --log {log} --threads {threads} components --spec {params.spec:q} {params.images} --record {output.record}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} --threads {threads} components --spec {params.spec:q} {params.images} --record {output.record:q}'
 
 
 rule latents:
@@ -103,5 +103,5 @@ rule latents:
         spec=spec("latents"),
         components=components_option,
     shell:
-        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} latents --spec {params.spec:q}"
-        " --images {input.images} {params.components} --manifest {output.manifest}"
+        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} latents --spec {params.spec:q}'
+        " --images {input.images:q} {params.components} --manifest {output.manifest:q}"

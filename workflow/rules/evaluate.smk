@@ -22,8 +22,8 @@ rule features:
             f"--images {input.images}" if input.images else ""
         ),
     shell:
-        "bash {LAUNCH:q} 0 --log {log} --threads {threads} features --spec {params.spec:q}"
-        " {params.images} --weights {output.weights}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} --threads {threads} features --spec {params.spec:q}'
+        " {params.images} --weights {output.weights:q}"
 
 
 rule reference:
@@ -48,8 +48,8 @@ rule reference:
     params:
         spec=spec("reference"),
     shell:
-        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} reference --spec {params.spec:q}"
-        " --images {input.images} --extractor {input.extractor} --out {output.stats}"
+        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} reference --spec {params.spec:q}'
+        " --images {input.images:q} --extractor {input.extractor:q} --out {output.stats:q}"
 
 
 rule sample:
@@ -74,8 +74,8 @@ rule sample:
         spec=spec("sample", ENTRY),
         components=components_option,
     shell:
-        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} sample --spec {params.spec:q}"
-        " --weights {input.weights} {params.components} --manifest {output.manifest}"
+        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} sample --spec {params.spec:q}'
+        " --weights {input.weights:q} {params.components} --manifest {output.manifest:q}"
 
 
 rule metrics:
@@ -121,8 +121,8 @@ rule metrics:
             f"--{'weights' if is_streamed(wildcards) else 'samples'} {input.source}"
         ),
     shell:
-        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} metrics --spec {params.spec:q} {params.source} {params.components}"
-        " --reference {input.reference} --extractor {input.extractor} --state {resources.state} --out {output}"
+        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} metrics --spec {params.spec:q} {params.source} {params.components}'
+        " --reference {input.reference:q} --extractor {input.extractor:q} --state {resources.state:q} --out {output:q}"
 
 
 rule floor:
@@ -139,8 +139,8 @@ rule floor:
     params:
         spec=spec("metrics", "floor"),
     shell:
-        "bash {LAUNCH:q} 0 --log {log} --threads {threads} metrics --spec {params.spec:q}"
-        " --reference {input.reference} --extractor {input.extractor} --state state --out {output}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} --threads {threads} metrics --spec {params.spec:q}'
+        " --reference {input.reference:q} --extractor {input.extractor:q} --state state --out {output:q}"
 
 
 rule curve:
@@ -163,9 +163,9 @@ rule curve:
         spec=spec("curve", "{run}"),
         components=components_option,
     shell:
-        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} curve --spec {params.spec:q}"
-        " --snapshots {input.snapshots} {params.components} --reference {input.reference} --extractor {input.extractor}"
-        " --state {resources.state} --out {output}"
+        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} curve --spec {params.spec:q}'
+        " --snapshots {input.snapshots:q} {params.components} --reference {input.reference:q} --extractor {input.extractor:q}"
+        " --state {resources.state:q} --out {output:q}"
 
 
 rule select:
@@ -184,5 +184,5 @@ rule select:
         spec=spec("select", "{run}/{sampler}"),
         curve=lambda wildcards, input: f"--curve {input.curve}" if input.curve else "",
     shell:
-        "bash {LAUNCH:q} 0 --log {log} select --spec {params.spec:q} {params.curve} --snapshots {input.snapshots}"
-        " --generator {input.generator} --weights {output.weights}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} select --spec {params.spec:q} {params.curve} --snapshots {input.snapshots:q}'
+        " --generator {input.generator:q} --weights {output.weights:q}"

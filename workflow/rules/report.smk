@@ -41,7 +41,7 @@ rule curves:
         curves=of_students("curve.csv", "--curve {run}={file}"),
         folder=lambda wildcards, output: Path(output.training).parent,
     shell:
-        "bash {LAUNCH:q} 0 --log {log} curves {params.logs} {params.curves} --real {input.real} --folder {params.folder}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} curves {params.logs} {params.curves} --real {input.real:q} --folder {params.folder}'
 
 
 rule grid:
@@ -59,7 +59,7 @@ rule grid:
     conda:
         "../../environment.yml"
     shell:
-        "bash {LAUNCH:q} 0 --log {log} grid --manifest {input} --out {output}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} grid --manifest {input:q} --out {output:q}'
 
 
 rule real_grid:
@@ -77,7 +77,7 @@ rule real_grid:
     conda:
         "../../environment.yml"
     shell:
-        "bash {LAUNCH:q} 0 --log {log} grid --manifest {input} --out {output}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} grid --manifest {input:q} --out {output:q}'
 
 
 rule compare:
@@ -100,7 +100,7 @@ rule compare:
             f"{title}={file}" for title, file in panels_of(wildcards).items()
         ],
     shell:
-        "bash {LAUNCH:q} 0 --log {log} compare --out {output} 'real images'={input.real} {params.panels:q}"
+        "bash \"$DMD2_LAUNCH\" 0 --log {log:q} compare --out {output:q} 'real images'={input.real:q} {params.panels:q}"
 
 
 rule configuration:
@@ -127,4 +127,4 @@ rule configuration:
             sort_keys=True,
         ),
     shell:
-        "bash {LAUNCH:q} 0 --log {log} configuration {params.preset:q} {params.runs:q} --out {output}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} configuration {params.preset:q} {params.runs:q} --out {output:q}'

@@ -32,5 +32,5 @@ rule table:
             for entry, file in table_metrics(wildcards).items()
         ],
     shell:
-        "bash {LAUNCH:q} 0 --log {log} table --spec {params.spec:q} --source {input.source:q} {params.metrics}"
-        " --content {params.content} --csv {output.csv} --markdown {output.markdown}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} table --spec {params.spec:q} --source {input.source:q} {params.metrics}'
+        " --content {params.content} --csv {output.csv:q} --markdown {output.markdown:q}"

@@ -33,8 +33,8 @@ rule teacher:
         ),
         components=components_option,
     shell:
-        "bash {LAUNCH:q} {resources.processes} --preset {wildcards.preset} --log {log} --threads {threads} teacher"
-        " --spec {params.spec:q} {params.latents} {params.components} --state {resources.state} --weights {output.weights} --train-log {output.train_log}"
+        'bash "$DMD2_LAUNCH" {resources.processes:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} teacher'
+        " --spec {params.spec:q} {params.latents} {params.components} --state {resources.state:q} --weights {output.weights:q} --train-log {output.train_log:q}"
 
 
 rule pairs:
@@ -58,5 +58,5 @@ rule pairs:
         spec=spec("pairs"),
         components=components_option,
     shell:
-        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} pairs --spec {params.spec:q}"
-        " --teacher {input.weights} {params.components} --manifest {output.manifest}"
+        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} pairs --spec {params.spec:q}'
+        " --teacher {input.weights:q} {params.components} --manifest {output.manifest:q}"

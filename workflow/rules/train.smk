@@ -38,10 +38,10 @@ rule train:
         pairs=lambda wildcards, input: f"--pairs {input.pairs}" if input.pairs else "",
         start=lambda wildcards, input: f"--start {input.start}" if input.start else "",
     shell:
-        "bash {LAUNCH:q} {resources.gpu} --preset {wildcards.preset} --log {log} --threads {threads} train --spec {params.spec:q}"
-        " --teacher {input.teacher} --latents {input.latents} {params.components} {params.pairs} {params.start}"
-        " --state {resources.state} --generator {output.generator} --networks {output.networks}"
-        " --snapshots {output.snapshots} --train-log {output.train_log}"
+        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} train --spec {params.spec:q}'
+        " --teacher {input.teacher:q} --latents {input.latents:q} {params.components} {params.pairs} {params.start}"
+        " --state {resources.state:q} --generator {output.generator:q} --networks {output.networks:q}"
+        " --snapshots {output.snapshots:q} --train-log {output.train_log:q}"
 
 
 rule import_student:
@@ -63,7 +63,7 @@ rule import_student:
             f"--teacher {input.teacher}" if input.teacher else ""
         ),
     shell:
-        "bash {LAUNCH:q} 0 --log {log} import-student --spec {params.spec:q} {params.teacher} --generator {output.generator}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} import-student --spec {params.spec:q} {params.teacher} --generator {output.generator:q}'
 
 
 rule import_networks:
@@ -80,4 +80,4 @@ rule import_networks:
     params:
         spec=spec("train", "{run}"),
     shell:
-        "bash {LAUNCH:q} 0 --log {log} import-student --spec {params.spec:q} --networks {output.networks}"
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} import-student --spec {params.spec:q} --networks {output.networks:q}'

@@ -145,6 +145,14 @@ def existing(data: Data, what: str) -> Path:
     return path
 
 
+def read_image(path: Path) -> bytes:
+    """The bytes of an image that was listed. Raises UserError if it cannot be read any more."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); was it moved? run again") from error
+
+
 def fingerprint_of(names: Iterable[str], sizes: Iterable[int]) -> str:
     """SHA-256 of a listing of names and sizes."""
     listing = "\n".join(f"{name} {size}" for name, size in zip(names, sizes, strict=True))

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmd2.config import Data
-from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of
+from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of, read_image
 from dmd2.datasets.sources.folder import LISTERS, refuse_lost_link, size_of, walk
 from dmd2.datasets.sources.listing import PassedOver, is_hidden, is_image, taken
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
-from dmd2.datasets.sources.tars import expand, passed_by, split_name
+from dmd2.datasets.sources.tars import add_image, expand, passed_by, split_name
 from dmd2.datasets.texts import CAPTION_KEYS, tidy
 from dmd2.errors import UserError
 
@@ -51,11 +51,7 @@ class CaptionedFolder(EncodedImages):
         self.fingerprint = fingerprint_of((f"{n} {text}" for n, text in zip(names, captions, strict=True)), sizes)
 
     def read(self, number: int) -> bytes:
-        path = self._root / self._names[number]
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); was it moved? run again") from error
+        return read_image(self._root / self._names[number])
 
     def _list(self) -> tuple[list[str], list[Path], PassedOver]:
         """The images of the tree, relative to its root, its tables of metadata, and the files that are neither."""
@@ -180,9 +176,7 @@ def _samples(path: str) -> tuple[list[_Sample], list[str]]:
     for number, member in enumerate(members):
         key, kind = split_name(member.name)
         if is_image(member.name):
-            if key in images:
-                raise UserError(f"{path}: sample {key} has two images, {images[key].name} and {member.name}")
-            images[key] = member
+            add_image(images, key, member, path)
         elif kind in texts and not is_hidden(member.name):
             texts[kind][key] = number
         else:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dmd2.config import Data
-from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of
+from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of, read_image
 from dmd2.datasets.sources.listing import HIDDEN, OUTSIDE, SPLITS, TRAINING, PassedOver, is_hidden, is_image, taken
 from dmd2.datasets.sources.spans import printable
 from dmd2.errors import UserError
@@ -43,11 +43,7 @@ class ImageFolder(EncodedImages):
         self.fingerprint = fingerprint_of(names, [size for listing in listings for _, size in listing])
 
     def read(self, number: int) -> bytes:
-        path = self._root / self._names[number]
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); was it moved? run again") from error
+        return read_image(self._root / self._names[number])
 
     def _images_of(self, name: str) -> tuple[list[tuple[str, int]], list[str]]:
         """(path below the root, size in bytes) of the images in a class folder, sorted; and the other files."""

@@ -124,9 +124,7 @@ def _samples(path: str, num_classes: int) -> tuple[list[_Sample], list[str]]:
     for number, member in enumerate(members):
         key, kind = split_name(member.name)
         if is_image(member.name):
-            if key in images:
-                raise UserError(f"{path}: sample {key} has two images, {images[key].name} and {member.name}")
-            images[key] = member
+            add_image(images, key, member, path)
         elif kind == "cls" and not is_hidden(member.name):
             labels[key] = _label(spans[number], num_classes, f"{path}: {member.name}")
         else:
@@ -135,6 +133,13 @@ def _samples(path: str, num_classes: int) -> tuple[list[_Sample], list[str]]:
         lacks = "class (.cls)" if odd[0] in images else "image"
         raise UserError(f"{path}: sample {odd[0]} has no {lacks}; complete or remove it")
     return [_Sample(image, labels[key]) for key, image in images.items()], others
+
+
+def add_image(images: dict[str, Member], key: str, member: Member, path: str) -> None:
+    """Adds the image of sample `key` of the tar at `path`. Raises UserError if the sample has one already."""
+    if key in images:
+        raise UserError(f"{path}: sample {key} has two images, {images[key].name} and {member.name}")
+    images[key] = member
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import struct
 import zipfile
 import zlib
@@ -13,7 +14,7 @@ import numpy as np
 
 from dmd2.config import Data
 from dmd2.datasets.sources.base import EncodedImages, Unreadable, existing, fingerprint_of
-from dmd2.datasets.sources.listing import OUTSIDE, TRAINING, PassedOver, taken, training_split
+from dmd2.datasets.sources.listing import OUTSIDE, TRAINING, PassedOver, is_hidden, taken, training_split
 from dmd2.datasets.sources.spans import Spans
 from dmd2.errors import UserError
 
@@ -39,7 +40,8 @@ class ImageZip(EncodedImages):
             raise
         except Exception as error:  # `zipfile` raises many types on damaged files
             raise UserError(f"{path}: not a complete zip archive ({error}); fetch it again") from None
-        files, passed_over = {m.filename: m for m in members if not m.is_dir()}, PassedOver()
+        passed_over = PassedOver()
+        files = _files(members, path, passed_over)
         chosen = {name: files[name] for name in taken((n for n in files if n != LABELS), passed_over)}
         labels, classes = (
             _by_folder(list(chosen), passed_over) if stored is None else _by_list(list(chosen), stored, path)
@@ -88,6 +90,21 @@ class ImageZip(EncodedImages):
                 )
 
 
+def _files(members: list[zipfile.ZipInfo], path: Path, passed_over: PassedOver) -> dict[str, zipfile.ZipInfo]:
+    """The files by name; of one that is there twice, the last, which unpacking leaves. Raises UserError for a link."""
+    found: dict[str, zipfile.ZipInfo] = {}
+    for member in members:
+        if stat.S_ISLNK(member.external_attr >> 16) and not is_hidden(member.filename):
+            raise UserError(
+                f"{path}: {member.filename} is a symbolic link; pack the files themselves (zip without --symlinks)"
+            )
+        if member.filename in found:
+            passed_over.add("replaced by a later one of that name", member.filename)
+        if not member.is_dir():
+            found[member.filename] = member
+    return found
+
+
 def _stored_labels(archive: zipfile.ZipFile, path: Path) -> dict[str, int] | None:
     """The classes that EDM's tool stored, by image path; None if there is no list. Raises UserError if invalid."""
     if LABELS not in archive.namelist():
@@ -103,6 +120,10 @@ def _by_list(names: list[str], stored: dict[str, int], path: Path) -> tuple[dict
     """The class of each image, and the class names, from a stored list. Raises UserError if it is incomplete."""
     if missing := [name for name in names if name not in stored]:
         raise UserError(f"{path}: {LABELS} has no class for {missing[0]}, nor for {len(missing) - 1} more; complete it")
+    if lost := sorted(stored.keys() - set(names)):
+        raise UserError(
+            f"{path}: {LABELS} lists {lost[0]} and {len(lost) - 1} more that are no images in it; pack them"
+        )
     labels = {name: stored[name] for name in names}
     if labels and min(labels.values()) < 0:
         raise UserError(f"{path}: {LABELS} has the class {min(labels.values())}; classes count from 0")
