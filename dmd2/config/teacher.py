@@ -119,10 +119,10 @@ class OwnNetwork(Model):
 
     network: dict[str, Any] = Field({}, description="keys over those of `teacher.network`")
     prediction: Kind | None = Field(None, description="none: the teacher's")
-    told_guidance: float | None = Field(
-        None, description="the guidance scale that a network with time_cond_proj_dim is told (LCM)"
+    embedded_guidance: float | None = Field(
+        None, description="guidance scale embedded as a condition, of a network with time_cond_proj_dim (LCM)"
     )
-    told_size: int | None = Field(None, gt=0, description="SDXL's kind: image side in its time ids; none: the data's")
+    time_ids_size: int | None = Field(None, gt=0, description="SDXL's kind: image side in its time ids; none: the data's")
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())  # its mapping has no hash

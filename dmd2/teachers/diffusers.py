@@ -68,7 +68,7 @@ def latent_space(
     """The codec and the conditioner of a components folder; without one those of a plan, which have no networks."""
     _, shape = _settings(teacher, data)
     options: dict[str, Any] = {"min_psnr": teacher.min_psnr, "posterior_seed": teacher.posterior_seed}
-    size = (teacher.own and teacher.own.told_size) or data.resolution
+    size = (teacher.own and teacher.own.time_ids_size) or data.resolution
     time_ids = (size, size, 0, 0, size, size)  # original size, crop, target size (arXiv 2307.01952, section 2.2)
     if components is None:
         return AutoencoderCodec(None, data, **options), TextConditioner(shape, null=teacher.null, time_ids=time_ids)
@@ -105,7 +105,7 @@ def load_diffusers(
     codec, conditioner = latent_space(teacher, data, components)
     grid = noise_grid(teacher)
     own = teacher.own or OwnNetwork()
-    denoiser = _denoiser(config, grid, own.prediction or teacher.prediction, own.told_guidance, state, seed, where)
+    denoiser = _denoiser(config, grid, own.prediction or teacher.prediction, own.embedded_guidance, state, seed, where)
     return Teacher(
         denoiser=denoiser.eval().requires_grad_(False),
         grid=grid,
@@ -130,7 +130,7 @@ def _denoiser(
     config: dict[str, Any],
     grid: NoiseGrid,
     prediction: str,
-    told_guidance: float | None,
+    embedded_guidance: float | None,
     state: dict[str, Tensor] | None,
     seed: int,
     where: str,
@@ -139,11 +139,11 @@ def _denoiser(
     if state is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return DiffusersDenoiser(build_unet(config), sigmas, prediction, told_guidance=told_guidance)
+            return DiffusersDenoiser(build_unet(config), sigmas, prediction, embedded_guidance=embedded_guidance)
     with torch.device("meta"):
         unet = build_unet(config)
     check_state(state, unet.state_dict(), where)
     if bad := [name for name, value in state.items() if not math.isfinite(value.float().sum().item())]:
         raise UserError(f"{where}: {len(bad)} weights contain NaN or infinity, the first {bad[0]}; fetch it again")
     unet.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    return DiffusersDenoiser(unet, sigmas, prediction, told_guidance=told_guidance)
+    return DiffusersDenoiser(unet, sigmas, prediction, embedded_guidance=embedded_guidance)

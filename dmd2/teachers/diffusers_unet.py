@@ -45,7 +45,7 @@ class DiffusersDenoiser(Denoiser):
     Conditions are `text` (B, L, D) and, for U-Nets of SDXL's kind, `pooled` (B, P) and `time_ids` (B, 6). It takes the
     U-Net's layers as its own, so that the names of its parameters and of its state dict are the U-Net's.
 
-    `told_guidance` is the guidance scale that a U-Net with `time_cond_proj_dim` (a latent consistency model) is told.
+    `embedded_guidance` is the guidance scale that conditions a U-Net with `time_cond_proj_dim`: a latent consistency model.
 
     `precision` is the compute dtype, whatever the weights' dtype is; preconditioning and outputs are float32 (float64
     for a float64 x). Taps are the output of the middle block, then the last skip of each finer level.
@@ -53,7 +53,7 @@ class DiffusersDenoiser(Denoiser):
 
     predicts_x0 = False
     limits: Tensor
-    told: Tensor | None
+    guidance_cond: Tensor | None
     conv_in: nn.Module
     time_proj: nn.Module
     time_embedding: nn.Module
@@ -73,11 +73,11 @@ class DiffusersDenoiser(Denoiser):
         prediction: str = "epsilon",
         precision: Precision = "fp32",
         *,
-        told_guidance: float | None = None,
+        embedded_guidance: float | None = None,
     ):
         super().__init__()
         config = dict(unet.config)
-        check_config(config, told_guidance)
+        check_config(config, embedded_guidance)
         replace_layers(unet)
         for name, child in unet.named_children():
             self.add_module(name, child)
@@ -94,8 +94,8 @@ class DiffusersDenoiser(Denoiser):
         self.feature_shapes = ((channels[last], size >> last, size >> last), *finer)
         self.register_buffer("limits", boundaries(sigmas), persistent=False)
         width = config["time_cond_proj_dim"]
-        told = None if told_guidance is None else guidance_embedding(told_guidance, width).to(sigmas.device)
-        self.register_buffer("told", told, persistent=False)
+        cond = None if embedded_guidance is None else guidance_embedding(embedded_guidance, width).to(sigmas.device)
+        self.register_buffer("guidance_cond", cond, persistent=False)
 
     def store(self, precision: Precision) -> DiffusersDenoiser:
         """Itself, with its weights in another dtype: a frozen network in bf16 takes half the memory.
@@ -171,8 +171,8 @@ class DiffusersDenoiser(Denoiser):
 
     def _embedding(self, time: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
         """The embedding (B, E) of the timestep and, for SDXL's kind, of the pooled text and the time ids."""
-        told = None if self.told is None else self.told.to(dtype)
-        emb: Tensor = self.time_embedding(self.time_proj(time).to(dtype), told)
+        guidance = None if self.guidance_cond is None else self.guidance_cond.to(dtype)
+        emb: Tensor = self.time_embedding(self.time_proj(time).to(dtype), guidance)
         if self.pooled:
             ids = self.add_time_proj(cond["time_ids"].flatten()).reshape(len(time), -1)
             emb = emb + self.add_embedding(torch.cat([cond["pooled"].to(dtype), ids.to(dtype)], dim=-1))

@@ -56,7 +56,7 @@ def boundaries(sigmas: Tensor) -> Tensor:
 
 
 def guidance_embedding(scale: float, width: int) -> Tensor:
-    """What a latent consistency model is told of a guidance scale: (1, width), float32 on the CPU.
+    """The embedding of a guidance scale that conditions a latent consistency model: (1, width), float32 on the CPU.
 
     Sines and cosines of 1000 (scale - 1) at width / 2 frequencies from 1 to 1e-4 (arXiv 2310.04378, section 4.2).
     """

@@ -65,17 +65,17 @@ def unet_config(network: Mapping[str, Any]) -> dict[str, Any]:
     return {**PUBLIC[network["like"]], **own}
 
 
-def check_config(config: Mapping[str, Any], told_guidance: float | None = None) -> None:
+def check_config(config: Mapping[str, Any], embedded_guidance: float | None = None) -> None:
     """Raises UserError for a full configuration of a U-Net that the denoiser does not support.
 
-    `told_guidance` is what a U-Net with `time_cond_proj_dim` needs, and no other takes.
+    `embedded_guidance` is what a U-Net with `time_cond_proj_dim` needs, and no other takes.
     """
-    if (width := config.get("time_cond_proj_dim")) is None and told_guidance is not None:
-        raise UserError("own.told_guidance: the network has no time_cond_proj_dim and takes none; remove it")
-    if width is not None and (told_guidance is None or width < 4):
+    if (width := config.get("time_cond_proj_dim")) is None and embedded_guidance is not None:
+        raise UserError("own.embedded_guidance: the network has no time_cond_proj_dim and takes none; remove it")
+    if width is not None and (embedded_guidance is None or width < 4):
         raise UserError(
             f"network.time_cond_proj_dim: {width!r} is only supported of an imported run, at least 4, with the "
-            f"guidance scale that the network is told in `own.told_guidance`"
+            f"guidance scale of its condition in `own.embedded_guidance`"
         )
     for key, allowed in REQUIRED.items():
         if config.get(key, allowed[0]) not in allowed:

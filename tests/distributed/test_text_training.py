@@ -39,11 +39,11 @@ def test_two_ranks_equal_one_process_with_two_micro_batches(
     before = {name: value.clone() for name, value in flat(alone.networks()).items()}
     for index in range(NUM):
         alone.step(index)
-    assert_close(_felt(states[kind]), _felt(flat(alone.state_dict())), rtol=1e-3, atol=1e-5)
+    assert_close(_with_gradient(states[kind]), _with_gradient(flat(alone.state_dict())), rtol=1e-3, atol=1e-5)
     moved = [name for name, value in before.items() if not torch.equal(value, states[kind][f"/networks{name}"])]
     assert len(moved) > 0.9 * len(before), "nearly everything has moved"
 
 
-def _felt(state: dict[str, Any]) -> dict[str, Any]:
+def _with_gradient(state: dict[str, Any]) -> dict[str, Any]:
     """Without what has no gradient but rounding, which AdamW blows up to a step of its usual size: keys' biases."""
     return {name: value for name, value in state.items() if "to_k.bias" not in name}

@@ -29,10 +29,10 @@ PROMPTS = ["a cat", "a three left of a seven", "red photo of a dog"]
 TRAILING = {"timestep_spacing": "trailing"}
 LCM = {"time_cond_proj_dim": 8}
 CASES: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any], int, dict[str, Any]]] = {
-    "lcm, 1 step": ("sdxl", LCM, LCMScheduler, {}, 1, {"network": LCM, "told_guidance": 0.0}),
-    "lcm, 4 steps": ("sdxl", LCM, LCMScheduler, {}, 4, {"network": LCM, "told_guidance": 0.0}),
-    "turbo, 1 step": ("sdxl", {}, EulerAncestralDiscreteScheduler, TRAILING, 1, {"told_size": 8}),
-    "turbo, 4 steps": ("sdxl", {}, EulerAncestralDiscreteScheduler, TRAILING, 4, {"told_size": 8}),
+    "lcm, 1 step": ("sdxl", LCM, LCMScheduler, {}, 1, {"network": LCM, "embedded_guidance": 0.0}),
+    "lcm, 4 steps": ("sdxl", LCM, LCMScheduler, {}, 4, {"network": LCM, "embedded_guidance": 0.0}),
+    "turbo, 1 step": ("sdxl", {}, EulerAncestralDiscreteScheduler, TRAILING, 1, {"time_ids_size": 8}),
+    "turbo, 4 steps": ("sdxl", {}, EulerAncestralDiscreteScheduler, TRAILING, 4, {"time_ids_size": 8}),
     "lightning, 1 step": ("sdxl", {}, EulerDiscreteScheduler, TRAILING, 1, {"prediction": "sample"}),
     "lightning, 4 steps": ("sdxl", {}, EulerDiscreteScheduler, TRAILING, 4, {}),
     "lcm-lora, 4 steps": ("sd15", {}, LCMScheduler, {}, 4, {}),
@@ -74,7 +74,7 @@ def test_imported_models_sample_as_stock_pipelines(name: str, tmp_path: Path) ->
     predicts = own.get("prediction", "epsilon")
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options, prediction_type=predicts)
     noise = torch.randn(len(PROMPTS), 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    size = own.get("told_size", RESOLUTION)
+    size = own.get("time_ids_size", RESOLUTION)
     sizes = {"original_size": (size, size), "target_size": (size, size)} if kind == "sdxl" else {}
     given = {"height": RESOLUTION, "width": RESOLUTION, "num_inference_steps": steps, "guidance_scale": 0.0, **sizes}
     wanted = pipe(PROMPTS, latents=noise, generator=generators(), output_type="latent", **given).images
@@ -87,11 +87,11 @@ def test_imported_models_sample_as_stock_pipelines(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["lcm, 1 step", "turbo, 1 step", "lightning, 1 step"])
-def test_what_is_their_own_is_felt(name: str, tmp_path: Path) -> None:
+def test_each_difference_changes_the_output(name: str, tmp_path: Path) -> None:
     """Without these keys the comparison above would fail."""
     kind, changes, _, _, _, own = CASES[name]
     teacher = imported(kind, stock(kind, changes), own, tmp_path)
-    other = {"told_guidance": 7.5} if "told_guidance" in own else {"told_size": 64, "prediction": "epsilon"}
+    other = {"embedded_guidance": 7.5} if "embedded_guidance" in own else {"time_ids_size": 64, "prediction": "epsilon"}
     changed = tiny_teacher(kind).model_copy(update={"own": OwnNetwork.model_validate({**own, **other})})
     second = load_teacher(changed, tiny_data(), tmp_path / "generator.safetensors", components=tmp_path / "model")
 
@@ -104,7 +104,7 @@ def test_what_is_their_own_is_felt(name: str, tmp_path: Path) -> None:
     assert (one - two).abs().max() > 2e-2 * one.abs().max()
 
 
-def test_guidance_is_told_as_by_diffusers() -> None:
+def test_guidance_embedding_is_that_of_diffusers() -> None:
     pipe = tiny_pipeline("sdxl")
     for width in (8, 256, 9):
         wanted = pipe.get_guidance_scale_embedding(torch.tensor([-1.0]), embedding_dim=width)
@@ -122,8 +122,8 @@ def test_default_timesteps_of_lcm_are_those_of_its_training() -> None:
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"network": LCM}, r"time_cond_proj_dim: 8 is only supported of an imported run.*own.told_guidance"),
-        ({"told_guidance": 0.0}, "own.told_guidance: the network has no time_cond_proj_dim"),
+        ({"network": LCM}, r"time_cond_proj_dim: 8 is only supported of an imported run.*own.embedded_guidance"),
+        ({"embedded_guidance": 0.0}, "own.embedded_guidance: the network has no time_cond_proj_dim"),
         ({"network": {"time_cond_proj": 8}}, "no key 'time_cond_proj'.*did you mean 'time_cond_proj_dim'"),
     ],
 )
