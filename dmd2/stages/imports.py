@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from dmd2.config import StudentWeights, WeightsFile
+from dmd2.config import ModelFolder, StudentWeights, WeightsFile
 from dmd2.errors import UserError
 from dmd2.files import check_sha256, sha256
 from dmd2.lineage.records import write_record
@@ -15,7 +16,7 @@ from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Denoiser
 from dmd2.stages.open_weights import open_teacher
 from dmd2.teachers import outline
-from dmd2.teachers.weights import read_network, weight_file
+from dmd2.teachers.weights import fitted, read_network, weight_file
 from dmd2.training.checkpoint_store import save_weights
 
 GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"
@@ -23,10 +24,19 @@ GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"
 
 
 def teacher(spec: Spec, out: Path) -> None:
-    """Imports the weights of a published teacher."""
-    source, digest = _identified(spec.need("teacher").weights)
-    network = _network(spec)
-    _publish(out, spec, read_network(source, network.state_dict()), source, digest, network)
+    """Imports the weights of a published teacher: a file, or the U-Net in a model folder."""
+    configured, network = spec.need("teacher").weights, _network(spec)
+    if isinstance(configured, ModelFolder):
+        from dmd2.teachers.diffusers import import_unet
+
+        state, files = import_unet(spec.need("teacher"), spec.need("data"))
+        origin = {"model": configured.path, "revision": configured.revision}
+        source = origin | {"sha256": {f"unet/{path.name}": sha256(path) for path in files}}
+        _publish(out, spec, fitted(state, network.state_dict(), configured.path), source, network)
+        return
+    path, digest = _identified(configured)
+    state = read_network(path, network.state_dict())
+    _publish(out, spec, state, {"file": path.name, "sha256": digest}, network)
 
 
 def student(spec: Spec, generator: Path | None, networks: Path | None, teacher: Path | None = None) -> None:
@@ -37,6 +47,7 @@ def student(spec: Spec, generator: Path | None, networks: Path | None, teacher: 
     """
     weights: StudentWeights = spec.need("weights")
     source, digest = _identified(weights)
+    facts = {"file": source.name, "sha256": digest}
     network = _network(spec)
     if weights.lora_rank is None:
         state = read_network(source, network.state_dict())
@@ -50,7 +61,7 @@ def student(spec: Spec, generator: Path | None, networks: Path | None, teacher: 
         assert isinstance(base, DiffusersDenoiser)  # checked in the configuration
         state = merge_file(base, source, rank=weights.lora_rank)
     if generator is not None:
-        _publish(generator, spec, state, source, digest, network)
+        _publish(generator, spec, state, facts, network)
     if networks is not None:
         guidance = source.with_name(GUIDANCE)
         if source.name != GENERATOR or not guidance.is_file():
@@ -60,7 +71,7 @@ def student(spec: Spec, generator: Path | None, networks: Path | None, teacher: 
             )
         fake = read_network(guidance, network.state_dict(), prefix="fake_unet.")
         both = _prefixed("generator.", state) | _prefixed("critic.fake.", fake)
-        _publish(networks, spec, both, source, digest, network)
+        _publish(networks, spec, both, facts, network)
 
 
 def _identified(weights: WeightsFile) -> tuple[Path, str]:
@@ -74,7 +85,9 @@ def _network(spec: Spec) -> Denoiser:
     return outline(spec.need("teacher"), spec.need("data"))
 
 
-def _publish(out: Path, spec: Spec, state: Mapping[str, Tensor], source: Path, digest: str, network: Denoiser) -> None:
+def _publish(
+    out: Path, spec: Spec, state: Mapping[str, Tensor], source: Mapping[str, Any], network: Denoiser
+) -> None:
     """Writes weights with a record of their source and the size of one network."""
     save_weights(out, state)
     write_record(
@@ -82,7 +95,7 @@ def _publish(out: Path, spec: Spec, state: Mapping[str, Tensor], source: Path, d
         spec,
         run=spec.name,
         origin="file",
-        source={"file": source.name, "sha256": digest},
+        source=dict(source),
         num_tensors=len(state),
         num_parameters=sum(p.numel() for p in network.parameters()),
     )

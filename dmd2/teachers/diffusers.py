@@ -117,6 +117,17 @@ def load_diffusers(
     )
 
 
+def import_unet(teacher: DiffusersTeacherConfig, data: Data) -> tuple[dict[str, Tensor], list[Path]]:
+    """The state dict of the U-Net in the configured model folder, and the files that it was read from.
+
+    Its values have the files' dtypes. Raises UserError if it is not there, or is another network than configured.
+    """
+    assert teacher.weights is not None
+    config, _ = _settings(teacher, data)
+    folder, variant = resolve(teacher.weights), teacher.weights.variant
+    return read_unet(folder, config, variant), weight_files(folder, "unet", variant)
+
+
 def read_unet(folder: Path, config: dict[str, Any], variant: str | None = None) -> dict[str, Tensor]:
     """The state dict of the U-Net in a model folder. Raises UserError if it is another network than `config`."""
     same_config(read_json(folder / "unet" / "config.json"), config, str(folder / "unet" / "config.json"))
