@@ -122,7 +122,7 @@ class OwnNetwork(Model):
     embedded_guidance: float | None = Field(
         None, description="guidance scale embedded as a condition, of a network with time_cond_proj_dim (LCM)"
     )
-    time_ids_size: int | None = Field(None, gt=0, description="SDXL's kind: image side in its time ids; none: the data's")
+    time_ids_size: int | None = Field(None, gt=0, description="SDXL's kind: side in its time ids; none: the data's")
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())  # its mapping has no hash

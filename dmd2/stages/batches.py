@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dmd2.datasets.loader import Loader, to_batch, to_pairs
 from dmd2.datasets.prompts import PromptStream, load_prompts
+from dmd2.datasets.shards import read_manifest
+from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Cond, Teacher
 from dmd2.method.inputs import Batches, PairBatches, Prompts
@@ -19,6 +21,7 @@ def data_batches(
     spec: Spec, manifest: Path, teacher: Teacher, batch_size: int, seed: int, device: torch.device
 ) -> Batches:
     """Batches of real samples: (x0 in the teacher's space, conditions)."""
+    _check_autoencoder(spec, manifest, teacher)
     loader = _loader(spec, "latents", manifest, batch_size, seed)
 
     def batch(index: int) -> tuple[Tensor, Cond]:
@@ -26,6 +29,18 @@ def data_batches(
         return _staged(x0, device), {name: _staged(value, device) for name, value in cond.items()}
 
     return batch
+
+
+def _check_autoencoder(spec: Spec, manifest: Path, teacher: Teacher) -> None:
+    """Raises UserError for latents that another autoencoder than the teacher's made."""
+    facts = read_manifest(manifest, spec.upstream["latents"])["facts"]
+    own = getattr(teacher.codec, "facts", {})
+    for key, have in facts.items():
+        if key in own and own[key] != have:
+            raise UserError(
+                f"{manifest}: latents with {key} {have}, but the teacher's autoencoder has {own[key]}; delete the "
+                f"latents, or put the autoencoder back that made them"
+            )
 
 
 def pair_batches(spec: Spec, manifest: Path, batch_size: int, seed: int, device: torch.device) -> PairBatches:

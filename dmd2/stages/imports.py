@@ -85,9 +85,7 @@ def _network(spec: Spec) -> Denoiser:
     return outline(spec.need("teacher"), spec.need("data"))
 
 
-def _publish(
-    out: Path, spec: Spec, state: Mapping[str, Tensor], source: Mapping[str, Any], network: Denoiser
-) -> None:
+def _publish(out: Path, spec: Spec, state: Mapping[str, Tensor], source: Mapping[str, Any], network: Denoiser) -> None:
     """Writes weights with a record of their source and the size of one network."""
     save_weights(out, state)
     write_record(

@@ -36,6 +36,7 @@ from dmd2.progress import Counter
 from dmd2.stages.open_weights import checked_record
 from dmd2.stages.resumable import ResumableFiles, patience
 from dmd2.stages.sample import fields_of, maker, model_facts, open_model
+from dmd2.teachers.text_encoder import report_truncated
 from dmd2.training import ranks
 from dmd2.training.checkpoint_store import save_weights
 
@@ -196,6 +197,7 @@ def _of_stream(
     for number, path in shares.mine(Tally.load):
         tally_range(meter, make, chunks[number]).save(path)
         progress(len(chunks[number]))
+    report_truncated(model.conditioner, f"metrics {spec.name}")
     if ranks.rank() > 0:
         return {}, {}
     shares.wait(patience(runtime), Tally.load)

@@ -23,7 +23,7 @@ from dmd2.metrics.images import Images, Labels
 from dmd2.progress import Counter
 from dmd2.report.table_schema import TRAINING
 from dmd2.stages.open_weights import checked_record, open_teacher
-from dmd2.teachers.text_encoder import TextConditioner
+from dmd2.teachers.text_encoder import TextConditioner, report_truncated
 from dmd2.training import ranks
 from dmd2.training.rng import SampleNoise
 
@@ -183,6 +183,7 @@ def sample(spec: Spec, weights: Path, manifest: Path, runtime: Runtime, componen
             progress=Counter(f"sampling {spec.name}", total),
             facts=model_facts(spec, model, sampler, record),
         )
+    report_truncated(model.conditioner, f"samples {spec.name}")
 
 
 def model_facts(spec: Spec, teacher: Teacher, sampler: Sampler, record: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from dmd2.stages.batches import data_batches, pair_batches, prompt_batches
 from dmd2.stages.open_weights import components_folder, open_teacher, open_weights
 from dmd2.stages.state import check_students_room, check_teachers_room, checksums, state_store
 from dmd2.teachers import load_teacher
+from dmd2.teachers.text_encoder import report_truncated
 from dmd2.training import ranks, sharding
 from dmd2.training.checkpoint_store import CheckpointStore, save_weights
 from dmd2.training.loop import fit, log
@@ -149,6 +150,7 @@ def train(
             log.info("%s: digest %s on %s, losses by the %s kernels", spec.name, spec.digest, device, kernels)
             snapshots = config.snapshot_steps()
             took = fit(run, config.iterations, store, runtime, title=spec.name, snapshots=snapshots, alarm=_alarm)
+            report_truncated(frozen.conditioner, f"prompts of {spec.name}")
             networks, generator = sharding.gather(run.networks()), sharding.gather(run.export())
         if ranks.rank() == 0:  # after the process group: what follows may take longer than its timeout
             facts = {

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from dmd2.config import Data, DiffusersTeacherConfig, OwnNetwork
+from dmd2.downloads.hub import resolve
 from dmd2.errors import UserError
 from dmd2.files import read_json
 from dmd2.method.denoiser import Teacher
 from dmd2.method.noise import NoiseGrid
 from dmd2.teachers.autoencoder import AutoencoderCodec
-from dmd2.teachers.diffusers_folder import check_components, load_autoencoder, load_text, resolve, weight_files
+from dmd2.teachers.diffusers_folder import check_components, load_autoencoder, load_text, weight_files
 from dmd2.teachers.diffusers_unet import DiffusersDenoiser, build_unet
 from dmd2.teachers.predictions import FLOW
 from dmd2.teachers.text_encoder import TextConditioner, TextShape

@@ -45,7 +45,7 @@ class DiffusersDenoiser(Denoiser):
     Conditions are `text` (B, L, D) and, for U-Nets of SDXL's kind, `pooled` (B, P) and `time_ids` (B, 6). It takes the
     U-Net's layers as its own, so that the names of its parameters and of its state dict are the U-Net's.
 
-    `embedded_guidance` is the guidance scale that conditions a U-Net with `time_cond_proj_dim`: a latent consistency model.
+    `embedded_guidance` is the guidance scale that conditions a U-Net with `time_cond_proj_dim` (LCM).
 
     `precision` is the compute dtype, whatever the weights' dtype is; preconditioning and outputs are float32 (float64
     for a float64 x). Taps are the output of the middle block, then the last skip of each finer level.

@@ -71,6 +71,11 @@ use rule shards as reference_shards with:
 rule components:
     input:
         images=component_data,
+        source=ancient(
+            supplied_key(
+                "teacher.weights", f"{RESULTS}/components/components.json"
+            )
+        ),
     output:
         record=f"{RESULTS}/components/components.json",
     log:

@@ -4,7 +4,7 @@
 def supplied(path, key, output):
     """What a job waits for that reads `path` from outside and makes `output`: the record of a listed file, or nothing.
 
-    `key` names the setting. A path where there is nothing stops the planning, unless `output` is there already. Records
+    `key` names the setting; `path` may be a model or weight file of the configuration. A path where there is nothing stops the planning, unless `output` is there already. Records
     are for `ancient`: one that is written again starts nothing.
     """
     done = Path(output).exists()
@@ -15,7 +15,7 @@ def supplied(path, key, output):
 
 
 def supplied_key(key, output):
-    """A function of wildcards: `supplied` for the file that the preset's `key` names, if it names one."""
+    """A function of wildcards: `supplied` for the file or model that the preset's `key` names, if it names one."""
 
     def record(wildcards):
         value = plan_of(wildcards).preset

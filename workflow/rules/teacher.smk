@@ -7,7 +7,7 @@ rule teacher:
         components=components_of,
         source=ancient(
             supplied_key(
-                "teacher.weights.path", f"{RESULTS}/teacher/teacher.safetensors"
+                "teacher.weights", f"{RESULTS}/teacher/teacher.safetensors"
             )
         ),
     output:
