@@ -22,7 +22,7 @@ from dmd2.config import (
     TeacherConfig,
     Train,
 )
-from dmd2.config.reading import load_preset, load_run
+from dmd2.config.reading import checked_import, load_preset, load_run
 from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
 
@@ -54,7 +54,7 @@ class Plan:
     def _requested(self, name: str, where: str) -> Run:
         """The run `name`; a UserError starts with `where` it was requested."""
         try:
-            return self.run(name)
+            return checked_import(self.run(name), self.preset)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 

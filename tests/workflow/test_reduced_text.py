@@ -204,3 +204,15 @@ def test_adapters_are_added_to_the_teachers_weights(kind: str, run: str, done: C
     assert changed == {name for name in teacher if name.endswith("to_q.weight")}
     record = json.loads((done / f"results/{kind}/{run}/generator.json").read_text())
     assert record["source"]["file"].endswith(".safetensors")
+
+
+def test_the_models_files_are_fetched_before_anything_reads_them(fresh: Checkout):
+    done = fresh.snakemake("results/sdxl/components/components.json", "-n", config="preset=sdxl")
+    assert jobs_in(done.stdout) == {"download stable-diffusion-xl-base-1.0", "sdxl: components"}, done.stdout
+
+
+def test_a_hub_id_that_is_not_in_the_cache_is_refused_in_planning(fresh: Checkout):
+    weights = {"path": "owner/name", "revision": "0" * 40}
+    done = fresh.snakemake("results/table2.csv", "-n", overlay={"teacher": {"weights": weights}}, config="preset=sdxl")
+    assert done.returncode != 0
+    assert f"run `hf download owner/name --revision {weights['revision']}` where there is a network" in done.stdout

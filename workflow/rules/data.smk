@@ -72,9 +72,7 @@ rule components:
     input:
         images=component_data,
         source=ancient(
-            supplied_key(
-                "teacher.weights", f"{RESULTS}/components/components.json"
-            )
+            supplied_key("teacher.weights", f"{RESULTS}/components/components.json")
         ),
     output:
         record=f"{RESULTS}/components/components.json",
