@@ -99,7 +99,7 @@ def test_misspelt_key_of_a_run_is_named_with_run_and_preset(folder: Path):
     with pytest.raises(UserError, match=r"run mine on preset digits: .*`ema_decya`; did you mean 'ema_decay'"):
         Plan(folder, "digits").run("mine")
     write(folder / "runs" / "mine.yaml", {"description": "", "extend": "dmd2"})
-    with pytest.raises(UserError, match=r"run mine: unknown key `extend`; known: description, train"):
+    with pytest.raises(UserError, match=r"run mine: unknown key `extend`; known: description, own, train, weights"):
         Plan(folder, "digits").run("mine")
 
 

@@ -118,6 +118,7 @@ def write_downloads(folder: Path) -> None:
     save_file(network("sdxl", 3, time_cond_proj_dim=256).state_dict(), folder / "lcm-sdxl.safetensors")
     for seed, name in enumerate(("turbo-unet", "lightning-1step-unet-x0", "lightning-4step-unet"), start=4):
         save_file(network("sdxl", seed).state_dict(), folder / f"sdxl-{name}.safetensors")
+    torch.save(network("sd15", 8).state_dict(), folder / "dmd2-sd15-fid8.35.bin")
     save_file(adapters("sd15", 7), folder / "lcm-lora-sdv1-5.safetensors")
 
 
@@ -160,7 +161,7 @@ def test_rows_are_measured(kind: str, number: int, done: Checkout):
     if kind == "sdxl":
         assert measured == set(found), "every row of these tables"
     else:
-        own = {"dpmpp4", "unipc4", "lcmlora4", "dmd2", "teacher_ode", "teacher_sde"}
+        own = {"dpmpp4", "unipc4", "lcmlora4", "dmd2", "released", "teacher_ode", "teacher_sde"}
         assert measured == {f"t5.{name}" for name in own}
         assert {row["source"] for row in found.values()} == {"measured", "quoted"}
     for row_id in measured:
@@ -189,13 +190,13 @@ def test_imported_models_are_not_trained(done: Checkout):
     imported = {job.partition("import_student ")[2] for job in jobs if "import_student " in job}
     trained = {job.partition("train ")[2] for job in jobs if " train " in job}
     assert imported == {
-        *("released_sdxl_1step", "released_sdxl_4step", "released_sdxl_4step_lora", "lcm_sdxl", "sdxl_turbo"),
-        *("sdxl_lightning_1step", "sdxl_lightning_4step", "lcm_lora_sd15"),
+        *("released_dmd2_1step", "released_dmd2_4step", "released_dmd2_4step_lora", "lcm_sdxl", "sdxl_turbo"),
+        *("released_dmd2_stage2", "sdxl_lightning_1step", "sdxl_lightning_4step", "lcm_lora_sd15"),
     }
     assert not imported & trained
 
 
-@pytest.mark.parametrize(("kind", "run"), [("sdxl", "released_sdxl_4step_lora"), ("sd15", "lcm_lora_sd15")])
+@pytest.mark.parametrize(("kind", "run"), [("sdxl", "released_dmd2_4step_lora"), ("sd15", "lcm_lora_sd15")])
 def test_adapters_are_added_to_the_teachers_weights(kind: str, run: str, done: Checkout):
     teacher = load_file(done / f"results/{kind}/teacher/teacher.safetensors")
     merged = load_file(done / f"results/{kind}/{run}/generator.safetensors")
