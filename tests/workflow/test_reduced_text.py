@@ -28,6 +28,8 @@ STEPS = {"iterations": 2, "num_snapshots": 1}
 TABLES = {"sdxl": (2, 4, 6), "sd15": (5,)}
 SAMPLERS = {"sdxl": ("low_guidance", "high_guidance", "pairs"), "sd15": ("pndm", "ddpm")}
 RUNS = {"sdxl": ("ode_regression", "dmd2_1step", "dmd2_4step_lora"), "sd15": ("dmd2_stage2",)}
+OWN = {"block_out_channels": [4, 8], "attention_head_dim": 1}
+"""In what a user's own U-Net, of another prediction too, differs from SDXL's."""
 LATER = "dmd2-sdxl-4step-unet.bin"
 """The released student that is a copy of the one that is trained."""
 
@@ -122,6 +124,19 @@ def write_downloads(folder: Path) -> None:
     save_file(adapters("sd15", 7), folder / "lcm-lora-sdv1-5.safetensors")
 
 
+def write_row_of_ones_own(checkout: Checkout) -> None:
+    """A row of table 2 for a user's own U-Net: a run file, and a line of the table."""
+    path = checkout / "data/downloads/mine.safetensors"
+    save_file(network("sdxl", 9, **OWN).state_dict(), path)
+    own = {"network": OWN, "prediction": "v_prediction"}
+    run = {"description": "A U-Net of one's own.", "weights": {"path": str(path)}, "own": own}
+    (checkout / "workflow/runs/mine.yaml").write_text(json.dumps(run))  # JSON is YAML
+    with (checkout / "workflow/tables/table2.yaml").open("a") as table:
+        table.write(
+            '  - {id: t2.mine, group: Mine, method: "My U-Net", nfe: 4, measure: mine/lightning4, only: [sdxl]}\n'
+        )
+
+
 @pytest.fixture(scope="module")
 def overlays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("supplied")
@@ -141,6 +156,7 @@ def done(fresh: Checkout, overlays: dict[str, dict[str, Any]], tmp_path_factory:
     checkout = fresh.copy(tmp_path_factory.mktemp("reduced") / "dmd2")
     downloads = checkout / "data/downloads"
     write_downloads(downloads)
+    write_row_of_ones_own(checkout)
     said = make(checkout, "sdxl", overlays["sdxl"], "results/sdxl/dmd2_4step/generator.safetensors")
     torch.save(load_file(checkout / "results/sdxl/dmd2_4step/generator.safetensors"), downloads / LATER)
     for kind, numbers in TABLES.items():
@@ -160,6 +176,7 @@ def test_rows_are_measured(kind: str, number: int, done: Checkout):
     measured = {row_id for row_id, row in found.items() if row["source"] == "measured"}
     if kind == "sdxl":
         assert measured == set(found), "every row of these tables"
+        assert ("t2.mine" in found) == (number == 2)
     else:
         own = {"dpmpp4", "unipc4", "lcmlora4", "dmd2", "released", "teacher_ode", "teacher_sde"}
         assert measured == {f"t5.{name}" for name in own}
@@ -191,7 +208,7 @@ def test_imported_models_are_not_trained(done: Checkout):
     trained = {job.partition("train ")[2] for job in jobs if " train " in job}
     assert imported == {
         *("released_dmd2_1step", "released_dmd2_4step", "released_dmd2_4step_lora", "lcm_sdxl", "sdxl_turbo"),
-        *("released_dmd2_stage2", "sdxl_lightning_1step", "sdxl_lightning_4step", "lcm_lora_sd15"),
+        *("mine", "released_dmd2_stage2", "sdxl_lightning_1step", "sdxl_lightning_4step", "lcm_lora_sd15"),
     }
     assert not imported & trained
 
