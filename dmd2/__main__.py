@@ -15,6 +15,7 @@ import typer
 
 from dmd2.commands import planning, stages
 from dmd2.errors import Interrupted, UserError
+from dmd2.training.launcher import drop_foreign_ranks
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,6 +52,7 @@ def main() -> None:
     """Runs the command line; a UserError is one line and exit status 2, an interruption 128 + signal."""
     os.environ["MPLBACKEND"] = "agg"  # figures are files; a notebook's backend may be left over
     gc.set_threshold(100_000, 20, 100)  # importing torch triggers hundreds of collections: 0.3 s per stage
+    drop_foreign_ranks()
     try:
         app()
     except UserError as error:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,8 @@ def take_lock(lock: BaseFileLock) -> BaseFileLock:
     Raises `filelock.Timeout` if another process holds it, and UserError where the file system has no locks.
     """
     try:
+        with open(lock.lock_file, "ab") as file, suppress(BlockingIOError):  # held: `acquire` raises Timeout
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # without locks, filelock falls back to a mere file
         lock.acquire(timeout=0)
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:

@@ -17,10 +17,13 @@
 #   DMD2_MASTER_PORT  a port that is free there
 # The state folder must lie on a file system that all of them share.
 #
-# The exit status is that of the process that failed first, 128 + signal for a killed one. SIGTERM, SIGINT and SIGUSR1
-# are passed on; training saves and ends with 143, 130 or 138. DMD2_GRACE_S (30): seconds after a process failed in
-# which the others may end by themselves.
+# The exit status is that of the process that failed first, 128 + signal for a killed one. SIGTERM, SIGINT, SIGUSR1 and
+# SIGHUP (a closed terminal; not under nohup) are passed on; training saves and ends with 143, 130, 138 or 129.
+# DMD2_GRACE_S (30): seconds after a process failed in which the others may end by themselves.
+#
+# Whatever else is left over in a shell reaches no stage: rank variables, a TMPDIR that is gone, a notebook's MPLBACKEND.
 set -euo pipefail
+set -f  # names of devices are no patterns
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 python_path() {  # without folders in which a user's numbers.py would pass for Python's: the checkout's, the working one
@@ -34,12 +37,13 @@ python_path() {  # without folders in which a user's numbers.py would pass for P
 }
 
 PYTHONPATH=$(python_path)
-export PYTHONPATH PYTHONSAFEPATH=1
-# What a user's shell may have left over: rank variables would make a lone process wait for others, which only the
-# launcher sets; a notebook's backend has no place here; a folder for temporary files may be gone.
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT
-export MPLBACKEND=agg
-if [ ! -w "${TMPDIR:-/tmp}" ]; then export TMPDIR=/tmp; fi
+export PYTHONPATH PYTHONSAFEPATH=1 MPLBACKEND=agg
+# Only `dmd2.training.launcher` says which rank a process is, see `RANK_VARIABLES` there.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE ROLE_NAME \
+    MASTER_ADDR MASTER_PORT DMD2_LAUNCHER "${!TORCHELASTIC_@}"
+if [ ! -w "${TMPDIR:-/tmp}" ]; then
+    export TMPDIR=/tmp  # it is gone
+fi
 gpus=$1
 shift
 nodes=${DMD2_NODES:-1}
@@ -50,31 +54,48 @@ if [[ $gpus == cpu:* ]]; then  # several processes that share the work on CPU
     nodes=1
 fi
 
-devices() {  # the numbers of this machine's GPUs, or those that the user allows
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        tr ',' ' ' <<<"$CUDA_VISIBLE_DEVICES"
-    else
+devices() {  # the numbers of this machine's GPUs, or the names of those that the user allows
+    local name
+    if [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then
         find "${DMD2_DEV:-/dev}" -maxdepth 1 -name 'nvidia[0-9]*' | sed 's/.*nvidia//' | sort -n
+        return
     fi
+    for name in ${CUDA_VISIBLE_DEVICES//,/ }; do
+        case $name in
+            -* | NoDevFiles | none | void) return ;;  # CUDA shows none from here on
+            *) echo "$name" ;;
+        esac
+    done
+}
+
+refuse() {
+    echo "error: $1" >&2
+    exit 2
 }
 
 take() {  # holds NUM free devices by locks that end with this process, and shows no others
-    local wanted=$1 taken=() device lock
+    local wanted=$1 taken=() device lock file status
     for _ in $(seq 30); do  # a job that has just ended may hold its locks a moment longer
         for device in $(devices); do
             [[ " ${taken[*]-} " != *" $device "* ]] || continue
             [ "${#taken[@]}" -lt "$wanted" ] || break
-            exec {lock}>"${TMPDIR:-/tmp}/dmd2-gpu-$(id -u)-${device//\//_}.lock"
-            if flock --nonblock "$lock"; then taken+=("$device"); else exec {lock}>&-; fi
+            # A part of a GPU may be called MIG-GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f/7/0.
+            file="${TMPDIR:-/tmp}/dmd2-gpu-$(id -u)-${device//[^A-Za-z0-9_.-]/_}.lock"
+            (: >>"$file") 2>/dev/null || refuse "$file cannot be written; set TMPDIR to a folder of this machine"
+            exec {lock}>>"$file"
+            status=0
+            flock --nonblock --conflict-exit-code 75 "$lock" || status=$?
+            case $status in
+                0) taken+=("$device") ;;
+                75) exec {lock}>&- ;;
+                *) refuse "$file cannot be locked (flock: status $status); set TMPDIR to a folder on a disk of this machine" ;;
+            esac
         done
         [ "${#taken[@]}" -lt "$wanted" ] || break
         sleep 1
     done
-    if [ "${#taken[@]}" -lt "$wanted" ]; then
-        echo "error: $wanted free GPUs wanted, ${#taken[@]} found; wait for other jobs, or limit this workflow's with" \
-            "\`--resources gpu=N\`" >&2
-        exit 2
-    fi
+    [ "${#taken[@]}" -ge "$wanted" ] || refuse "$wanted free GPUs wanted, ${#taken[@]} found; wait for other jobs, or \
+limit this workflow's with \`--resources gpu=N\`"
     CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${taken[*]-}")
     export CUDA_VISIBLE_DEVICES
 }

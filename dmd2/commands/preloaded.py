@@ -81,7 +81,8 @@ def _accompany(stage: int, server: socket.socket, permit: int) -> int | None:
             passed.append(signum)
 
     for signum in (*FORWARDED, *STOPPING, signal.SIGQUIT, signal.SIGCONT):
-        signal.signal(signum, forward)
+        if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:  # which `nohup` ignores
+            signal.signal(signum, forward)
     server.settimeout(None)
     with contextlib.suppress(OSError):
         os.write(permit, b"!")

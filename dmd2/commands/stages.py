@@ -40,12 +40,16 @@ def shards(
     manifest: PathOption,
     source: Annotated[str, typer.Option(help="folder, archive or pattern, for sources that read one")] = "",
     max_unreadable: Annotated[int, typer.Option(min=0, help="maximum number of unreadable images to skip")] = 0,
+    max_passed_over: Annotated[
+        int, typer.Option(min=0, help="maximum number of files that may be images and are not taken")
+    ] = 0,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 1,
 ) -> None:
     """Write the source's images as shards."""
     from dmd2.stages import data
 
-    data.shards(_spec(spec, "shards"), manifest, source or None, max_unreadable, workers)
+    limits = {"max_unreadable": max_unreadable, "max_passed_over": max_passed_over}
+    data.shards(_spec(spec, "shards"), manifest, source or None, limits, workers)
 
 
 def components(spec: SpecOption, record: PathOption, images: OptionalPath = None) -> None:

@@ -55,6 +55,9 @@ class Data(Model):
         None, gt=0, description="images with a shorter side are left out as unreadable; none: they are enlarged"
     )
     max_unreadable: int = Field(0, ge=0, description="images that may be left out because they cannot be read")
+    max_passed_over: int = Field(
+        0, ge=0, exclude=True, description="files that are not taken although they may be images; in no digest"
+    )
 
     @model_validator(mode="after")
     def _classes_or_captions(self) -> Self:

@@ -16,6 +16,7 @@ from dmd2.config import Data
 from dmd2.datasets import members, origin
 from dmd2.datasets.shards import Batch, LeftOut, write_shards
 from dmd2.datasets.sources import Source, Unreadable, open_source
+from dmd2.datasets.sources.listing import PassedOver
 from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
 
@@ -45,15 +46,14 @@ def write_images(
     reasons, in `unreadable.json` next to the manifest; images without a caption in `missing_captions.json`.
 
     Raises UserError if more than `data.max_unreadable` images cannot be read (finished shards are kept, so a higher
-    limit resumes from them), and before the start if more than `data.captions.max_missing` have no caption or the disk
-    has too little space.
+    limit resumes from them), and before the start if more than `data.max_passed_over` files that may be images are not
+    taken, more than `data.captions.max_missing` images have no caption, or the disk has too little space.
     """
     manifest_path = Path(manifest_path)
     log.info("shards: listing %s", data.path or data.source)  # a minute for ImageNet's archive
     sight = origin.seen(data)
     source = open_source(data)
-    if passed_over := str(getattr(source, "passed_over", "")):
-        log.info("shards: passed over: %s", passed_over)
+    check_passed_over(getattr(source, "passed_over", PassedOver()), data)
     labels = f"{len(source.classes)} classes" if data.captions is None else "captions"
     log.info("shards: %d images with %s, %d processes", len(source), labels, workers)
     check_classes(source.labels, source.classes, "has no image")
@@ -153,6 +153,17 @@ class _Unreadable:
             files.write_json(self.path, {"unreadable": [item._asdict() for item in sorted(self.found)]})
         else:
             self.path.unlink(missing_ok=True)
+
+
+def check_passed_over(passed_over: PassedOver, data: Data) -> None:
+    """Logs what a source passes over. Raises UserError if more than `data.max_passed_over` of it may be images."""
+    if passed_over:
+        log.info("shards: passed over: %s", passed_over)
+    if len(doubtful := passed_over.doubtful) > data.max_passed_over:
+        raise UserError(
+            f"{data.path}: {len(doubtful)} files that may be images are not taken, data.max_passed_over is "
+            f"{data.max_passed_over}: {doubtful}; rename, move or remove them, or raise data.max_passed_over"
+        )
 
 
 def check_classes(labels: np.ndarray, classes: Sequence[str], what: str) -> None:

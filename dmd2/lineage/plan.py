@@ -184,9 +184,8 @@ class Plan:
             upstream = {"teacher": self.teacher} if weights.lora_rank else {}
             # The record has the student's steps, for images outside the workflow; one step from pure noise is usual.
             usual = (train.num_steps, train.student_levels) == (1, None) or self.run(run).own is not None
-            sections = {"data": self._data, "teacher": self._teacher_of(run), "weights": weights}
-            sections["train"] = None if usual else self._steps(train)
-            return Spec.of("import", run, upstream, **sections)
+            steps, teacher = None if usual else self._steps(train), self._teacher_of(run)
+            return Spec.of("import", run, upstream, data=self._data, teacher=teacher, weights=weights, train=steps)
         upstream = {"teacher": self.teacher, "latents": self.latents}
         if train.regression_weight > 0:
             upstream["pairs"] = self.pairs

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.config.reading import merge, overrides, read_chain
-from dmd2.errors import UserError
+from dmd2.errors import UserError, suggestion
 from dmd2.lineage.plan import Plan
 from dmd2.lineage.spec import Spec, files_in
 from dmd2.report.table_schema import FLOOR, Table
@@ -88,6 +88,23 @@ class Targets:
         """The plan of a preset with the user's overrides."""
         over = self._over if preset == self._main else {}
         return Plan(self.folder, preset, merge(over, self._over_by_name.get(preset) or {}))
+
+    def check_requested(self, targets: Iterable[str]) -> None:
+        """Raises UserError for a path of results whose table, preset or run does not exist; no rule would make it."""
+        for target in targets:
+            first, *below = Path(target).parts or ("",)
+            if first != "results" or not below:
+                continue
+            if len(below) == 1 and target.endswith((".csv", ".md")):
+                known, what, name = list(self.tables), "table", Path(target).stem
+            elif len(below) > 1 and below[0] not in RESERVED_PRESETS.union(self.presets):
+                known, what, name = self.presets, "preset", below[0]
+            elif len(below) > 2 and below[1] not in RESERVED_RUNS:
+                known, what, name = self.runs, "run", re.sub(r"_seed[0-9]+$", "", below[1])
+            else:
+                continue
+            if name not in known:
+                raise UserError(f"{target}: there is no {what} {name}; {suggestion(name, known)}")
 
     def preset_of(self, table: str) -> str | None:
         """The preset of a table: the selected one, or the table's default.

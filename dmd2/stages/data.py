@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from dmd2.config import Runtime
@@ -20,9 +21,12 @@ from dmd2.training import ranks
 from dmd2.training.rng import SampleNoise, step_rng
 
 
-def shards(spec: Spec, manifest: Path, source: str | None, max_unreadable: int, workers: int) -> None:
-    """Writes the images and classes of a source as shards; `source` is its path, if it has one."""
-    data = spec.need("data").model_copy(update={"path": source, "max_unreadable": max_unreadable})
+def shards(spec: Spec, manifest: Path, source: str | None, limits: Mapping[str, int], workers: int) -> None:
+    """Writes the images and classes of a source as shards; `source` is its path, if it has one.
+
+    `limits` are the keys `max_unreadable` and `max_passed_over` of the data set.
+    """
+    data = spec.need("data").model_copy(update={"path": source, **limits})
     write_images(manifest, data, spec, workers=workers, progress=lambda total: Counter("shards", total))
 
 

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from dmd2.config import ModelFolder, StudentWeights, WeightsFile
 from dmd2.errors import UserError
-from dmd2.files import check_sha256, sha256
 from dmd2.lineage.records import write_record
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Denoiser
 from dmd2.stages.open_weights import open_teacher
 from dmd2.teachers import outline
-from dmd2.teachers.weights import fitted, read_network, weight_file
+from dmd2.teachers.weights import INDEX, digest_of, fitted, read_network, refuse_stand_in, weight_file
 from dmd2.training.checkpoint_store import save_weights
 
 GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"
 """The files in a folder of the released code: generator; frozen teacher, fake score and discriminator."""
+GUIDANCE_OF = {GENERATOR: GUIDANCE, "model.safetensors": "model_1.safetensors"}
+"""By the generator's name: the released code's accelerate wrote the first, newer ones write the second."""
 
 
 def teacher(spec: Spec, out: Path) -> None:
@@ -31,7 +32,7 @@ def teacher(spec: Spec, out: Path) -> None:
 
         state, files = import_unet(spec.need("teacher"), spec.need("data"))
         origin = {"model": configured.path, "revision": configured.revision}
-        source = origin | {"sha256": {f"unet/{path.name}": sha256(path) for path in files}}
+        source = origin | {"sha256": {f"unet/{path.name}": digest_of(path) for path in files}}
         _publish(out, spec, fitted(state, network.state_dict(), configured.path), source, network)
         return
     path, digest = _identified(configured)
@@ -42,8 +43,8 @@ def teacher(spec: Spec, out: Path) -> None:
 def student(spec: Spec, generator: Path | None, networks: Path | None, teacher: Path | None = None) -> None:
     """Imports a released student: `generator` for sampling, and `networks` (with its fake score) to initialise a run.
 
-    The source is a generator's state dict, a folder of the released code, or adapters of the weights `teacher`, to
-    which they are added.
+    The source is a generator's weights (see `read_weights`), a folder of the released code, or adapters of the weights
+    `teacher`, to which they are added.
     """
     weights: StudentWeights = spec.need("weights")
     source, digest = _identified(weights)
@@ -63,8 +64,8 @@ def student(spec: Spec, generator: Path | None, networks: Path | None, teacher: 
     if generator is not None:
         _publish(generator, spec, state, facts, network)
     if networks is not None:
-        guidance = source.with_name(GUIDANCE)
-        if source.name != GENERATOR or not guidance.is_file():
+        guidance = source.with_name(GUIDANCE_OF.get(source.name, GUIDANCE))
+        if source.name not in GUIDANCE_OF or not guidance.is_file():
             raise UserError(
                 f"{source}: a generator alone cannot initialise a run; name the released folder, with {GENERATOR} and "
                 f"{GUIDANCE}, in the `weights` of run {spec.name}"
@@ -77,8 +78,15 @@ def student(spec: Spec, generator: Path | None, networks: Path | None, teacher: 
 def _identified(weights: WeightsFile) -> tuple[Path, str]:
     """The file to read and its SHA-256. Raises UserError if it is missing or its SHA-256 is not the configured one."""
     source = weight_file(Path(weights.path))
-    check_sha256(source, weights.sha256)
-    return source, weights.sha256 or sha256(source)
+    if not source.name.endswith(INDEX):
+        refuse_stand_in(source)  # before its checksum, which would not say what it is
+    digest = digest_of(source)
+    if weights.sha256 not in (None, digest):
+        raise UserError(
+            f"{source}: its SHA-256 is {digest}, expected {weights.sha256}; fetch it again or correct the configured "
+            f"`sha256`"
+        )
+    return source, digest
 
 
 def _network(spec: Spec) -> Denoiser:

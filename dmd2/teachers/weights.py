@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,18 +12,32 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dmd2.errors import UserError
-from dmd2.files import read_json
+from dmd2.files import read_json, sha256
 from dmd2.teachers.safe_pickle import read_edm_pickle
 from dmd2.teachers.torch_file import read_torch_file
 
 SHOWN = 3  # names in an error
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of data-parallel wrappers and of torch.compile."""
+AVERAGED = "n_averaged"
 INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """Parts that wrappers of inner modules leave in names."""
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 """Names of the one weight file in a folder: accelerate and transformers, diffusers, older ones."""
-INDEX = ".safetensors.index.json"
+INDEX = (".safetensors.index.json", ".bin.index.json")
+STAND_INS = (
+    (
+        b"version https://git-lfs",
+        "a pointer of Git LFS, not the weights; run `git lfs pull`, or fetch the file itself",
+    ),
+    (b"/annex/objects/", "a pointer of git-annex, not the weights; run `git annex get`, or fetch the file itself"),
+    *(
+        (sign, "a web page, not weights: the download was refused or redirected; fetch the file itself")
+        for sign in (b"<!doctype html", b"<html", b"<?xml", b"<head", b"<!--")
+    ),
+    (b"{", "a JSON text, not weights: the download was refused; fetch the file itself"),
+)
+"""How what is found in place of weights begins, in small letters, and what it is."""
 READERS = {".pkl": read_edm_pickle, ".bin": read_torch_file, ".pt": read_torch_file, ".pth": read_torch_file}
 
 
@@ -49,7 +64,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     if path.name.endswith(INDEX):
         return without_wrappers(_read_shards(path))
     if path.suffix in READERS:
-        _refuse_text(path)
+        refuse_stand_in(path)
         return without_wrappers(READERS[path.suffix](path))
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: unknown kind of weight file; use .safetensors, torch's .bin, or EDM's .pkl")
@@ -59,9 +74,13 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 def weight_file(path: Path) -> Path:
     """The file to read of a path: itself, or that of a folder. Raises UserError if there is none."""
     if path.is_dir():
-        found = [path / name for name in SINGLE if (path / name).is_file()] or sorted(path.glob(f"[!.]*{INDEX}"))
+        found = [path / name for name in SINGLE if (path / name).is_file()] or [
+            index for end in INDEX for index in sorted(path.glob(f"[!.]*{end}"))
+        ]
         if not found:
-            raise UserError(f"{path}: no {', '.join(SINGLE)} or *{INDEX} in this folder; name the weight file itself")
+            raise UserError(
+                f"{path}: no {', '.join(SINGLE)} or *{INDEX[0]} in this folder; name the weight file itself"
+            )
         return found[0]
     if not path.is_file():
         raise UserError(f"{path}: no such weight file; put it there or correct the configured path")
@@ -71,8 +90,11 @@ def weight_file(path: Path) -> Path:
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without what wrappers leave in names.
 
-    That is `module.` and `_orig_mod.` before all of them, and `_orig_mod.` and FSDP's parts anywhere.
+    That is `module.` and `_orig_mod.` before all of them, `_orig_mod.` and FSDP's parts anywhere, and the count
+    `n_averaged` of an averaged model, whose other names all begin with `module.`.
     """
+    if AVERAGED in state and all(name.startswith(WRAPPERS[0]) for name in state if name != AVERAGED):
+        state = {name: value for name, value in state.items() if name != AVERAGED}
     found = {_unwrapped(name): value for name, value in state.items()}
     if len(found) != len(state):  # a compiled module beside the plain one
         found = dict(state)
@@ -88,7 +110,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    _refuse_text(path)
+    refuse_stand_in(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -97,31 +119,46 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all shards that an index lists. Raises UserError if one is missing or has not what it should."""
-    listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise UserError(f"{index}: no `weight_map`; fetch it again")
+    shards, listed = _shards(index)
     state: dict[str, Tensor] = {}
-    for name in sorted(set(map(str, listed.values()))):
-        if Path(name).name != name:
-            raise UserError(f"{index}: the shard {name!r} is not in the index's folder; fetch it again")
-        state |= _read_safetensors(weight_file(index.with_name(name)))
+    for shard in map(weight_file, shards):
+        state |= read_torch_file(shard) if shard.suffix == ".bin" else _read_safetensors(shard)
     if missing := sorted(listed.keys() - state.keys()):
         raise UserError(f"{index}: {_few('tensors that are in no shard', missing)}; fetch the shards again")
     return state
 
 
-def _refuse_text(path: Path) -> None:
-    """Raises UserError for what a failed download leaves in place of weights: a web page, or a pointer of Git LFS."""
+def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
+    """The shards that an index names, sorted, and its table of tensors. Raises UserError for one in another folder."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"{index}: no `weight_map`; fetch it again")
+    names = sorted(set(map(str, listed.values())))
+    for name in names:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise UserError(f"{index}: the shard {name!r} is not in the index's folder; fetch it again")
+    return [index.with_name(name) for name in names], listed
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a weight file; of an index, that of the lines which sha256sum prints for its shards, sorted."""
+    if not path.name.endswith(INDEX):
+        return sha256(path)
+    lines = [f"{sha256(weight_file(shard))}  {shard.name}\n" for shard in _shards(path)[0]]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Raises UserError for what a failed download leaves in place of weights: a page, a pointer, an error, nothing."""
     with path.open("rb") as file:
-        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path}: a pointer of Git LFS, not the weights; run `git lfs pull`, or download the file itself"
-        )
-    if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<!--")):
-        raise UserError(
-            f"{path}: a web page, not weights: the download was refused or redirected; fetch the file itself"
-        )
+        start = file.read(512)
+    if not start:
+        raise UserError(f"{path}: an empty file, not weights; fetch it again")
+    if b"\0" in start:  # no text; the length that a safetensors file begins with may look like the start of one
+        return
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if said := next((what for sign, what in STAND_INS if start.startswith(sign)), None):
+        raise UserError(f"{path}: {said}")
 
 
 def read_network(path: Path | str, expected: Mapping[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:

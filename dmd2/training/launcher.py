@@ -16,13 +16,45 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that are passed on; SIGHUP, which a closed terminal sends, not where it is ignored (`nohup`)."""
 GRACE_S = 30.0
 """Seconds between the end of the first failed process and SIGKILL to those still running."""
 POLL_S = 0.02
 PR_SET_PDEATHSIG = 1
+LAUNCHER = "DMD2_LAUNCHER"
+"""The variable with the process id of the launcher that started a rank."""
+RANK_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+)
+"""Variables that torch or dmd2 takes a process's rank from; also all that begin with `TORCHELASTIC_`."""
+
+
+def drop_foreign_ranks() -> None:
+    """Removes the rank variables from this process's environment unless its parent is a launcher, which set them.
+
+    Those of another job in the same shell would make it wait for ranks that do not exist. Launchers are this module and
+    torchrun.
+    """
+    if os.environ.get(LAUNCHER) != str(os.getppid()) and not _parent_is_torchrun():
+        for name in _rank_variables(os.environ):
+            del os.environ[name]
+
+
+def _parent_is_torchrun() -> bool:
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"torchrun" in command or b"torch.distributed" in command
+
+
+def _rank_variables(env: Mapping[str, str]) -> list[str]:
+    return [name for name in env if name in (*RANK_VARIABLES, LAUNCHER) or name.startswith("TORCHELASTIC_")]
 
 
 @dataclass(frozen=True)
@@ -73,7 +105,9 @@ def environment(nodes: Nodes, num_local: int, local: int) -> dict[str, str]:
         "MASTER_ADDR": nodes.address,
         "MASTER_PORT": nodes.port,
     }
-    found = {**os.environ, **{name: str(value) for name, value in names.items()}}
+    foreign = _rank_variables(os.environ)
+    found = {name: value for name, value in os.environ.items() if name not in foreign}
+    found |= {name: str(value) for name, value in names.items()} | {LAUNCHER: str(os.getpid())}
     if nodes.num == 1 and sys.platform == "linux":
         found.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo resolves this machine's name
     return found

@@ -4,7 +4,17 @@ import re
 from pathlib import Path
 
 from dmd2.datasets.sources import CAPTIONED, SOURCES
-from dmd2.datasets.sources.listing import HIDDEN, OTHER, OTHER_IMAGES, OUTSIDE, SPLITS, SUFFIXES, SYSTEM_NAMES
+from dmd2.datasets.sources.listing import (
+    HIDDEN,
+    OTHER,
+    OTHER_IMAGES,
+    OUTSIDE,
+    REPLACED,
+    SPLITS,
+    SUFFIXES,
+    SYSTEM_NAMES,
+    UNKNOWN,
+)
 from dmd2.teachers.weights import READERS, SINGLE
 
 PAGE = (Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
@@ -28,7 +38,7 @@ def test_sources_are_those_of_the_code():
 
 
 def test_reasons_system_names_splits_and_weight_files_are_named():
-    for reason in (HIDDEN, OTHER, OUTSIDE):
+    for reason in (HIDDEN, OTHER, OUTSIDE, REPLACED, UNKNOWN):
         assert f"- *{reason}*" in PAGE
     for name in SYSTEM_NAMES:
         assert f"`{name}`" in PAGE.lower()

@@ -216,3 +216,51 @@ def test_sixteen_bits_per_channel_are_refused_and_not_cut(tmp_path: Path):
     for name in ("a/1.png", "b/3.ppm"):
         with pytest.raises(Unreadable, match="16 bits per channel"):
             source[names_in(source).index(name)]
+
+
+def in_class_tars(root: Path, path: Path) -> Path:
+    """The tree as a tar of one tar per class."""
+    with tarfile.open(path, "w") as outer:
+        for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+            inner = path.with_name(f"{folder.name}.tar")
+            with tarfile.open(inner, "w") as tar:
+                for file in sorted(folder.iterdir()):
+                    tar.add(file, file.name)
+            outer.add(inner, inner.name)
+    return path
+
+
+@pytest.mark.parametrize("odd", ["a/img0001", "b/x.png.part", "b/3.jpg_large"])
+def test_files_that_may_be_images_are_refused_above_a_limit_in_every_source(odd: str, tmp_path: Path):
+    root = tree(tmp_path / "tree", "a/1.png", "b/2.png", odd)
+    for name in ("a/notes.txt", "b/README", "b/labels.npy"):
+        (root / name).write_text("no image")
+    paths = {
+        "image_folder": root,
+        "image_zip": zipped(root, tmp_path / "x.zip"),
+        "imagenet_tar": in_class_tars(root, tmp_path / "x.tar"),
+    }
+    for kind, path in paths.items():
+        data = data_of(kind, path)
+        refusal = r"1 files that may be images are not taken, data\.max_passed_over is 0: 1 of an unknown suffix"
+        with pytest.raises(UserError, match=rf"{path}: {refusal} \(first: .*{Path(odd).name}\); rename, move or"):
+            write_images(tmp_path / kind / "manifest.json", data, Spec.of("shards", "x", data=data))
+        raised = data.model_copy(update={"max_passed_over": 1})
+        assert Spec.of("shards", "x", data=raised).digest == Spec.of("shards", "x", data=data).digest
+        manifest = write_images(tmp_path / kind / "manifest.json", raised, Spec.of("shards", "x", data=raised))
+        assert manifest["facts"]["images_of_class"] == [1, 1]
+
+
+def test_other_fields_of_samples_are_passed_over_and_lone_members_are_refused(tmp_path: Path):
+    members = {"0.png": picture(0), "0.cls": b"0", "0.depth": b"x", "1.png": picture(1), "1.cls": b"1"}
+
+    def packed(**more: bytes) -> object:
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name, content in {**members, **more}.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        return open_source(data_of("webdataset", tmp_path / "x.tar")).passed_over
+
+    assert (str(packed()), len(packed().doubtful)) == ("1 no image by their suffix (first: x.tar/0.depth)", 0)
+    assert str(packed(**{"2.jxr": b"x"}).doubtful) == "1 of an unknown suffix (first: x.tar/2.jxr)"

@@ -94,3 +94,47 @@ def test_device_of_a_stage_that_was_killed_is_free_again(machine: Machine):
     assert [machine.devices(1) for _ in range(3)] == ["0", "1", "2"]
     os.killpg(machine.started[1].pid, signal.SIGKILL)
     assert machine.devices(1) == "1"
+
+
+@pytest.mark.parametrize("none", ["-1", "NoDevFiles", "", "-1,0"])
+def test_user_who_allows_no_device_keeps_that(machine: Machine, none: str):
+    assert machine.devices(1, CUDA_VISIBLE_DEVICES=none) == none
+
+
+def test_names_of_devices_are_no_patterns(machine: Machine):
+    assert machine.devices(1, CUDA_VISIBLE_DEVICES="/*") == "/*"
+
+
+def test_disk_without_locks_is_refused_in_one_line(machine: Machine):
+    stub = machine.folder / "bin" / "flock"
+    stub.write_text("#!/bin/sh\nexit 66\n")
+    stub.chmod(0o755)
+    process, arguments = machine.start(1)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert message.startswith(f"error: {machine.folder}/tmp/dmd2-gpu-")
+    assert message.endswith(
+        "-0.lock cannot be locked (flock: status 66); set TMPDIR to a folder on a disk of this machine\n"
+    )
+    assert not arguments.exists()
+
+
+def test_folder_that_cannot_be_written_is_refused_in_one_line(machine: Machine):
+    (machine.folder / "tmp" / f"dmd2-gpu-{os.getuid()}-0.lock").mkdir()
+    process, _ = machine.start(1)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert message.endswith("-0.lock cannot be written; set TMPDIR to a folder of this machine\n")
+
+
+def test_clone_on_a_machine_that_writes_crlf_starts_stages(tmp_path: Path):
+    root = SCRIPT.parents[1]
+    git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost", "-C"]
+    (tmp_path / "origin/workflow").mkdir(parents=True)
+    for name in (".gitattributes", "workflow/launch.sh"):
+        (tmp_path / "origin" / name).write_bytes((root / name).read_bytes())
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "files"]):
+        subprocess.run([*git, str(tmp_path / "origin"), *command], check=True)
+    clone = ["clone", "-q", "-c", "core.autocrlf=true", "origin", "clone"]
+    subprocess.run([*git, str(tmp_path), *clone], check=True)
+    assert (tmp_path / "clone/workflow/launch.sh").read_bytes() == SCRIPT.read_bytes()

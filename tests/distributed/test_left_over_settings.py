@@ -11,6 +11,7 @@ import matplotlib as mpl
 import pytest
 
 from dmd2.report.figures import STYLE, curves_figure
+from dmd2.training import launcher
 from dmd2.training.loop import StopSignals
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ def launched(folder: Path, *arguments: str, bash: bool = False, **environment: s
 
 
 def test_rank_variables_of_the_shell_reach_no_stage(tmp_path: Path):
-    left_over = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    left_over = {**dict.fromkeys(launcher.RANK_VARIABLES, "1"), launcher.LAUNCHER: "1", "TORCHELASTIC_RUN_ID": "x"}
     found, _ = launched(tmp_path, "0", "shards", **left_over)
     assert not left_over.keys() & found.keys()
 

@@ -1,5 +1,7 @@
 """Checkpoints: what is kept, what is refused, and what a damaged one leads to."""
 
+import errno
+import fcntl
 import logging
 import os
 import pickle
@@ -218,6 +220,19 @@ def test_second_store_in_one_process_is_refused(tmp_path: Path, monkeypatch: pyt
         (tmp_path / "state" / "owner.json").unlink()
         with pytest.raises(UserError, match="in use by another process"), store(tmp_path):
             pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_refused_with_the_file(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def no_locks(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/state/lock: this file system has no locks .* another disk"):
+        store(tmp_path).__enter__()
+    assert not (tmp_path / "state" / "owner.json").exists()
 
 
 def test_other_ranks_enter_beside_the_one_that_holds_the_lease(

@@ -1,5 +1,6 @@
 """A mistake in the configuration stops the workflow before its first job, in one line with the remedy."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,34 @@ def test_mistake_that_only_a_job_finds_is_reported_in_one_line(fresh: Checkout):
     done = fresh.snakemake("results/smoke/dmd2/nosuch/metrics.json", "-n")
     assert done.returncode == 1, done.stdout
     assert done.stdout.splitlines()[-1].startswith("error: entry dmd2/nosuch: no sampler 'nosuch'"), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("results/tabel1.csv", "there is no table tabel1; did you mean 'table1'?"),
+        ("results/smok/gan/metrics.json", "there is no preset smok; did you mean 'smoke'?"),
+        ("results/smoke/gann_seed3/generator.safetensors", "there is no run gann; did you mean 'gan'?"),
+        ("results/smoke/gan_seed3/generator.safetensors", None),
+        ("results/smoke/features/extractor.json", None),
+        ("results/smoke/config.yaml", None),
+        ("data/smoke/shards/manifest.json", None),
+    ],
+)
+def test_target_of_an_unknown_name_is_refused(target: str, words: str | None):
+    targets = Targets(REPOSITORY / "workflow", {})
+    if words is None:
+        targets.check_requested([target])
+        return
+    with pytest.raises(UserError, match=f"^{re.escape(f'{target}: {words}')}$"):
+        targets.check_requested(["results/table1.csv", target])
+
+
+def test_target_of_an_unknown_run_stops_snakemake_in_one_line(fresh: Checkout):
+    done = fresh.snakemake("results/smoke/gann/generator.safetensors", "-n")
+    assert done.returncode == 1, done.stdout
+    assert done.stdout.splitlines()[-1].startswith("error: results/smoke/gann/generator.safetensors: there is no run")
+    assert "MissingRule" not in done.stdout
 
 
 def test_too_few_devices_are_reported_in_one_line(fresh: Checkout):

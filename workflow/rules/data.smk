@@ -34,15 +34,17 @@ rule shards:
     conda:
         "../../environment.yml"
     threads: preset_key(lambda preset: 16 if preset.data.path else 1)
-    # Where the data are and how many images may be unreadable starts nothing again, so they are no parameters.
+    # Where the data are and how many images may be left out starts nothing again, so they are no parameters.
     resources:
         source=preset_key(lambda preset: preset.data.path or ""),
         max_unreadable=preset_key(lambda preset: preset.data.max_unreadable),
+        max_passed_over=preset_key(lambda preset: preset.data.max_passed_over),
     params:
         spec=spec("shards"),
     shell:
         'bash "$DMD2_LAUNCH" 0 --log {log:q} shards --spec {params.spec:q} --source={resources.source:q}'
-        " --max-unreadable {resources.max_unreadable:q} --workers {threads} --manifest {output.manifest:q}"
+        " --max-unreadable {resources.max_unreadable:q} --max-passed-over {resources.max_passed_over:q}"
+        " --workers {threads} --manifest {output.manifest:q}"
 
 
 use rule shards as reference_shards with:
@@ -64,6 +66,7 @@ use rule shards as reference_shards with:
     resources:
         source=preset_key(lambda preset: preset.reference_data.path or ""),
         max_unreadable=preset_key(lambda preset: preset.reference_data.max_unreadable),
+        max_passed_over=preset_key(lambda preset: preset.reference_data.max_passed_over),
     params:
         spec=spec("reference_shards"),
 

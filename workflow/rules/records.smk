@@ -1,4 +1,5 @@
 # Before it decides which jobs run, Snakemake hears what the records say: also without its own memory in `.snakemake`.
+# Snakemake has no hooks around the building of its graph, so two functions of it are wrapped; its version is pinned.
 from functools import wraps
 
 from snakemake.dag import DAG
@@ -30,7 +31,7 @@ def differs(job):
 
 
 def with_records(update_needrun):
-    """Snakemake has no hook between building its graph and deciding; its version is pinned."""
+    """Decides between building the graph and running it what the records say."""
 
     @wraps(update_needrun)
     async def update(dag, create_inventory=False):
@@ -41,4 +42,19 @@ def with_records(update_needrun):
     return update
 
 
+def with_known_targets(init):
+    """Refuses a target of an unknown table, preset or run in one line, before Snakemake finds no rule for it."""
+
+    @wraps(init)
+    async def checked(dag, *arguments, **options):
+        if dag.workflow is workflow and workflow.is_main_process:
+            user_errors_stop_planning(
+                TARGETS.check_requested, workflow.dag_settings.targets
+            )
+        await init(dag, *arguments, **options)
+
+    return checked
+
+
+DAG.init = with_known_targets(DAG.init)
 DAG.update_needrun = with_records(DAG.update_needrun)

@@ -140,8 +140,12 @@ def existing(data: Data, what: str) -> Path:
     if data.path is None:
         raise UserError(f"data.path is not set, but source {data.source} reads one; set it to {what}")
     path = Path(data.path)
-    if not path.exists():
-        raise UserError(f"data.path: {path} does not exist; put {what} there or correct it")
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"data.path: {path} does not exist; put {what} there or correct it") from None
+    except OSError as error:
+        raise UserError(f"data.path: {path} cannot be read ({error.strerror}); give yourself access to it") from None
     return path
 
 

@@ -1,4 +1,4 @@
-"""Which files of a source are its images, alike in folders, zips and tars; what is passed over is counted by reason."""
+"""Which files of a source are its images, in folders, zips and tars; what is passed over is counted by reason."""
 
 from __future__ import annotations
 
@@ -14,10 +14,27 @@ OTHER_IMAGES = frozenset({".avif", ".heic", ".heif", ".jp2", ".jxl", ".pgm", ".p
 SYSTEM_NAMES = frozenset(
     {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 )
+# fmt: off
+OTHER_SUFFIXES = frozenset({
+    ".cfg", ".cls", ".css", ".csv", ".db", ".doc", ".docx", ".h5", ".hdf5", ".htm", ".html", ".ini", ".ipynb",
+    ".js", ".json", ".jsonl", ".lock", ".log", ".lst", ".mat", ".md5", ".md", ".mp3", ".mp4", ".npy", ".npz",
+    ".parquet", ".pdf", ".pickle", ".pkl", ".pt", ".pth", ".py", ".rst", ".rtf", ".safetensors", ".sh", ".sha256",
+    ".sqlite", ".tex", ".toml", ".tsv", ".txt", ".url", ".wav", ".xls", ".xlsx", ".xml", ".yaml", ".yml",
+})
+OTHER_NAMES = frozenset({
+    "authors", "changelog", "checksums", "citation", "copying", "dockerfile", "licence", "license", "makefile",
+    "manifest", "md5sums", "notice", "readme", "sha1sums", "sha256sums", "version",
+})
+# fmt: on
+"""Suffixes and names without one of files that are no images; any other file may be an image."""
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 TRAINING = ("train", "training")
 HIDDEN, OTHER = "hidden or of a system", "no image by their suffix"
+UNKNOWN = "of an unknown suffix"
 OUTSIDE = "outside the class folders"
+REPLACED = "replaced by a later one of that name"
+DOUBTFUL = (UNKNOWN, OUTSIDE, REPLACED)
+"""Reasons that may pass over images of the data set, which `data.max_passed_over` limits."""
 
 
 class PassedOver:
@@ -30,9 +47,28 @@ class PassedOver:
         """Counts a file."""
         self._names.setdefault(reason, []).append(printable(name))
 
+    @property
+    def doubtful(self) -> PassedOver:
+        """Those that may be images of the data set."""
+        found = PassedOver()
+        found._names = {reason: names for reason, names in self._names.items() if reason in DOUBTFUL}
+        return found
+
+    def __len__(self) -> int:
+        return sum(map(len, self._names.values()))
+
     def __str__(self) -> str:
         """One line, such as `2 no image by their suffix (first: a/notes.txt)`; empty if there is nothing."""
         return ", ".join(f"{len(names)} {reason} (first: {min(names)})" for reason, names in self._names.items())
+
+
+def reason(name: str) -> str:
+    """Why a file that is no image by its name is passed over."""
+    if is_hidden(name):
+        return HIDDEN
+    file = name.rpartition("/")[2].lower()
+    stem, dot, suffix = file.rpartition(".")
+    return OTHER if (f".{suffix}" in OTHER_SUFFIXES if dot and stem else file in OTHER_NAMES) else UNKNOWN
 
 
 def is_hidden(name: str) -> bool:
@@ -59,7 +95,7 @@ def taken(names: Iterable[str], passed_over: PassedOver) -> list[str]:
         if is_image(name):
             kept.append(name)
         else:
-            passed_over.add(HIDDEN if is_hidden(name) else OTHER, name)
+            passed_over.add(reason(name), name)
     return kept
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import glob
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from dmd2.config import Data
 from dmd2.datasets.sources.base import EncodedImages, existing, fingerprint_of
 from dmd2.datasets.sources.folder import LISTERS
-from dmd2.datasets.sources.listing import HIDDEN, OTHER, OUTSIDE, PassedOver, is_hidden, is_image, taken
+from dmd2.datasets.sources.listing import (
+    OTHER,
+    OUTSIDE,
+    REPLACED,
+    PassedOver,
+    is_hidden,
+    is_image,
+    reason,
+    taken,
+)
 from dmd2.datasets.sources.spans import Member, Spans, tar_members
 from dmd2.errors import UserError
 
@@ -36,6 +46,8 @@ class ImageNetTar(EncodedImages):
         found = []
         for label, members in enumerate(contents):
             by_name = {member.name: member for member in sorted(members)}
+            for name in (Counter(member.name for member in members) - Counter(by_name.keys())).elements():
+                passed_over.add(REPLACED, name)
             found += [(label, by_name[name]) for name in taken(by_name, passed_over)]
         classes = [Path(member.name).stem for member in inner]
         names = [f"{classes[label]}.tar/{member.name}" for label, member in found]
@@ -46,6 +58,13 @@ class ImageNetTar(EncodedImages):
 
     def read(self, number: int) -> bytes:
         return self._spans[number]
+
+
+class WithImage(Protocol):
+    """A sample of a WebDataset with its image."""
+
+    @property
+    def image(self) -> Member: ...
 
 
 class _Sample(NamedTuple):
@@ -102,12 +121,14 @@ def expand(data: Data) -> list[str]:
     return tars
 
 
-def passed_by(tars: list[str], contents: Sequence[tuple[object, list[str]]]) -> PassedOver:
-    """The members of tars that belong to no sample, from the second parts of `contents`."""
+def passed_by(tars: list[str], contents: Sequence[tuple[Sequence[WithImage], list[str]]]) -> PassedOver:
+    """The members of tars that are not read, from the samples and other members in `contents`."""
     found = PassedOver()
-    for tar, (_, others) in zip(tars, contents, strict=True):
+    for tar, (samples, others) in zip(tars, contents, strict=True):
+        keys = {split_name(sample.image.name)[0] for sample in samples}
         for name in others:
-            found.add(HIDDEN if is_hidden(name) else OTHER, f"{Path(tar).name}/{name}")
+            field = not is_hidden(name) and split_name(name)[0] in keys
+            found.add(OTHER if field else reason(name), f"{Path(tar).name}/{name}")
     return found
 
 

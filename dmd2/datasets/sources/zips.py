@@ -14,7 +14,7 @@ import numpy as np
 
 from dmd2.config import Data
 from dmd2.datasets.sources.base import EncodedImages, Unreadable, existing, fingerprint_of
-from dmd2.datasets.sources.listing import OUTSIDE, TRAINING, PassedOver, is_hidden, taken, training_split
+from dmd2.datasets.sources.listing import OUTSIDE, REPLACED, TRAINING, PassedOver, is_hidden, taken, training_split
 from dmd2.datasets.sources.spans import Spans
 from dmd2.errors import UserError
 
@@ -99,7 +99,7 @@ def _files(members: list[zipfile.ZipInfo], path: Path, passed_over: PassedOver) 
                 f"{path}: {member.filename} is a symbolic link; pack the files themselves (zip without --symlinks)"
             )
         if member.filename in found:
-            passed_over.add("replaced by a later one of that name", member.filename)
+            passed_over.add(REPLACED, member.filename)
         if not member.is_dir():
             found[member.filename] = member
     return found
