@@ -34,6 +34,11 @@ class Train(Model):
 
     critic_steps_per_generator: int = Field(5, gt=0, description="R of the two time-scale update rule")
     matching_weight: float = Field(1.0, ge=0, description="0: only the GAN")
+    f_divergence: Literal["js", "kl"] | None = Field(
+        None,
+        description="the divergence that matching minimises, by weights of samples from the logits of D: js or forward "
+        "kl; none: the paper's reverse KL, without weights",
+    )
     gan_generator_weight: float = Field(3e-3, ge=0)
     gan_critic_weight: float = Field(1e-2, ge=0)
     gan_loss: Literal["softplus", "hinge"] = "softplus"
@@ -110,6 +115,8 @@ class Train(Model):
             )
         if self.regression_weight > 0 and self.regression_loss == "lpips" and self.vgg_weights is None:
             raise ValueError("regression_loss lpips needs vgg_weights; name the file, or use mse")
+        if self.f_divergence is not None and not (self.has_gan and self.matching_weight > 0):
+            raise ValueError("f_divergence weights the matching loss by the GAN's logits: it needs both terms")
         if self.r1_weight > 0 and not self.has_gan:
             raise ValueError("r1_weight needs a GAN: set gan_generator_weight and gan_critic_weight")
         if self.num_snapshots > self.iterations:
@@ -155,6 +162,10 @@ class Runtime(Model):
         True, description="deterministic CUDA algorithms, so that a resumed run is the same bit for bit"
     )
     compile: bool = Field(False, description="torch.compile of the networks' blocks; equal up to rounding")
+    cuda_graphs: bool = Field(
+        False,
+        description="a student's iterations as CUDA graphs, bit for bit the same; unverified; ignored on the CPU",
+    )
     activation_checkpointing: bool = Field(False, description="recompute the networks' blocks instead of storing them")
     async_checkpoints: bool = Field(True, description="write checkpoints in the background")
     collective_timeout_minutes: float = Field(10.0, gt=0, description="timeout of collective calls, which ends the job")

@@ -93,7 +93,8 @@ def observed(run: Distillation, observer: Observer, more: Sequence[Place] = ()) 
     named: list[Place] = [
         (optimizer.Optimizer, "step", OPTIMIZERS),
         (optimizer.EMA, "update", AVERAGE),
-        (run.teacher.denoiser, "denoise_and_tap", REAL),  # which a pass of it always calls
+        (run.teacher.denoiser, "denoise_and_tap", REAL),  # one of the two, which a pass of it always calls
+        (run.teacher.denoiser, "predict_and_tap", REAL),
         *more,
     ]
     places: list[tuple[Any, str, Callable[[], str]]] = [(o, name, partial(str, part)) for o, name, part in named]

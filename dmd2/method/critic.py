@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dmd2.errors import UserError
 from dmd2.method.denoiser import Cond, Denoiser, Prediction, first
-from dmd2_kernels import GroupNormSiLU
+from dmd2_kernels import GroupNormSiLU, folds
 
 
 class RealismHead(nn.Sequential):
@@ -48,7 +48,15 @@ class RealismHead(nn.Sequential):
 
     def forward(self, features: Tensor) -> Tensor:
         """features (B, C, H, W) -> logits (B,)."""
-        return super().forward(features.float()).flatten()
+        x = features.float()
+        if not folds(x):
+            return super().forward(x).flatten()
+        *stages, last = self.children()
+        for conv, norm in zip(stages[::3], stages[1::3], strict=True):
+            assert isinstance(conv, nn.Conv2d)
+            x = norm(conv._conv_forward(x, conv.weight, None), channel_bias=conv.bias)
+        out: Tensor = last(x)
+        return out.flatten()
 
 
 class Critic(nn.Module):
@@ -92,10 +100,7 @@ class Critic(nn.Module):
         """The fake score's prediction of the first `num` samples."""
         if num == 0:
             return Prediction(x[:0].detach())
-        x, sigma, cond = x[:num], sigma[:num], first(cond, num)
-        if self.fake.predicts_x0:
-            return Prediction(self.fake(x, sigma, cond))
-        return self.fake.predict_and_tap(x, sigma, cond, num, num_taps=0)[0]
+        return self.fake.predict(x[:num], sigma[:num], first(cond, num))
 
     def _judge(self, features: Sequence[Tensor]) -> Tensor:
         return torch.stack([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1)

@@ -49,8 +49,11 @@ class Denoiser(nn.Module, abc.ABC):
 
     shardable: bool = True
     """Whether layout "shard" applies: not to one that shares its weights with others."""
-    predicts_x0: bool = True
-    """Whether `predict_and_tap` gives x0 itself, or a raw output with a linear head, for the loss kernels."""
+
+    @property
+    def predicts_x0(self) -> bool:
+        """Whether `predict_and_tap` gives x0 itself, or a raw output with a linear head, for the loss kernels."""
+        return True
 
     @abc.abstractmethod
     def denoise_and_tap(
@@ -68,6 +71,12 @@ class Denoiser(nn.Module, abc.ABC):
         """As `denoise_and_tap`, with the network's own prediction in place of x0."""
         x0, features = self.denoise_and_tap(x, sigma, cond, num_denoise, num_taps)
         return Prediction(x0), features
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Cond) -> Prediction:
+        """The prediction of all samples, without taps."""
+        if self.predicts_x0:
+            return Prediction(self(x, sigma, cond))
+        return self.predict_and_tap(x, sigma, cond, x.shape[0], num_taps=0)[0]
 
     def store(self, precision: Literal["fp32", "bf16"]) -> Denoiser:
         """Itself, with a frozen network's weights stored in a type. Raises ValueError if it supports only float32."""

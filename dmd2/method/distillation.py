@@ -107,6 +107,10 @@ class Distillation:
             rate=warmup(train.warmup_iterations),
         )
 
+    def rates(self, index: int) -> tuple[float, float]:
+        """The generator's and the critic's learning rate at iteration `index`."""
+        return self._generator_optimizer.rate_at(index), self._critic_optimizer.rate_at(index)
+
     def step(self, index: int) -> dict[str, Tensor]:
         """Iteration `index`, from 0 (paper, algorithm 1): every R-th updates the generator, each one the critic.
 
@@ -201,15 +205,14 @@ class Distillation:
         """The gradient (B, ...) of matching and GAN losses with respect to the images, and scalars for the log."""
         train, (x0, cond, rng) = self.train, made
         matching, gan = losses.generator_terms(x0, cond, self.teacher, self.critic, train, rng)
-        grad = torch.zeros_like(x0)
+        grad = torch.zeros_like(x0) if matching is None else matching[1]
         metrics: dict[str, Tensor] = {}
         if matching is not None:
-            loss, matching_grad = matching
-            grad += train.matching_weight * matching_grad
-            metrics |= {"matching_loss": loss.loss, "num_nonfinite": loss.num_nonfinite.sum().float()}
+            sums = matching[0]
+            metrics |= {"matching_loss": sums.loss, "num_nonfinite": sums.nonfinite.sum().float()}
         if gan is not None:
-            metrics["gan_generator_loss"], gan_grad = gan
-            gan_grad = train.gan_generator_weight * gan_grad
+            metrics["gan_generator_loss"] = gan[0].loss
+            gan_grad = train.gan_generator_weight * gan[1]
             if matching is not None:
                 metrics["gan_to_matching_ratio"] = gan_grad.norm() / grad.norm()
             grad += gan_grad
@@ -230,13 +233,13 @@ class Distillation:
         """Fake-score and discriminator losses on generated images; accumulates their gradient."""
         x0, cond, rng = made
         real = partial(self._real, index, micro_batch)
-        terms = losses.critic_losses(x0, cond, real, self.teacher, self.critic, self.train, rng)
+        share = 1 / self.micro_batches.num
+        terms = losses.critic_losses(x0, cond, real, self.teacher, self.critic, self.train, rng, share)
         with self._critic_optimizer.accumulating(last=self.micro_batches.is_last(micro_batch)):
-            (terms.total / self.micro_batches.num).backward()
-        metrics = {"denoising_loss": terms.denoising.loss.detach()}
+            terms.backward()
+        metrics = {"denoising_loss": terms.denoising.loss}
         if terms.gan is not None:
-            metrics["gan_critic_loss"] = terms.gan.loss.detach()
-            metrics["d_accuracy"] = 0.5 * ((terms.gan.p_data > 0.5).float() + (terms.gan.p_gen < 0.5).float()).mean()
+            metrics |= {"gan_critic_loss": terms.gan.loss, "d_accuracy": terms.gan.accuracy}
         return metrics
 
     def _real(self, index: int, micro_batch: int) -> tuple[Tensor, Cond]:

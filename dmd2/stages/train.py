@@ -22,6 +22,7 @@ from dmd2.lineage.records import write_record
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Denoiser, Teacher
 from dmd2.method.distillation import Distillation
+from dmd2.method.graphed import Graphed
 from dmd2.method.inputs import Distance, Networks
 from dmd2.method.teacher_fit import TeacherFit
 from dmd2.metrics.perceptual import load_lpips
@@ -34,7 +35,7 @@ from dmd2.teachers import load_teacher
 from dmd2.teachers.text_encoder import report_truncated
 from dmd2.training import ranks, sharding
 from dmd2.training.checkpoint_store import CheckpointStore, save_weights
-from dmd2.training.loop import fit, log
+from dmd2.training.loop import Trainee, fit, log
 from dmd2_kernels import implementation
 
 COLLAPSE = 0.15
@@ -149,7 +150,8 @@ def train(
             kernels = implementation(next(run.generator.parameters()))
             log.info("%s: digest %s on %s, losses by the %s kernels", spec.name, spec.digest, device, kernels)
             snapshots = config.snapshot_steps()
-            took = fit(run, config.iterations, store, runtime, title=spec.name, snapshots=snapshots, alarm=_alarm)
+            trainee = _graphed(run, runtime)
+            took = fit(trainee, config.iterations, store, runtime, title=spec.name, snapshots=snapshots, alarm=_alarm)
             report_truncated(frozen.conditioner, f"prompts of {spec.name}")
             networks, generator = sharding.gather(run.networks()), sharding.gather(run.export())
         if ranks.rank() == 0:  # after the process group: what follows may take longer than its timeout
@@ -201,6 +203,16 @@ def _prepare(runtime: Runtime, *networks: Denoiser) -> None:
     """`Denoiser.prepare` of all networks; a frozen one recomputes too when a gradient flows through it to images."""
     for network in networks:
         network.prepare(compile=runtime.compile, activation_checkpointing=runtime.activation_checkpointing)
+
+
+def _graphed(run: Distillation, runtime: Runtime) -> Trainee:
+    """The run, or with `runtime.cuda_graphs` on a GPU its iterations as graphs."""
+    if not runtime.cuda_graphs:
+        return run
+    if run.device.type != "cuda":
+        log.warning("runtime.cuda_graphs is ignored on the %s; it needs a GPU", run.device.type)
+        return run
+    return Graphed(run)
 
 
 def _regression_distance(config: Train, device: torch.device) -> Distance:

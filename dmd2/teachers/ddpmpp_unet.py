@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmd2.config import Network
-from dmd2.teachers.edm_blocks import DDPMPP, Block, UNetBase, check_size, decoder, encoder, waves
-from dmd2.teachers.edm_layers import Conv, Linear, Resampling, ScaledLabelEmbedding, Unused, norm
+from dmd2.teachers.edm_blocks import Block, UNetBase, check_size, decoder, encoder, waves
+from dmd2.teachers.edm_layers import DDPMPP, Conv, Linear, Resampling, ScaledLabelEmbedding, Unused, norm
 
 
 class DDPMPlusPlus(UNetBase):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import dmd2_kernels as dk
 from dmd2.errors import UserError
 
 
@@ -35,9 +36,9 @@ class Linear(nn.Linear):
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d` in the input's dtype, whatever the weights' is."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, H', W')."""
-        return self._conv_forward(x, _like(self.weight, x), _like(self.bias, x))
+    def forward(self, x: Tensor, *, biased: bool = True) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H', W'); without its bias if the next op adds it."""
+        return self._conv_forward(x, _like(self.weight, x), _like(self.bias, x) if biased else None)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -77,7 +78,78 @@ class Recomputed(nn.Module):
         return checkpoint(super().forward, *args, **options, **kwargs)
 
 
-class RecomputedResnet(Recomputed, ResnetBlock2D):
+def fuses(x: Tensor) -> bool:
+    """Whether norm and activation are one op; where the reference runs (a CPU), the layers are diffusers' own."""
+    return dk.implementation(x) != "reference"
+
+
+class Added(NamedTuple):
+    """What a norm gets beside its input; see `dmd2_kernels.group_norm_silu`."""
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    channel_bias: Tensor | None = None
+
+
+def norm_act(norm: nn.Module, act: nn.Module, x: Tensor, added: Added | None = None) -> Tensor:
+    """act(norm(x)), in one op where its kernel runs; only there with `added`."""
+    if isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU) and fuses(x):
+        more = {} if added is None else added._asdict()
+        return dk.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **more)
+    assert added is None
+    out: Tensor = act(norm(x))
+    return out
+
+
+class FusedResnet(ResnetBlock2D):
+    """The residual block of diffusers with GroupNorm and SiLU as one op, biases and additions folded (`dk.folds`)."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, C_in, H, W), (B, E) -> (B, C_out, H', W')."""
+        if not fuses(input_tensor) or not isinstance(self.nonlinearity, nn.SiLU):
+            whole: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
+            return whole
+        h = norm_act(self.norm1, self.nonlinearity, input_tensor)
+        for change in (self.upsample, self.downsample):
+            if change is not None:
+                input_tensor, h = change(input_tensor), change(h)
+        h, bias = _convolved(self.conv1, h)
+        h = norm_act(self.norm2, self.nonlinearity, h, self._from_time(temb, bias))
+        h, bias = _convolved(self.conv2, self.dropout(h))
+        residual, more = input_tensor, None
+        if self.conv_shortcut is not None:
+            residual, more = _convolved(self.conv_shortcut, input_tensor)
+        bias = _sum(bias, more)
+        if bias is None:
+            return (residual + h) / self.output_scale_factor
+        return dk.residual_sum(h, residual, bias, 1 / self.output_scale_factor)
+
+    def _from_time(self, temb: Tensor | None, bias: Tensor | None) -> Added:
+        """What the second norm gets from the embedding (B, E) and from the bias of the convolution before it."""
+        if self.time_emb_proj is None or temb is None:
+            return Added(channel_bias=bias)
+        rows = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        if self.time_embedding_norm == "default":
+            return Added(channel_bias=_sum(rows, bias))
+        scale, shift = rows.chunk(2, dim=1)
+        return Added(scale, shift, bias)
+
+
+def _convolved(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The convolution's output without its bias, and that, if ops are to fold it; an adapted one is left alone."""
+    if type(conv) is Conv2d and dk.folds(x):
+        return conv(x, biased=False), conv.bias
+    return conv(x), None
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two biases, float32 at least."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one.float() + other.float()
+
+
+class RecomputedResnet(Recomputed, FusedResnet):
     """A residual block of diffusers."""
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dmd2.errors import UserError
 from dmd2.method.denoiser import Cond, Denoiser, Prediction
 from dmd2.method.noise import expand
-from dmd2.teachers.diffusers_layers import Recomputed, replace_layers
+from dmd2.teachers.diffusers_layers import Recomputed, norm_act, replace_layers
 from dmd2.teachers.predictions import boundaries, guidance_embedding, input_scale, linear_head, timestep
 from dmd2.teachers.unet_configs import check_config
 
@@ -117,19 +117,20 @@ class DiffusersDenoiser(Denoiser):
         """See `Denoiser`; x0 = a x + k F(c_in x; t, cond), with a, k and c_in of the network's kind of prediction."""
         (out, head), features = self.predict_and_tap(x, sigma, cond, num_denoise, num_taps)
         assert head is not None
+        out = out.to(head.a.dtype)
         return expand(head.a, out) * x[:num_denoise].to(out.dtype) + expand(head.k, out) * out, features
 
     def predict_and_tap(
         self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
     ) -> tuple[Prediction, list[Tensor]]:
-        """See `Denoiser`: the network's raw output with its head, float32."""
+        """See `Denoiser`: the network's raw output in its own dtype, with its head."""
         wide = torch.promote_types(x.dtype, torch.float32)
         encoding = self._encode(x, sigma, cond)
         features = self._tapped(encoding, num_taps)
         if num_denoise == 0:
             out = x[:0].detach().to(wide)
         else:
-            out = self._decode(encoding.first(num_denoise)).to(wide)
+            out = self._decode(encoding.first(num_denoise))
         return Prediction(out, linear_head(self.prediction, sigma[:num_denoise].to(wide))), features
 
     def _tapped(self, encoding: Encoding, num_taps: int) -> list[Tensor]:
@@ -185,7 +186,7 @@ class DiffusersDenoiser(Denoiser):
             h = block(hidden_states=h, temb=emb, res_hidden_states_tuple=skips[-num:], **_attended(block, text))
             skips = skips[:-num]
         if self.conv_norm_out is not None:
-            h = self.conv_act(self.conv_norm_out(h))
+            h = norm_act(self.conv_norm_out, self.conv_act, h)
         out: Tensor = self.conv_out(h)
         return out
 

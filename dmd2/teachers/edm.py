@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from dmd2 import config
-from dmd2.method.denoiser import Cond, Denoiser, Teacher
+from dmd2.method.denoiser import Cond, Denoiser, Prediction, Teacher
 from dmd2.method.noise import NoiseGrid, expand
 from dmd2.teachers.ddpmpp_unet import DDPMPlusPlus
 from dmd2.teachers.edm_blocks import UNetBase
 from dmd2.teachers.edm_unet import UNet
 from dmd2.teachers.pixels import pixel_space
 from dmd2.teachers.weights import load_weights
+from dmd2_kernels import LinearHead, implementation
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,6 +49,29 @@ class EDMDenoiser(Denoiser):
         c_in = 1 / sqrt(sigma^2 + sigma_data^2),            c_noise = ln(sigma) / 4,
         x0_hat = c_skip x + c_out F(c_in x; c_noise, label)
         """
+        (out, head), features = self._raw(x, sigma, cond, num_denoise, num_taps)
+        if num_denoise == 0:
+            return out, features
+        return expand(head.a, x) * x[:num_denoise].float() + expand(head.k, x) * out.float(), features
+
+    @property
+    def predicts_x0(self) -> bool:
+        """See `Denoiser`. On CPU the losses get x0, so that a run's bits stay those of the committed results."""
+        return implementation(next(self.parameters())) == "reference"
+
+    def predict_and_tap(
+        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int = 1
+    ) -> tuple[Prediction, list[Tensor]]:
+        """See `Denoiser`: F's output in the network's dtype with its head, where the kernels take it."""
+        if self.predicts_x0:
+            return super().predict_and_tap(x, sigma, cond, num_denoise, num_taps)
+        (out, head), features = self._raw(x, sigma, cond, num_denoise, num_taps)
+        return Prediction(out, head), features
+
+    def _raw(
+        self, x: Tensor, sigma: Tensor, cond: Cond, num_denoise: int, num_taps: int
+    ) -> tuple[tuple[Tensor, LinearHead], list[Tensor]]:
+        """F of the first `num_denoise` samples, with c_skip and c_out (num_denoise,) as head, and the features."""
         if x.shape[1:] != self.sample_shape:
             raise ValueError(
                 f"x is {tuple(x.shape)}; this denoiser expects (B, {', '.join(map(str, self.sample_shape))})"
@@ -59,12 +83,10 @@ class EDMDenoiser(Denoiser):
         scaled = (expand(inverse, x) * x).to(DTYPES[self.precision], memory_format=layout)
         encoding = self.model.encode(scaled, sigma.log() / 4, cond["label"])
         features = [feature.float() for feature in self.model.levels(encoding)[:num_taps]]
-        if num_denoise == 0:
-            return x[:0].detach(), features
-        x, sigma, inverse = x[:num_denoise], sigma[:num_denoise], inverse[:num_denoise]
-        c_skip, c_out = (self.sigma_data * inverse).square(), self.sigma_data * sigma * inverse
-        out = self.model.decode(encoding.first(num_denoise)).float()
-        return expand(c_skip, x) * x + expand(c_out, x) * out, features
+        sigma, inverse = sigma[:num_denoise], inverse[:num_denoise]
+        head = LinearHead((self.sigma_data * inverse).square(), self.sigma_data * sigma * inverse)
+        out = x[:0].detach() if num_denoise == 0 else self.model.decode(encoding.first(num_denoise))
+        return (out, head), features
 
     def blocks(self) -> list[nn.Module]:
         """See `Denoiser`."""

@@ -17,16 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import dmd2_kernels as dk
 from dmd2.config import Network
 from dmd2.errors import UserError
 from dmd2.teachers.edm_layers import (
-    KAIMING,
+    ADM,
     Conv,
-    Init,
     LabelEmbedding,
     Linear,
     Resample,
     Resampling,
+    Style,
     Unused,
     is_channels_last,
     norm,
@@ -49,22 +50,6 @@ class Encoding(NamedTuple):
         if num == self.emb.shape[0]:
             return self
         return Encoding([skip[:num] for skip in self.skips], self.emb[:num])
-
-
-class Style(NamedTuple):
-    """Settings in which the blocks of the two U-Nets differ."""
-
-    eps: float  # of the norms
-    adaptive: bool  # the embedding scales and shifts after the second norm, or is added before it
-    skip_scale: float  # of each sum with a skip
-    project_resampled: bool  # a 1x1 convolution on the skip also if only resampling changes the shape
-    init: Init
-    init_last: Init  # of the last layer of each branch
-    init_attention: Init
-
-
-ADM = Style(1e-5, True, 1.0, False, KAIMING, Init(0.0), KAIMING)
-DDPMPP = Style(1e-6, False, math.sqrt(0.5), True, Init(xavier=True), Init(1e-5, True), Init(math.sqrt(0.2), True))
 
 
 class Block(nn.Module):
@@ -110,30 +95,51 @@ class Block(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(self.norm0(x))
+        folds = dk.folds(x)  # each convolution's bias is added by the op that reads its output
+        h = self.conv0(self.norm0(x), biased=not folds)
+        bias = self.conv0.bias if folds else None
         given = self.affine(emb)  # float32, (B, 2 C_out) or (B, C_out)
         if self.style.adaptive:
             scale, shift = given.chunk(2, dim=1)
-            h = self.norm1(h, scale, shift)
+            h = self.norm1(h, scale, shift, bias)
+        elif bias is not None:
+            h = self.norm1(h, channel_bias=given + bias)
         else:
             h = self.norm1(h + given.to(h.dtype)[:, :, None, None])
         if self.dropout:
             h = F.dropout(h, self.dropout, self.training)
+        if folds:
+            return self._folded_end(h, x)
         h = self._scaled(self.conv1(h) + self.skip(x))
-        return self._scaled(h + self._attend(h)) if self.num_heads else h
+        return self._scaled(h + self.proj(self._attend(self.norm2(h)))) if self.num_heads else h
+
+    def _folded_end(self, h: Tensor, x: Tensor) -> Tensor:
+        """The second convolution, skip and attention; biases, additions and scales in one pass of each sum."""
+        h, scale = self.conv1(h, biased=False), self.style.skip_scale
+        bias: Tensor = self.conv1.bias
+        if isinstance(self.skip, Conv):
+            residual, bias = self.skip(x, biased=False), bias + self.skip.bias
+        else:
+            residual = self.skip(x)
+        if not self.num_heads:
+            return dk.residual_sum(h, residual, bias, scale)
+        normed, h = self.norm2.of_sum(h, residual, bias, scale)
+        return dk.residual_sum(self.proj(self._attend(normed), biased=False), h, self.proj.bias, scale)
 
     def _scaled(self, h: Tensor) -> Tensor:
         return h if self.style.skip_scale == 1 else h * self.style.skip_scale
 
     def _attend(self, h: Tensor) -> Tensor:
-        """Self-attention over positions; the channels of `qkv` are laid out as (heads, D, 3).
+        """Self-attention over positions of the normalised input, up to the projection.
+
+        The channels of `qkv` are laid out as (heads, D, 3).
 
         torch's kernels compute logits and softmax in float32 even if q, k and v are bfloat16. Each memory layout costs
         one copy in and one out, and is preserved in forward and backward.
         """
         batch, channels, height, width = h.shape
         heads, last = (self.num_heads, channels // self.num_heads), is_channels_last(h)
-        qkv = self.qkv(self.norm2(h))
+        qkv = self.qkv(h)
         if last:
             split = qkv.permute(0, 2, 3, 1).reshape(batch, height * width, *heads, 3).permute(4, 0, 2, 1, 3)
         else:
@@ -141,8 +147,8 @@ class Block(nn.Module):
         q, k, v = split.contiguous().unbind(0)  # (B, heads, N, D) each
         a = F.scaled_dot_product_attention(q, k, v)
         if last:
-            return self.proj(a.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2))
-        return self.proj(a.transpose(2, 3).reshape(h.shape))
+            return a.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+        return a.transpose(2, 3).reshape(h.shape)
 
 
 class MakeBlock(Protocol):

@@ -44,6 +44,22 @@ class Init(NamedTuple):
 KAIMING = Init()
 
 
+class Style(NamedTuple):
+    """Settings in which the blocks of the two U-Nets differ."""
+
+    eps: float  # of the norms
+    adaptive: bool  # the embedding scales and shifts after the second norm, or is added before it
+    skip_scale: float  # of each sum with a skip
+    project_resampled: bool  # a 1x1 convolution on the skip also if only resampling changes the shape
+    init: Init
+    init_last: Init  # of the last layer of each branch
+    init_attention: Init
+
+
+ADM = Style(1e-5, True, 1.0, False, KAIMING, Init(0.0), KAIMING)
+DDPMPP = Style(1e-6, False, math.sqrt(0.5), True, Init(xavier=True), Init(1e-5, True), Init(math.sqrt(0.2), True))
+
+
 def num_groups(num_channels: int) -> int:
     """The largest divisor of C that is at most EDM's min(32, C // 4)."""
     most = max(1, min(32, num_channels // 4))
@@ -132,11 +148,13 @@ class Conv(nn.Module):
         """Initialises as EDM does."""
         self.init.draw(self.weight, self.bias, rng)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, biased: bool = True) -> Tensor:
+        """(B, in, H, W) -> (B, out, H', W'); without its bias if the next op adds it."""
         x = resample(x, self.resampling)
         # Casts and converts the layout in one copy; else the convolution would make a second one for the layout.
         layout = torch.channels_last if is_channels_last(x) else torch.preserve_format
-        return F.conv2d(x, self.weight.to(x.dtype, memory_format=layout), self.bias.to(x.dtype), padding=self.padding)
+        bias = self.bias.to(x.dtype) if biased else None
+        return F.conv2d(x, self.weight.to(x.dtype, memory_format=layout), bias, padding=self.padding)
 
 
 class Resample(nn.Module):

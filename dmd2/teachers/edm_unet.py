@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dmd2.config import Network
 from dmd2.errors import UserError
-from dmd2.teachers.edm_blocks import ADM, Block, UNetBase, check_size, decoder, encoder, waves
-from dmd2.teachers.edm_layers import Conv, LabelEmbedding, Linear, Resampling, norm
+from dmd2.teachers.edm_blocks import Block, UNetBase, check_size, decoder, encoder, waves
+from dmd2.teachers.edm_layers import ADM, Conv, LabelEmbedding, Linear, Resampling, norm
 
 
 class UNet(UNetBase):

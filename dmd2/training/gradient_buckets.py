@@ -27,7 +27,7 @@ class Buckets:
     """
 
     def __init__(self, params: Sequence[nn.Parameter], bucket_bytes: int = BUCKET_BYTES):
-        self._buckets = _split(params, bucket_bytes)
+        self._buckets = buckets_of(params, bucket_bytes)
         self._armed = False
         self._reset()
         for number, bucket in enumerate(self._buckets):
@@ -87,7 +87,7 @@ class Buckets:
         self._under_way.append((flat, work))
 
 
-def _split(params: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
+def buckets_of(params: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
     """The parameters in reverse order, in runs of one dtype of about `bucket_bytes`."""
     buckets: list[list[nn.Parameter]] = []
     size = bucket_bytes

@@ -49,16 +49,20 @@ class FiniteGuard:
         self._step = torch.full((), -1, dtype=torch.int64, device=device)
         self._bad: dict[str, Tensor] = {}
         self.tripped = torch.zeros((), device=device)
+        self.clock: Tensor | None = None
+        """The number of the step on the device, in place of the one that `watch` is given (a captured step)."""
 
     def watch(self, step: int, terms: Mapping[str, Tensor]) -> None:
         """Checks the scalar `terms` of step `step` (counted from 0); the ranks must name the same."""
         names = list(terms)
         bad = ~torch.isfinite(torch.stack([terms[name].detach().float() for name in names]))
         first = bad.any() & (self.tripped == 0)
-        self._step = ranks.maximum(torch.where(first, step, self._step))
+        now = step if self.clock is None else self.clock
+        self._step.copy_(ranks.maximum(torch.where(first, now, self._step)))
         for name, flag in zip(names, bad, strict=True):
-            self._bad[name] = torch.where(first, flag, self._bad.get(name, torch.zeros_like(flag)))
-        self.tripped = (self._step >= 0).float()
+            known = self._bad.setdefault(name, torch.zeros_like(flag))
+            known.copy_(torch.where(first, flag, known))
+        self.tripped.copy_((self._step >= 0).float())
 
     def raise_if_tripped(self) -> None:
         """Raises UserError naming the step and the terms, on every rank. Synchronises with the device."""
@@ -115,6 +119,10 @@ class Optimizer:
         self._betas, self._weight_decay = betas, weight_decay
         self._moments = [Moments.of(p) for p in self._held]
 
+    def rate_at(self, index: int) -> float:
+        """The learning rate of iteration `index`."""
+        return self._base * self._rate(index)
+
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
         """One of the backward passes whose gradients an update sums; the ranks exchange them in the last one alone.
@@ -150,7 +158,7 @@ class Optimizer:
             [],
             [own.step for own in moments],
             fused=True,
-            lr=self._base * self._rate(index),
+            lr=self.rate_at(index),
             beta1=self._betas[0],
             beta2=self._betas[1],
             weight_decay=self._weight_decay,
@@ -219,10 +227,23 @@ class EMA:
     def update(self) -> None:
         """Takes in the network's current weights."""
         if self._decay:
-            decay = min(self._decay, (1 + self._num_updates) / (10 + self._num_updates))
+            decay = min(self._decay, self._rising)
             mean = [sharding.local(self._mean[name]) for name in self._params]
             torch._foreach_lerp_(mean, [sharding.local(p) for p in self._params.values()], 1 - decay)
-            self._num_updates += 1
+            self.count()
+
+    @property
+    def _rising(self) -> float:
+        return (1 + self._num_updates) / (10 + self._num_updates)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the decay has reached its final value, so that all further updates are the same operations."""
+        return not self._decay or self._rising >= self._decay
+
+    def count(self) -> None:
+        """The host's part of an update: counts it."""
+        self._num_updates += bool(self._decay)
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged state dict, or the live one with decay 0."""

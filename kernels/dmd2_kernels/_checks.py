@@ -98,6 +98,17 @@ def norm_arguments(
         _channelwise("shift", shift, (x.shape[0], channels), x)
 
 
+def summands(x: Tensor, channel_bias: Tensor | None, residual: Tensor | None) -> None:
+    """Require channel_bias (C,) or (B, C) and a residual like x; None passes."""
+    batched("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, C, ...)")
+    like("residual", residual, "x", x)
+    if channel_bias is not None:
+        per_sample = channel_bias.ndim == 2
+        _channelwise("channel_bias", channel_bias, tuple(x.shape[:2]) if per_sample else (x.shape[1],), x)
+
+
 def group_size(x: Tensor, num_groups: int) -> None:
     """Require groups that the Triton kernels support: offsets that fit 32 bits, channels that fit one tile."""
     channels, elements = x.shape[1] // num_groups, x[0].numel() // num_groups

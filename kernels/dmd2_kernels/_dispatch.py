@@ -28,6 +28,7 @@ def _checked(mode: str, origin: str) -> str:
 
 
 compiling = False  # set by `aot.py`, whose CPU tensors represent CUDA ones and which launches nothing
+_fold = os.environ.get("DMD2_KERNELS_FOLD", "1") != "0"
 _mode = _checked(os.environ.get("DMD2_KERNELS", "auto"), "DMD2_KERNELS")
 
 
@@ -43,15 +44,24 @@ def implementation(tensor: Tensor) -> str:
     return "triton-interpreter" if interpreting() or not tensor.is_cuda else "triton"
 
 
+def folds(tensor: Tensor) -> bool:
+    """Whether a network should leave biases and residual additions to the ops that read them next.
+
+    So where Triton runs, except with `DMD2_KERNELS_FOLD=0` or inside `use(..., fold=False)`.
+    """
+    return _fold and implementation(tensor) != "reference"
+
+
 @contextmanager
-def use(mode: str) -> Iterator[None]:
-    """Select an implementation (auto, triton or reference) inside the block; overrides DMD2_KERNELS."""
-    global _mode
-    before, _mode = _mode, _checked(mode, "mode")
+def use(mode: str, *, fold: bool | None = None) -> Iterator[None]:
+    """Select an implementation (auto, triton or reference) inside the block; overrides DMD2_KERNELS, and `folds`."""
+    global _mode, _fold
+    before = _mode, _fold
+    _mode, _fold = _checked(mode, "mode"), _fold if fold is None else fold
     try:
         yield
     finally:
-        _mode = before
+        _mode, _fold = before
 
 
 def kernels_for(tensor: Tensor, name: str) -> ModuleType:

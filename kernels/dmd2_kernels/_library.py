@@ -1,15 +1,17 @@
 # mypy: allow-untyped-defs
-"""The losses as `torch.ops.dmd2.*`: schema, fake outputs and autograd, so that torch.compile sees one node.
+"""The losses as `torch.ops.dmd2.*`, so that torch.compile and opcheck see one node for each.
 
-Importing this registers the ops without importing triton; an op's first call imports it. Backward passes are separate
-ops without a gradient. Inputs are made contiguous here.
+Importing this registers the ops without importing triton; an op's first call imports it. The ops return gradients and
+have no autograd of their own: the public functions attach the gradients. Layouts are arranged here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import _chunks
 from ._dispatch import kernels_for
 from .reference import accumulation_dtype
 
@@ -18,8 +20,29 @@ def _flat(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-@torch.library.custom_op("dmd2::matching_loss", mutates_args=())
-def matching_loss(
+def _is_nhwc(t: Tensor) -> bool:
+    """Whether a tensor is dense in channels_last and in no other layout."""
+    return t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def arranged(raw: list[Tensor | None], images: list[Tensor | None]) -> tuple[list[Tensor | None], int]:
+    """Raw outputs and images, dense, and C if only the former are in channels_last, else 1.
+
+    The first of each list, which is not None, decides about the others; what has the layout already is not copied.
+    """
+    first, image = raw[0], images[0]
+    assert first is not None
+    assert image is not None
+    if not _is_nhwc(first):
+        return _flat(*raw, *images), 1
+    last = torch.channels_last
+    outputs = [None if t is None else t.contiguous(memory_format=last) for t in raw]
+    if _is_nhwc(image):
+        return [*outputs, *(None if t is None else t.contiguous(memory_format=last) for t in images)], 1
+    return [*outputs, *_flat(*images)], first.shape[1]
+
+
+def _matching(
     x0: Tensor,
     real: Tensor,
     fake: Tensor,
@@ -27,202 +50,118 @@ def matching_loss(
     a: Tensor | None,
     k: Tensor | None,
     uncond: Tensor | None,
+    factor: Tensor | None,
+    guidance: float,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, weight, sq_norm, num_nonfinite); the loss is differentiable in x0."""
-    ops = kernels_for(x0, "matching_loss").score_difference
-    return ops.forward(*_flat(x0, real, fake, x, a, k, uncond), scale)
-
-
-@matching_loss.register_fake
-def _(x0, real, fake, x, a, k, uncond, scale):
-    per_sample = x0.new_empty(x0.shape[0], dtype=accumulation_dtype(x0, real, fake, x, uncond))
-    counts = x0.new_empty(x0.shape[0], dtype=torch.int64)
-    return per_sample.new_empty(()), per_sample, torch.empty_like(per_sample), counts
-
-
-@torch.library.custom_op("dmd2::matching_loss_backward", mutates_args=())
-def matching_loss_backward(
-    go: Tensor,
-    weight: Tensor,
-    real: Tensor,
-    fake: Tensor,
-    k: Tensor | None,
-    uncond: Tensor | None,
-    scale: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The gradient of the matching loss wrt. x0."""
-    ops = kernels_for(real, "matching_loss_backward").score_difference
-    return ops.backward(go, weight, *_flat(real, fake, k, uncond), scale, dtype)
-
-
-@matching_loss_backward.register_fake
-def _(go, weight, real, fake, k, uncond, scale, dtype):
-    return real.new_empty(real.shape, dtype=dtype)
-
-
-@torch.library.custom_op("dmd2::matching_loss_and_grad", mutates_args=())
-def matching_loss_and_grad(
-    x0: Tensor,
-    real: Tensor,
-    fake: Tensor,
-    x: Tensor | None,
-    a: Tensor | None,
-    k: Tensor | None,
-    uncond: Tensor | None,
-    scale: float,
+    grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """matching_loss's four values and the gradient wrt. x0; no autograd."""
+    """(terms, weight, squares, nonfinite, gradient wrt. x0)."""
     ops = kernels_for(x0, "matching_loss_and_grad").score_difference
-    return ops.loss_and_grad(*_flat(x0, real, fake, x, a, k, uncond), scale)
+    (real_, fake_, uncond_, x0_, x_), channels = arranged([real, fake, uncond], [x0, x])
+    rest = (uncond_, *_flat(factor), guidance, scale, channels, grad_dtype)
+    return ops.loss_and_grad(x0_, real_, fake_, x_, *_flat(a, k), *rest)
+
+
+matching_loss_and_grad = torch.library.custom_op("dmd2::matching_loss_and_grad", _matching, mutates_args=())
 
 
 @matching_loss_and_grad.register_fake
-def _(x0, real, fake, x, a, k, uncond, scale):
-    per_sample = x0.new_empty(x0.shape[0], dtype=accumulation_dtype(x0, real, fake, x, uncond))
-    counts = x0.new_empty(x0.shape[0], dtype=torch.int64)
-    return per_sample.new_empty(()), per_sample, torch.empty_like(per_sample), counts, x0.new_empty(x0.shape)
+def _(x0, real, fake, x, a, k, uncond, factor, guidance, scale, grad_dtype):
+    dtype = accumulation_dtype(x0, real, fake, x, uncond, factor)
+    (dense, _), _ = arranged([real], [x0])
+    squares = x0.new_empty(x0.shape[0], _chunks.matching_chunks(x0[0].numel(), dtype), dtype=dtype)
+    terms, weight = squares.new_empty(squares.numel()), squares.new_empty(x0.shape[0])
+    return terms, weight, squares, squares.new_empty(squares.shape, dtype=torch.int64), _like(dense, grad_dtype)
 
 
-def _matching_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x0, real, fake, _, _, k, uncond, ctx.scale = inputs
-    ctx.dtype = x0.dtype
-    ctx.save_for_backward(output[1], real, fake, k, uncond)
+def _like(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(t, dtype=dtype)
 
 
-def _matching_gradient(ctx: Any, go: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return matching_loss_backward(go, *ctx.saved_tensors, ctx.scale, ctx.dtype), *(None,) * 7
-
-
-matching_loss.register_autograd(_matching_gradient, setup_context=_matching_context)
-
-
-@torch.library.custom_op("dmd2::denoising_loss", mutates_args=())
-def denoising_loss(
-    out: Tensor, target: Tensor, weight: Tensor, x: Tensor | None, a: Tensor | None, k: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(loss, per_sample); the loss is differentiable in out."""
-    ops = kernels_for(out, "denoising_loss").denoising_loss
-    return ops.forward(*_flat(out, target, weight, x, a, k))
-
-
-@denoising_loss.register_fake
-def _(out, target, weight, x, a, k):
-    per_sample = out.new_empty(out.shape[0], dtype=accumulation_dtype(out, target, weight, x))
-    return per_sample.new_empty(()), per_sample
-
-
-@torch.library.custom_op("dmd2::denoising_loss_backward", mutates_args=())
-def denoising_loss_backward(
-    go: Tensor,
+def _denoising(
     out: Tensor,
     target: Tensor,
     weight: Tensor,
     x: Tensor | None,
     a: Tensor | None,
     k: Tensor | None,
-) -> Tensor:
-    """The gradient of the denoising loss wrt. out."""
-    ops = kernels_for(out, "denoising_loss_backward").denoising_loss
-    return ops.backward(go, *_flat(out, target, weight, x, a, k))
+    scale: float,
+    grad_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """(terms, gradient wrt. out, which is empty without a dtype)."""
+    ops = kernels_for(out, "denoising_loss_and_grad").denoising_loss
+    (out_, target_, x_), channels = arranged([out], [target, x])
+    terms, grad = ops.loss_and_grad(out_, target_, *_flat(weight), x_, *_flat(a, k), scale, channels, grad_dtype)
+    return terms, out.new_empty(0) if grad is None else grad
 
 
-@denoising_loss_backward.register_fake
-def _(go, out, target, weight, x, a, k):
-    return out.new_empty(out.shape)
+denoising_loss_and_grad = torch.library.custom_op("dmd2::denoising_loss_and_grad", _denoising, mutates_args=())
 
 
-def _denoising_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs)
+@denoising_loss_and_grad.register_fake
+def _(out, target, weight, x, a, k, scale, grad_dtype):
+    terms = out.new_empty(_chunks.denoising_terms(out), dtype=accumulation_dtype(out, target, weight, x))
+    (dense, _), _ = arranged([out], [target])
+    return terms, out.new_empty(0) if grad_dtype is None else _like(dense, grad_dtype)
 
 
-def _denoising_gradient(ctx: Any, go: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return denoising_loss_backward(go, *ctx.saved_tensors), *(None,) * 5
+def _critic(
+    gen: Tensor,
+    data: Tensor,
+    perturbed: Tensor | None,
+    kind: str,
+    r1_weight: float,
+    scale: float,
+    probabilities: bool,
+    grad_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(terms, correct, r1, p_data, p_gen, gradients wrt. gen, data and perturbed); what was not asked for is empty."""
+    ops = kernels_for(gen, "gan_critic_loss_and_grad").gan_loss
+    rest = (kind, r1_weight, scale, probabilities, grad_dtype)
+    return ops.critic_loss_and_grad(*_flat(gen, data, perturbed), *rest)
 
 
-denoising_loss.register_autograd(_denoising_gradient, setup_context=_denoising_context)
+gan_critic_loss_and_grad = torch.library.custom_op("dmd2::gan_critic_loss_and_grad", _critic, mutates_args=())
 
 
-@torch.library.custom_op("dmd2::gan_critic_loss", mutates_args=())
-def gan_critic_loss(
-    gen: Tensor, data: Tensor, perturbed: Tensor | None, kind: str, r1_weight: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, p_data, p_gen, r1) of (B,) logits; the loss is differentiable in all of them."""
-    ops = kernels_for(gen, "gan_critic_loss").gan_loss
-    return ops.critic_forward(*_flat(gen, data, perturbed), kind, r1_weight)
-
-
-@gan_critic_loss.register_fake
-def _(gen, data, perturbed, kind, r1_weight):
+@gan_critic_loss_and_grad.register_fake
+def _(gen, data, perturbed, kind, r1_weight, scale, probabilities, grad_dtype):
     dtype = accumulation_dtype(gen, data, perturbed)
-    p_gen, p_data = gen.new_empty(gen.shape, dtype=dtype), data.new_empty(data.shape, dtype=dtype)
-    return p_gen.new_empty(()), p_data, p_gen, p_gen.new_empty(())
+    parts = [gen.new_empty(_chunks.gan_terms(gen, data), dtype=dtype) for _ in range(3)]
+    shares = [t.new_empty(t.shape if probabilities else 0, dtype=dtype) for t in (data, gen)]
+    grads = [gen.new_empty(0) if t is None else _like(t, grad_dtype or t.dtype) for t in (gen, data, perturbed)]
+    return *parts, *shares, *grads
 
 
-@torch.library.custom_op("dmd2::gan_critic_loss_backward", mutates_args=())
-def gan_critic_loss_backward(
-    go: Tensor, gen: Tensor, data: Tensor, perturbed: Tensor | None, kind: str, r1_weight: float
+def _generator(
+    gen: Tensor, kind: str, scale: float, probabilities: bool, grad_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the critic loss wrt. the logits; the last is empty without perturbed logits."""
-    ops = kernels_for(gen, "gan_critic_loss_backward").gan_loss
-    d_gen, d_data, d_perturbed = ops.critic_backward(go, *_flat(gen, data, perturbed), kind, r1_weight)
-    return d_gen, d_data, gen.new_empty(0) if d_perturbed is None else d_perturbed
+    """(terms, p_gen, which is empty if it was not asked for, gradient wrt. gen)."""
+    ops = kernels_for(gen, "gan_generator_loss_and_grad").gan_loss
+    return ops.generator_loss_and_grad(*_flat(gen), kind, scale, probabilities, grad_dtype)
 
 
-@gan_critic_loss_backward.register_fake
-def _(go, gen, data, perturbed, kind, r1_weight):
-    third = gen.new_empty(0) if perturbed is None else perturbed.new_empty(perturbed.shape)
-    return gen.new_empty(gen.shape), data.new_empty(data.shape), third
+gan_generator_loss_and_grad = torch.library.custom_op("dmd2::gan_generator_loss_and_grad", _generator, mutates_args=())
 
 
-def _critic_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.kind, ctx.r1_weight = inputs
-    ctx.save_for_backward(*tensors)
+@gan_generator_loss_and_grad.register_fake
+def _(gen, kind, scale, probabilities, grad_dtype):
+    dtype = accumulation_dtype(gen)
+    terms = gen.new_empty(_chunks.gan_terms(gen), dtype=dtype)
+    return terms, gen.new_empty(gen.shape if probabilities else 0, dtype=dtype), _like(gen, grad_dtype or gen.dtype)
 
 
-def _critic_gradient(ctx: Any, go: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    gen, data, perturbed = ctx.saved_tensors
-    d_gen, d_data, d_perturbed = gan_critic_loss_backward(go, gen, data, perturbed, ctx.kind, ctx.r1_weight)
-    return d_gen, d_data, None if perturbed is None else d_perturbed, None, None
+_DIRECT: dict[Any, Callable[..., Any]] = {
+    matching_loss_and_grad: _matching,
+    denoising_loss_and_grad: _denoising,
+    gan_critic_loss_and_grad: _critic,
+    gan_generator_loss_and_grad: _generator,
+}
 
 
-gan_critic_loss.register_autograd(_critic_gradient, setup_context=_critic_context)
-
-
-@torch.library.custom_op("dmd2::gan_generator_loss", mutates_args=())
-def gan_generator_loss(gen: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(loss, p_gen) of (B,) logits; the loss is differentiable in them."""
-    ops = kernels_for(gen, "gan_generator_loss").gan_loss
-    return ops.generator_forward(*_flat(gen), kind)
-
-
-@gan_generator_loss.register_fake
-def _(gen, kind):
-    p_gen = gen.new_empty(gen.shape, dtype=accumulation_dtype(gen))
-    return p_gen.new_empty(()), p_gen
-
-
-@torch.library.custom_op("dmd2::gan_generator_loss_backward", mutates_args=())
-def gan_generator_loss_backward(go: Tensor, gen: Tensor, kind: str) -> Tensor:
-    """The gradient of the generator loss wrt. the logits."""
-    ops = kernels_for(gen, "gan_generator_loss_backward").gan_loss
-    return ops.generator_backward(go, *_flat(gen), kind)
-
-
-@gan_generator_loss_backward.register_fake
-def _(go, gen, kind):
-    return gen.new_empty(gen.shape)
-
-
-def _generator_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    gen, ctx.kind = inputs
-    ctx.save_for_backward(gen)
-
-
-def _generator_gradient(ctx: Any, go: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    (gen,) = ctx.saved_tensors
-    return gan_generator_loss_backward(go, gen, ctx.kind), None
-
-
-gan_generator_loss.register_autograd(_generator_gradient, setup_context=_generator_context)
+def call(op: Any, *inputs: Any) -> Any:
+    """The op's outputs, without gradient, with the least overhead that the tensors allow."""
+    x = inputs[0]
+    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
+        return op(*inputs)  # traced and fake tensors need the op
+    return _DIRECT[op](*inputs)

@@ -63,3 +63,45 @@ def statistics(cubin: bytes) -> Statistics:
         atomics=sum(n for o, n in opcodes.items() if o.split(".")[0] in ("ATOM", "ATOMG", "RED", "REDG")),
         instructions=sum(n for o, n in opcodes.items() if not o.startswith("NOP")),
     )
+
+
+MAX_REGISTERS = 128
+
+
+class Compiled(NamedTuple):
+    """One kernel compiled for one call; read_bytes and written_bytes are the minimum traffic of one program's tile."""
+
+    case: str
+    kernel: str
+    dtype: str
+    arch: int
+    num_warps: int
+    read_bytes: int
+    written_bytes: int
+    moved_bytes: int  # by the whole launch: each tensor once, or twice if it is read twice
+    code: Statistics
+
+    def faults(self) -> list[str]:
+        """The reasons for which `--check` fails."""
+        code, threads = self.code, 32 * self.num_warps
+        found = [
+            f"{count} {what}"
+            for count, what in (
+                (code.spills, "spill instructions"),
+                (code.doubles, "float64 instructions"),
+                (code.atomics, "atomics"),
+            )
+            if count
+        ]
+        if code.registers > MAX_REGISTERS:
+            found.append(f"{code.registers} registers, more than {MAX_REGISTERS}")
+        if "ragged" in self.case:
+            return found
+        for what, needed, widths in (
+            ("read", self.read_bytes, code.loads),
+            ("written", self.written_bytes, code.stores),
+        ):
+            wide = sum(bits // 8 * count for bits, count in widths.items() if bits >= 128) * threads
+            if needed >= 16 * threads and wide < needed:
+                found.append(f"{wide} of {needed} bytes {what} in 128 bits or more: {widths}")
+        return found

@@ -53,8 +53,35 @@ class MatchingLoss(NamedTuple):
 
     loss: Tensor  # () with gradient to x0 only
     weight: Tensor  # (B,) mean |x0 - x0_real|
-    sq_norm: Tensor  # (B,) sum g^2
+    sq_norm: Tensor  # (B,) sum g^2, before a per-sample factor
     num_nonfinite: Tensor  # (B,) int64, elements of g that were NaN or infinite
+
+
+class MatchingSums(NamedTuple):
+    """What the matching gradient's kernel sums beside it, per sample or chunk: K is the implementation's choice.
+
+    A property forms its value when it is read, in an operation of its own.
+    """
+
+    terms: Tensor  # (T,) parts of the loss, which is their sum
+    weight: Tensor  # (B,) mean |x0 - x0_real|
+    squares: Tensor  # (B, K) sum g^2, before a per-sample factor
+    nonfinite: Tensor  # (B, K) int64, elements of g that were NaN or infinite
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, ()."""
+        return _total(self.terms)
+
+    @property
+    def sq_norm(self) -> Tensor:
+        """sum g^2 of each sample, (B,)."""
+        return _rows(self.squares)
+
+    @property
+    def num_nonfinite(self) -> Tensor:
+        """The non-finite elements of each sample, (B,) int64."""
+        return _rows(self.nonfinite)
 
 
 class DenoisingLoss(NamedTuple):
@@ -62,6 +89,17 @@ class DenoisingLoss(NamedTuple):
 
     loss: Tensor  # () with gradient to out only
     per_sample: Tensor  # (B,) detached; its mean is the loss
+
+
+class DenoisingSums(NamedTuple):
+    """What the denoising gradient's kernel sums beside it."""
+
+    terms: Tensor  # (T,) parts of the loss, which is their sum
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, ()."""
+        return _total(self.terms)
 
 
 class GanCriticLoss(NamedTuple):
@@ -73,8 +111,60 @@ class GanCriticLoss(NamedTuple):
     r1: Tensor  # () mean (perturbed - data)^2 before its weight, detached; 0 without perturbed logits
 
 
+class GanCriticSums(NamedTuple):
+    """What the critic's GAN gradients' kernel sums beside them."""
+
+    terms: Tensor  # (T,) parts of the loss, which is their sum
+    correct: Tensor  # (T,) parts of the accuracy: the mean share of data logits above 0 and generated ones below
+    r1_terms: Tensor  # (T,) parts of mean (perturbed - data)^2, before its weight; 0 without perturbed logits
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, ()."""
+        return _total(self.terms)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """The accuracy, (), from 0 to 1."""
+        return _total(self.correct)
+
+    @property
+    def r1(self) -> Tensor:
+        """mean (perturbed - data)^2, ()."""
+        return _total(self.r1_terms)
+
+
+class CriticGradients(NamedTuple):
+    """The gradients of the critic's GAN loss, each in the shape and dtype of its logits."""
+
+    gen: Tensor
+    data: Tensor
+    perturbed: Tensor | None
+
+
 class GanGeneratorLoss(NamedTuple):
     """The generator's GAN loss, and the critic's probabilities of being real."""
 
     loss: Tensor  # () with gradient to the logits
     p_gen: Tensor  # (B,) detached
+
+
+class GanGeneratorSums(NamedTuple):
+    """What the generator's GAN gradient's kernel sums beside it."""
+
+    terms: Tensor  # (T,) parts of the loss, which is their sum
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, ()."""
+        return _total(self.terms)
+
+
+def _total(parts: Tensor) -> Tensor:
+    """The sum () of (T,); a view of a single one."""
+    return parts[0] if len(parts) == 1 else parts.sum()
+
+
+def _rows(table: Tensor) -> Tensor:
+    """The sums (B,) of (B, K); a view if K is 1."""
+    return table[:, 0] if table.shape[1] == 1 else table.sum(1)

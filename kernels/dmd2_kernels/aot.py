@@ -14,7 +14,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -22,54 +22,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import _dispatch, ops, shapes
-from ._sass import Statistics, statistics
+import dmd2_kernels as dk
+
+from . import _dispatch, ops
+from ._aot_norms import norm_cases
+from ._sass import Compiled, statistics
 from .ops import _launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MAX_REGISTERS = 128
 _statistics = functools.cache(statistics)  # several cases use the same reduction kernels
-_READ = ("x0", "real", "fake", "x", "uncond", "out", "target", "dy")
-_WRITTEN = ("grad", "y", "dx")
-
-
-class Compiled(NamedTuple):
-    """One kernel compiled for one call; read_bytes and written_bytes are the minimum traffic of one program's tile."""
-
-    case: str
-    kernel: str
-    dtype: str
-    arch: int
-    num_warps: int
-    read_bytes: int
-    written_bytes: int
-    moved_bytes: int  # by the whole launch: each tensor once, or twice if it is read twice
-    code: Statistics
-
-    def faults(self) -> list[str]:
-        """The reasons for which `--check` fails."""
-        code, threads = self.code, 32 * self.num_warps
-        found = [
-            f"{count} {what}"
-            for count, what in (
-                (code.spills, "spill instructions"),
-                (code.doubles, "float64 instructions"),
-                (code.atomics, "atomics"),
-            )
-            if count
-        ]
-        if code.registers > MAX_REGISTERS:
-            found.append(f"{code.registers} registers, more than {MAX_REGISTERS}")
-        if "ragged" in self.case:
-            return found
-        for what, needed, widths in (
-            ("read", self.read_bytes, code.loads),
-            ("written", self.written_bytes, code.stores),
-        ):
-            wide = sum(bits // 8 * count for bits, count in widths.items() if bits >= 128) * threads
-            if needed >= 16 * threads and wide < needed:
-                found.append(f"{wide} of {needed} bytes {what} in 128 bits or more: {widths}")
-        return found
+_READ = ("x0", "real", "fake", "x", "uncond", "out", "target", "dy", "residual", "d_total")
+_READ_ONCE = ("residual", "d_total")  # also where a group is walked twice
+_WRITTEN = ("grad", "y", "dx", "total")
+_IMAGES = ("x0", "x", "target")  # of the losses; found by offset where raw outputs are in channels_last
 
 
 class _Compiler:
@@ -82,7 +47,7 @@ class _Compiler:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return int(self.target.arch)  # the binder keeps one target, and its compiled kernels, for each device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -91,6 +56,8 @@ class _Compiler:
 def _tile_elements(options: dict[str, Any]) -> int:
     if "CG_P" in options and "TILE" in options:
         return int(options["CG"] * options["TILE"])
+    if "SPAN" in options:
+        return int(options["ROWS"] * options["SPAN"])
     return int(options.get("BLOCK", 0) or options.get("ROWS", 0) * options.get("COLS", 0))
 
 
@@ -108,11 +75,15 @@ def recording(arch: int, case: str, dtype: str, into: list[Compiled]) -> Iterato
     def compile_only(kernel: Any, num_programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__.lstrip('_')}"
         sweeps = 2 if options.get("TILES", 1) > 1 else 1
-        read = sweeps * _bulk_bytes(kernel, args, options, _READ)
+        scattered = _IMAGES if options.get("CHANNELS", 1) > 1 else ()
+        read = sweeps * _bulk_bytes(kernel, args, options, tuple(set(_READ) - set(scattered)))
+        read -= (sweeps - 1) * _bulk_bytes(kernel, args, options, _READ_ONCE)
         written = _bulk_bytes(kernel, args, options, _WRITTEN)
         named = zip(kernel.arg_names, args, strict=False)
         tensors = [(name, value) for name, value in named if isinstance(value, Tensor)]
-        moved = sum(t.numel() * t.itemsize * (sweeps if name in _READ else 1) for name, t in tensors)
+        moved = sum(
+            t.numel() * t.itemsize * (1 if name in _READ_ONCE or name not in _READ else sweeps) for name, t in tensors
+        )
         compiled = kernel.warmup(*args, grid=(num_programs,), **options)
         code = _statistics(compiled.asm["cubin"])
         into.append(Compiled(case, name, dtype, arch, options["num_warps"], read, written, moved, code))
@@ -130,95 +101,99 @@ def recording(arch: int, case: str, dtype: str, into: list[Compiled]) -> Iterato
         driver._active = active
 
 
-def _matching(shape: tuple[int, ...], head: bool, guided: bool) -> Callable[[torch.dtype], None]:
+def _matching(
+    shape: tuple[int, ...], head: bool, guided: bool, nhwc: bool = False, weighted: bool = False
+) -> Callable[[torch.dtype], None]:
+    """Raw outputs in the dtype, images in float32 if there is a head, as in a training step."""
+
     def run(dtype: torch.dtype) -> None:
-        x0, real, fake, x, uncond = torch.empty(5, *shape, dtype=dtype)
-        a, k, weight = torch.empty(3, 1024)[:, : shape[0]].clone()
-        free, scale = (uncond, 8.0) if guided else (None, 1.0)
-        x_at, a_at, k_at = (x, a, k) if head else (None, None, None)
-        ops.score_difference.forward(x0, real, fake, x_at, a_at, k_at, free, scale)
-        ops.score_difference.backward(torch.ones(()), weight, real, fake, k_at, free, scale, dtype)
-        ops.score_difference.loss_and_grad(x0, real, fake, x_at, a_at, k_at, free, scale)
+        real, fake, uncond = torch.empty(3, *shape, dtype=dtype)
+        x0, x = torch.empty(2, *shape, dtype=torch.float32 if head else dtype)
+        if nhwc:
+            real, fake, uncond = (t.to(memory_format=torch.channels_last) for t in (real, fake, uncond))
+        a, k, factor = torch.empty(3, 1024)[:, : shape[0]].clone()
+        dk.matching_loss_and_grad(
+            *(x0, real, fake),
+            **({"x": x, "head": dk.LinearHead(a, k)} if head else {}),
+            **({"real_uncond": uncond, "guidance_scale": 8.0} if guided else {}),
+            sample_weight=factor if weighted else None,
+            scale=0.5 if weighted else 1.0,
+        )
 
     return run
 
 
 def _beyond_int32(dtype: torch.dtype) -> None:
     """The kernels for a sample with more than 2^31 elements; the tensors represent larger ones."""
-    tensors, go = torch.empty(4, 64, dtype=dtype), torch.ones(())
-    sizes, options = (2, 2**31 + 16, 2**19 + 1), {"BLOCK": 4096, "ACC": tl.float32, "num_warps": 8}
+    (x0, real, fake, grad), sums = torch.empty(4, 64, dtype=dtype), torch.empty(64)
+    sizes, options = (2**31 + 16, 2**19 + 1), {"BLOCK": 4096, "ACC": tl.float32, "num_warps": 8}
+    guided, counts = {"GUIDANCE": 1.0, "CHANNELS": 1}, torch.empty(64, dtype=torch.int64)
     matching, denoising = ops.score_difference, ops.denoising_loss
-    x0, real, fake, grad = tensors
-    sums = torch.empty(64)
-    nothing = (None,) * 3
-    _launch.launch(matching._partial_sums, 1, x0, real, fake, *nothing, None, sums, *sizes, SCALE=1.0, **options)
-    _launch.launch(matching._slopes, 1, go, sums, real, fake, None, None, grad, *sizes, SCALE=1.0, **options)
-    _launch.launch(denoising._squares, 1, x0, real, *nothing, sums, *sizes[1:], **options)
-    _launch.launch(denoising._slopes, 1, go, x0, real, sums, *nothing, grad, *sizes, **options)
+    _launch.launch(matching._distances, 1, x0, real, None, None, None, None, sums, *sizes, **guided, **options)
+    _launch.launch(
+        matching._chunk_gradients, 1, sums, real, fake, None, None, None, grad, sums, sums, sums, counts, 2, *sizes,
+        SCALE=1.0, GUIDANCE=1.0, COLS=1024, **options,
+    )  # fmt: skip
+    _launch.launch(
+        denoising._loss_and_grad,
+        1,
+        x0,
+        real,
+        sums,
+        None,
+        None,
+        None,
+        grad,
+        sums,
+        2,
+        *sizes,
+        SCALE=1.0,
+        CHANNELS=1,
+        **options,
+    )
 
 
-def _denoising(shape: tuple[int, ...], head: bool) -> Callable[[torch.dtype], None]:
+def _denoising(shape: tuple[int, ...], head: bool, nhwc: bool = False) -> Callable[[torch.dtype], None]:
     def run(dtype: torch.dtype) -> None:
-        out, target, x = torch.empty(3, *shape, dtype=dtype)
+        out = torch.empty(shape, dtype=dtype)
+        out = out.to(memory_format=torch.channels_last) if nhwc else out
+        target, x = torch.empty(2, *shape, dtype=torch.float32 if head else dtype)
         a, k, weight = torch.empty(3, 1024)[:, : shape[0]].clone()
-        args = (out, target, weight, *((x, a, k) if head else (None, None, None)))
-        ops.denoising_loss.forward(*args)
-        ops.denoising_loss.backward(torch.ones(()), *args)
+        at = {"x": x, "head": dk.LinearHead(a, k)} if head else {}
+        dk.denoising_loss_and_grad(out, target, weight, **at)
 
     return run
 
 
 def _gan(kind: str) -> Callable[[torch.dtype], None]:
     def run(dtype: torch.dtype) -> None:
-        gen, data, perturbed, go = torch.empty(64, dtype=dtype), *torch.empty(2, 40, dtype=dtype), torch.ones(())
-        ops.gan_loss.critic_forward(gen, data, perturbed, kind, 0.5)
-        ops.gan_loss.critic_backward(go, gen, data, perturbed, kind, 0.5)
-        ops.gan_loss.generator_forward(gen, kind)
-        ops.gan_loss.generator_backward(go, gen, kind)
-
-    return run
-
-
-def _norm(channels: int, side: int, groups: int, adaptive: bool, nhwc: bool) -> Callable[[torch.dtype], None]:
-    def run(dtype: torch.dtype) -> None:
-        x, w = torch.empty(2, channels, side, side, dtype=dtype), torch.empty(channels)
-        rows = (torch.empty(2, channels, dtype=dtype),) * 2 if adaptive else (None, None)
-        x = x.to(memory_format=torch.channels_last) if nhwc else x
-        module = ops.group_norm_nhwc if nhwc else ops.group_norm_silu
-        _, mean, rstd = module.forward(x, groups, w, w, 1e-5, *rows, True)
-        module.backward(x, x, mean, rstd, groups, w, w, *rows, True)
+        gen, data, perturbed = torch.empty(64, dtype=dtype), *torch.empty(2, 40, dtype=dtype)
+        dk.gan_critic_loss_and_grad(gen, data, kind=kind, perturbed_data_logits=perturbed, r1_weight=0.5, scale=0.01)
+        dk.gan_critic_loss_and_grad(gen, data, kind=kind)
+        dk.gan_generator_loss_and_grad(gen, kind=kind)
 
     return run
 
 
 def cases() -> dict[str, Callable[[torch.dtype], None]]:
     """All compiled calls by name; `ragged` in a name means sizes that do not allow wide accesses."""
-    found = {
+    return {
         "matching x0 3x64x64": _matching((2, 3, 64, 64), head=False, guided=False),
         "matching head+cfg 4x64x64": _matching((2, 4, 64, 64), head=True, guided=True),
         "matching head+cfg 4x128x128": _matching((2, 4, 128, 128), head=True, guided=True),
+        "matching nhwc head 3x64x64": _matching((2, 3, 64, 64), head=True, guided=False, nhwc=True, weighted=True),
+        "matching nhwc head+cfg 4x128x128": _matching((2, 4, 128, 128), head=True, guided=True, nhwc=True),
         "matching ragged 3x7x5": _matching((3, 3, 7, 5), head=True, guided=True),
         "matching ragged 1x1x1 batch 1": _matching((1, 1, 1, 1), head=False, guided=False),
         "losses beyond int32": _beyond_int32,
         "denoising head 3x64x64": _denoising((2, 3, 64, 64), head=True),
         "denoising x0 4x128x128": _denoising((2, 4, 128, 128), head=False),
+        "denoising nhwc head 3x64x64": _denoising((2, 3, 64, 64), head=True, nhwc=True),
         "denoising ragged 3x7x5": _denoising((3, 3, 7, 5), head=True),
         "gan softplus": _gan("softplus"),
         "gan hinge": _gan("hinge"),
-        "norm ragged 12ch 5x5": _norm(12, 5, 2, adaptive=True, nhwc=False),
-        "norm ragged 12ch 1x1": _norm(12, 1, 2, adaptive=False, nhwc=False),
-        "norm nhwc ragged 12ch 5x5": _norm(12, 5, 2, adaptive=True, nhwc=True),
-        "norm plain 192ch 64x64": _norm(192, 64, shapes.ADM_GROUPS, adaptive=False, nhwc=False),
+        **norm_cases(),
     }
-    for channels, side in shapes.ADM_NORMS:
-        name = f"{channels}ch {side}x{side}"
-        found[f"norm {name}"] = _norm(channels, side, shapes.ADM_GROUPS, adaptive=True, nhwc=False)
-    for channels, side in shapes.ADM_NORMS[::5]:  # their tiles don't depend on the group size
-        name = f"norm nhwc {channels}ch {side}x{side}"
-        found[name] = _norm(channels, side, shapes.ADM_GROUPS, adaptive=True, nhwc=True)
-    for name, (_, channels, side) in shapes.HEAD_NORMS.items():
-        found[f"norm {name}"] = _norm(channels, side, 32, adaptive=False, nhwc=False)
-    return found
 
 
 def compile_cases(arch: int, dtype: str, only: str = "") -> list[Compiled]:
@@ -226,7 +201,7 @@ def compile_cases(arch: int, dtype: str, only: str = "") -> list[Compiled]:
     found: list[Compiled] = []
     for case, run in cases().items():
         if any(part in case for part in only.split(",")):
-            with recording(arch, case, dtype, found):
+            with dk.use("triton"), recording(arch, case, dtype, found):
                 run(DTYPES[dtype])
     return found
 
@@ -236,8 +211,8 @@ def compile_sizes(sizes: list[int], arch: int) -> None:
     for num in sizes:
         found: list[Compiled] = []
         x0, real, fake = torch.empty(3, 2, num, dtype=torch.bfloat16)
-        with recording(arch, f"matching {num}", "bf16", found):
-            ops.score_difference.forward(x0, real, fake, None, None, None, None, 1.0)
+        with dk.use("triton"), recording(arch, f"matching {num}", "bf16", found):
+            dk.matching_loss_and_grad(x0, real, fake)
         code = found[0].code
         print(f"{num:8d} {found[0].kernel} loads {code.loads} stores {code.stores}")
 

@@ -5,7 +5,8 @@
 
 A row is one op at one shape by one provider in one mode; a rerun replaces rows with the same key and keeps the rest.
 Rows are written as they are measured. Without a GPU (or with --static) the columns of time are empty and `timing` is
-pending. The providers: eager torch, torch.compile, the fused op and, if importable, Liger's and apex's GroupNorm.
+pending. The providers: eager torch, torch.compile, the fused op and, if importable, Liger's and apex's GroupNorm. All
+rows of the CSV are printed as one table at the end, each with its GPU, versions and commit.
 --jobs compiles everything first in that many processes, into the compilers' caches.
 """
 
@@ -19,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch import Tensor
 
 import dmd2_kernels as dk
 
-from . import _bench_static, _timing
+from . import _bench_static, _bench_table, _timing
 from ._bench_cases import Case, Forward, cases
 
 KEY = ("op", "case", "provider", "mode", "dtype", "memory_format", "gpu")
@@ -38,6 +40,7 @@ COLUMNS = (
     *("timing", "arch", "driver", "torch", "triton", "commit", "timestamp"),
 )
 MODES = ("forward", "backward", "full")
+STEP = "loss_and_grad"  # the mode of the form that a training step takes
 PENDING = "pending: no GPU"
 Row = dict[str, Any]
 
@@ -71,6 +74,8 @@ def _apex(case: Case) -> Forward | None:
 
 def providers(case: Case) -> Iterator[tuple[str, Forward]]:
     """Name and function of each provider of the case on a GPU."""
+    if case.eager is None or case.fused is None:
+        return
     torch.compiler.reset()  # else one function at many shapes would exceed the recompile limit
     yield "eager", case.eager
     yield "compile", torch.compile(case.eager, fullgraph=True, dynamic=False)
@@ -78,6 +83,27 @@ def providers(case: Case) -> Iterator[tuple[str, Forward]]:
     for name, provider in (("liger", _liger(case)), ("apex", _apex(case))):
         if provider is not None:
             yield name, provider
+
+
+def step_providers(case: Case) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The same for gradients and sums: the plain-torch definition, the same compiled by Inductor, and the kernels."""
+    if (step := case.step) is None:
+        return
+
+    def defined(*inputs: Tensor) -> Any:
+        with dk.use("reference"):
+            return step(*inputs)
+
+    torch.compiler.reset()
+    yield "eager", defined
+    compiled = torch.compile(step, fullgraph=True, dynamic=False)
+
+    def by_inductor(*inputs: Tensor) -> Any:
+        with dk.use("reference"):
+            return compiled(*inputs)
+
+    yield "compile", by_inductor
+    yield "fused", step
 
 
 def _leaves(case: Case, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -109,12 +135,15 @@ def compile_case(index: int) -> None:
     with dk.use("auto"):
         for _, run in providers(case):
             modes(case, run)["full"]()
+        for _, run in step_providers(case):
+            run(*case.inputs("cuda"))
 
 
 def _max_error(case: Case, run: Forward) -> float:
     """The largest difference from the eager expression in float64, relative to its largest value."""
     torch.manual_seed(0)
     inputs = case.inputs("cuda")
+    assert case.eager is not None
     exact = case.eager(*(t.double() for t in inputs))
     _leaves(case, inputs)
     error = (run(*inputs).double() - exact).abs().max() / exact.abs().max()
@@ -137,24 +166,40 @@ def measure(case: Case, step_ms: float | None) -> Iterator[Row]:
                 device = _timing.graph_us(call)  # GPU time; an event would include waiting for the host
                 row["graph_us"] = f"{device:.2f}"
             if mode == "full":
-                rate = floor / device / 1000
-                row |= {
-                    "bytes_floor": floor,
-                    "achieved_GBps": f"{rate:.0f}",
-                    "pct_of_copy": f"{100 * rate / copy_rate:.0f}",
-                }
-                if step_ms and case.calls_per_step:
-                    row["pct_of_step"] = f"{case.calls_per_step * device / 10 / step_ms:.3f}"
+                row |= _rates(case, floor, device, copy_rate, step_ms)
             yield row
+    for provider, run in step_providers(case):
+        inputs = case.inputs("cuda")
+        call = partial(run, *inputs)
+        median, low, high = _timing.kernel_us(call)
+        device = _timing.graph_us(call)
+        row = {"provider": provider, "mode": STEP, "timing": "measured", "graph_us": f"{device:.2f}"}
+        row |= {"median_us": f"{median:.2f}", "p20_us": f"{low:.2f}", "p80_us": f"{high:.2f}"}
+        row |= {"host_us": f"{_timing.host_us(call):.2f}", "peak_MB": f"{_timing.peak_mb(call):.1f}"}
+        yield row | _rates(case, _bench_static.step_floor(case), device, copy_rate, step_ms)
+
+
+def _rates(case: Case, floor: int, device_us: float, copy_rate: float, step_ms: float | None) -> Row:
+    """Bandwidth of the minimum bytes, as a share of a copy's, and the share of a step's time."""
+    rate = floor / device_us / 1000
+    row: Row = {"bytes_floor": floor, "achieved_GBps": f"{rate:.0f}", "pct_of_copy": f"{100 * rate / copy_rate:.0f}"}
+    if step_ms and case.calls_per_step:
+        row["pct_of_step"] = f"{case.calls_per_step * device_us / 10 / step_ms:.3f}"
+    return row
 
 
 def static(case: Case, arch: int) -> Iterator[Row]:
-    """The rows of one case without a GPU: forward and backward together, eager and fused."""
-    floor = _bench_static.floor_bytes(case)
-    launches, moved = _bench_static.eager_counts(case)
-    common = {"mode": "full", "bytes_floor": floor, "timing": PENDING, "arch": f"sm_{arch}"}
-    yield common | {"provider": "eager", "launches": launches, "bytes_moved": moved}
-    yield common | {"provider": "fused", **_bench_static.fused_counts(case, arch)}
+    """The rows of one case without a GPU, eager and fused: forward and backward together, and as a step takes it."""
+    common = {"timing": PENDING, "arch": f"sm_{arch}"}
+    for mode in ("full", STEP):
+        step = mode == STEP
+        if (case.step if step else case.eager) is None:
+            continue
+        floor = _bench_static.step_floor(case) if step else _bench_static.floor_bytes(case)
+        launches, moved = _bench_static.eager_counts(case, step)
+        row = common | {"mode": mode, "bytes_floor": floor}
+        yield row | {"provider": "eager", "launches": launches, "bytes_moved": moved}
+        yield row | {"provider": "fused", **_bench_static.fused_counts(case, arch, step)}
 
 
 def _environment(on_gpu: bool) -> Row:
@@ -217,6 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         merge(args.csv, [environment | _key(case) | row for row in found])
         count += len(found)
         print(f"{case.op} {case.name} {_key(case)['dtype']} {case.memory_format}", flush=True)
+    print(_bench_table.table(args.csv))
     print(f"{count} rows into {args.csv}, {'measured on ' + environment['gpu'] if on_gpu else PENDING}")
     return 0
 

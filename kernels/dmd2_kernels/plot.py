@@ -12,6 +12,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from ._bench_table import FORMS, peak_gb_per_s
+
 Rows = list[dict[str, str]]
 
 
@@ -22,15 +24,19 @@ def label(row: dict[str, str]) -> str:
 
 
 def roofline(axes: Axes, rows: Rows) -> None:
-    """Achieved bandwidth of each measured row over its minimum bytes (the floor)."""
+    """Achieved bandwidth of each measured row over its minimum bytes (the floor), below the memory's peak."""
     for number, provider in enumerate(sorted({row["provider"] for row in rows})):
         for layout, marker, words in (("contiguous", "o", ""), ("channels_last", "x", ", channels_last")):
             mine = [row for row in rows if (row["provider"], row["memory_format"]) == (provider, layout)]
             megabytes = [float(row["bytes_floor"]) / 1e6 for row in mine]
             rates = [float(row["achieved_GBps"]) for row in mine]
             axes.scatter(megabytes, rates, s=16, marker=marker, color=f"C{number}", label=provider + words)
+    for gpu in sorted({row["gpu"] for row in rows}):
+        if (peak := peak_gb_per_s(gpu)) is not None:
+            axes.axhline(peak, color="0.5", linewidth=0.8, linestyle="--", label=f"{gpu}'s peak")
     axes.set(xscale="log", xlabel="bytes at the floor, MB", ylabel="floor / GPU time, GB/s")
-    axes.set_title(f"forward and backward on {rows[0]['gpu']}", fontsize=9)
+    made = ", ".join(sorted({f"{row['gpu']} at {row['commit']}" for row in rows}))
+    axes.set_title(f"whole calls on {made}", fontsize=9)
     axes.legend(fontsize=8)
 
 
@@ -53,8 +59,8 @@ def draw(rows: Rows, path: Path) -> None:
     """Write the figure of the rows; the file is deterministic."""
     mpl.rcParams |= {"svg.hashsalt": "dmd2_kernels", "svg.fonttype": "none"}
     rows = [row for row in rows if not row["op"].startswith("gan")]  # bound by their launches
-    timed = [row for row in rows if row["mode"] == "full" and row["achieved_GBps"]]
-    counted = [row for row in rows if row["bytes_moved"]]
+    timed = [row for row in rows if row["mode"] in FORMS and row["achieved_GBps"]]
+    counted = [row for row in rows if row["bytes_moved"] and row["mode"] == "full"]
     figure, axes = plt.subplots(figsize=(7, 4 if timed else 1 + 0.11 * len(counted)), layout="constrained")
     if timed:
         roofline(axes, timed)

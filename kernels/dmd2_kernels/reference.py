@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._types import LinearHead, MatchingLoss
+from ._types import LinearHead, MatchingSums
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -33,7 +33,8 @@ def matching(
     head: LinearHead | None,
     real_uncond: Tensor | None,
     guidance_scale: float,
-) -> tuple[MatchingLoss, Tensor]:
+    factor: Tensor | None = None,
+) -> tuple[MatchingSums, Tensor]:
     """The distribution-matching loss (arXiv 2405.14867 section 3) and its gradient with respect to x0.
 
     real (guided)   r = u + s * (c - u)               classifier-free guidance of the teacher
@@ -41,9 +42,11 @@ def matching(
     d               = x0_fake - x0_real = k * (fake - r)                 x cancels
     weight          w = mean_n |x0 - x0_real|                            per sample (arXiv 2311.18828 section 3.2)
     g               = d / w; then NaN -> 0 and +-inf -> the largest finite number
-    loss            = mean_bn g^2 / 2,                d loss / d x0 = g / (B * N)
+    loss            = mean_bn h_b g^2 / 2,            d loss / d x0 = h_b g / (B * N)
+
+    h is the per-sample factor, 1 if it is None: f-divergence weighting (arXiv 2502.15681).
     """
-    dtype = accumulation_dtype(x0, real, fake, x, real_uncond)
+    dtype = accumulation_dtype(x0, real, fake, x, real_uncond, factor)
     x0, real, fake = x0.to(dtype), real.to(dtype), fake.to(dtype)
     if real_uncond is not None:
         real = torch.lerp(real_uncond.to(dtype), real, guidance_scale)
@@ -58,9 +61,13 @@ def matching(
     num_nonfinite = torch.count_nonzero(g * 0, dim=1)  # NaN counts, as g * 0 is NaN where g is not finite
     g.nan_to_num_(nan=0.0)
     sq_norm = torch.linalg.vecdot(g, g)
-    loss = sq_norm.sum() / (2 * num * len(x0))
+    weighted = sq_norm
+    if factor is not None:
+        weighted = sq_norm * factor.to(dtype)
+        g.mul_(factor.to(dtype)[:, None])
+    loss = weighted.sum() / (2 * num * len(x0))
     grad = g.div_(num * len(x0)).view(x0.shape)
-    return MatchingLoss(loss, weight, sq_norm, num_nonfinite), grad
+    return MatchingSums(loss.view(1), weight, sq_norm[:, None], num_nonfinite[:, None]), grad
 
 
 def denoising(
@@ -146,3 +153,17 @@ def group_norm_silu(
         gain = (scale.to(dtype) + 1).view(*scale.shape, *ones)
         z = torch.addcmul(shift.to(dtype).view(*shift.shape, *ones), z, gain)
     return (F.silu(z) if silu else z).to(x.dtype)
+
+
+def add_channels(x: Tensor, channel_bias: Tensor) -> Tensor:
+    """x (B, C, ...) + channel_bias (C,) or (B, C), in the dtype of the arithmetic and rounded to x's."""
+    dtype = accumulation_dtype(x)
+    bias = channel_bias.to(dtype)
+    return (x.to(dtype) + bias.reshape(*(bias.shape if bias.ndim == 2 else (1, -1)), *(1,) * (x.ndim - 2))).to(x.dtype)
+
+
+def residual_sum(x: Tensor, residual: Tensor, channel_bias: Tensor | None, scale: float) -> Tensor:
+    """scale * (x + channel_bias + residual), rounded once to x's dtype."""
+    dtype = accumulation_dtype(x, residual)
+    total = x.to(dtype) if channel_bias is None else add_channels(x.to(dtype), channel_bias)
+    return (scale * (total + residual.to(dtype))).to(x.dtype)

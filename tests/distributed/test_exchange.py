@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from forked import join, on_ranks
 from torch import nn
 
 from dmd2.config import Runtime
+from dmd2.cost.overlap import departures
 from dmd2.errors import Interrupted, UserError
 from dmd2.training import ranks
 from dmd2.training.checkpoint_store import CheckpointStore
-from dmd2.training.gradient_buckets import Buckets, _split
+from dmd2.training.gradient_buckets import Buckets, buckets_of
 from dmd2.training.log import TrainLog
 from dmd2.training.loop import fit
 from dmd2.training.optimizer import FiniteGuard, Optimizer, warmup
@@ -68,6 +70,42 @@ def exchanged(rank: int, world: int, port: int, out: Path) -> None:
         torch.save(found, out / f"{rank}.pt")
 
 
+def traced(rank: int, world: int, port: int, out: Path) -> None:
+    """How many gradients were there when each bucket left, from a trace of a backward pass, and as predicted."""
+    join(rank, world, port)
+    arrived: dict[nn.Parameter, int] = {}
+    sent: list[tuple[int, int]] = []
+    all_reduce = dist.all_reduce
+
+    def noted(flat: torch.Tensor, **options: Any) -> Any:
+        sent.append((flat.numel() * 4, len(arrived)))
+        return all_reduce(flat, **options)
+
+    with ranks.process_group(CPU), patch.object(dist, "all_reduce", noted):
+        built = network()
+        params = list(built.parameters())
+        for param in params:
+            param.register_post_accumulate_grad_hook(lambda p: arrived.__setitem__(p, len(arrived) + 1))
+        buckets = Buckets(params, 200)
+        with buckets.overlapping():
+            built(sample(rank)).sum().backward()
+        buckets.finish()
+    predicted = [
+        (each.num_bytes, round(each.done * len(params)))
+        for each in departures(params, arrived, 0, len(params), bucket_bytes=200)
+    ]
+    torch.save({"sent": sent, "predicted": predicted, "num": len(params)}, out / f"{rank}.pt")
+
+
+def test_buckets_leave_during_backward_when_the_overlap_command_says(tmp_path: Path):
+    on_ranks(2, traced, tmp_path)
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one == other, "both ranks exchange in the same order"
+    assert one["sent"] == one["predicted"]
+    during = [num for _, num in one["sent"] if num < one["num"]]
+    assert len(during) == len(one["sent"]) - 1 > 0, "all but the last leave before the last gradient is there"
+
+
 def second_pass_is_refused(rank: int) -> str:
     built = network()
     buckets = Buckets(list(built.parameters()), 1)
@@ -101,7 +139,7 @@ def test_gradients_become_means_whatever_the_buckets_and_the_overlap(tmp_path: P
 def test_buckets_hold_every_parameter_once_from_the_last_to_the_first():
     params = [nn.Parameter(torch.zeros(n)) for n in (10, 20, 30, 1000, 5)]
     params.append(nn.Parameter(torch.zeros(7, dtype=torch.float64)))
-    buckets = _split(params, 4 * 50)
+    buckets = buckets_of(params, 4 * 50)
     assert [p.numel() for bucket in buckets for p in bucket] == [7, 5, 1000, 30, 20, 10]
     assert [len(bucket) for bucket in buckets] == [1, 2, 2, 1], "a bucket is closed once it is full, or by a dtype"
 

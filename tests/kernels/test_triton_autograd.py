@@ -60,28 +60,36 @@ def test_the_matching_gradient_in_double_is_that_of_the_reference(device: str) -
 
 
 def calls(device: str) -> dict[str, tuple[Callable[..., object], tuple[object, ...]]]:
-    """Every differentiable op with arguments that opcheck may differentiate."""
+    """Every op; the losses return gradients and have none of their own, the norm has one."""
     torch.manual_seed(0)
-    x0, real, fake, x = (torch.randn(2, 3, 5, device=device) for _ in range(4))
-    x0.requires_grad_()
+    x0, real, fake, x, out = (torch.randn(2, 3, 5, device=device) for _ in range(5))
     a, k = torch.rand(2, 2, device=device)
-    out = torch.randn(2, 3, 5, device=device, requires_grad=True)
-    gen, data, moved = (torch.randn(n, device=device, requires_grad=True) for n in (4, 3, 3))
-    image = torch.randn(2, 6, 4, 4, device=device, requires_grad=True)
-    nhwc = torch.randn(2, 6, 4, 4, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    gen, data, moved = (torch.randn(n, device=device) for n in (4, 3, 3))
+    wide, half = torch.float32, torch.bfloat16
+    plain = torch.randn(2, 6, 4, 4, device=device)
+    nhwc = plain.contiguous(memory_format=torch.channels_last)
+    image, last = (t.clone().requires_grad_() for t in (plain, nhwc))
     w, b = (torch.randn(6, device=device, requires_grad=True) for _ in range(2))
     s, t = (torch.randn(2, 6, device=device, requires_grad=True) for _ in range(2))
+    other = torch.randn(2, 6, 4, 4, device=device, requires_grad=True)
+    column, rows = (torch.randn(*n, device=device, requires_grad=True) for n in ((6,), (2, 6)))
     return {
-        "matching": (OPS.matching_loss, (x0, real, fake, None, None, None, None, 1.0)),
-        "matching head": (OPS.matching_loss, (x0, real, fake, x, a, k, real, 1.5)),
-        "matching and grad": (OPS.matching_loss_and_grad, (x0.detach(), real, fake, x, a, k, None, 1.0)),
-        "denoising": (OPS.denoising_loss, (out, real, a, x, a, k)),
-        "critic": (OPS.gan_critic_loss, (gen, data, moved, "softplus", 0.5)),
-        "critic without r1": (OPS.gan_critic_loss, (gen, data, None, "hinge", 0.0)),
-        "generator": (OPS.gan_generator_loss, (gen, "softplus")),
+        "norm of a sum": (OPS.group_norm_silu, (image, 2, w, b, 1e-5, s, t, True, column, other, 0.7)),
+        "norm with rows of biases": (OPS.group_norm_silu, (nhwc, 2, w, b, 1e-5, None, None, True, rows, None, 1.0)),
+        "residual sum": (OPS.residual_sum, (nhwc, other, column, 0.7)),
+        "matching": (OPS.matching_loss_and_grad, (x0, real, fake, *(None,) * 5, 1.0, 1.0, wide)),
+        "matching head": (OPS.matching_loss_and_grad, (x0, real, fake, x, a, k, real, a, 1.5, 0.5, half)),
+        "matching in double": (OPS.matching_loss_and_grad, (x0.double(), real, fake, *(None,) * 5, 1.0, 1.0, wide)),
+        "matching nhwc": (OPS.matching_loss_and_grad, (plain, nhwc, nhwc, plain, a, k, None, None, 1.0, 1.0, wide)),
+        "denoising": (OPS.denoising_loss_and_grad, (out, real, a, x, a, k, 1.0, half)),
+        "denoising nhwc": (OPS.denoising_loss_and_grad, (nhwc, plain, a, plain, a, k, 1.0, wide)),
+        "denoising without a gradient": (OPS.denoising_loss_and_grad, (out, real, a, None, None, None, 1.0, None)),
+        "critic": (OPS.gan_critic_loss_and_grad, (gen, data, moved, "softplus", 0.5, 1.0, False, None)),
+        "critic without r1": (OPS.gan_critic_loss_and_grad, (gen, data, None, "hinge", 0.0, 1.0, True, wide)),
+        "generator": (OPS.gan_generator_loss_and_grad, (gen, "softplus", 1.0, True, None)),
         "norm": (OPS.group_norm_silu, (image, 2, w, b, 1e-5, None, None, True)),
         "adaptive norm": (OPS.group_norm_silu, (image, 2, w, b, 1e-5, s, t, True)),
-        "nhwc norm": (OPS.group_norm_silu, (nhwc, 2, w, b, 1e-5, s, t, False)),
+        "nhwc norm": (OPS.group_norm_silu, (last, 2, w, b, 1e-5, s, t, False)),
     }
 
 
@@ -157,7 +165,7 @@ def test_a_second_derivative_through_triton_is_refused(device: str) -> None:
     out = torch.randn(2, 3, device=device, requires_grad=True)
     loss = dk.denoising_loss(out, torch.zeros_like(out), torch.ones(2, device=device)).loss
     (grad,) = torch.autograd.grad(loss, out, create_graph=True)
-    with pytest.raises(RuntimeError, match="denoising_loss_backward"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         (grad.sum() + out.sum()).backward()
 
 

@@ -64,16 +64,39 @@ def test_fp64_matching_loss_of_raw_outputs_where_alpha_is_small(device: str) -> 
             x0, real, fake, x, uncond = matching_inputs(shape, dtype, device)
             head = epsilon_head(shape[0], device)
             free = {"guidance_scale": 8.0}
+            factor = torch.linspace(0.1, 1.9, shape[0], device=device)
             exact, exact_grad = reference.matching(
                 *(t.double() for t in (x0, real, fake, x)),
                 dk.LinearHead(*(t.double() for t in head)),
                 uncond.double(),
                 8.0,
+                factor.double(),
             )
+            free |= {"sample_weight": factor, "scale": 0.25}
             out, grad = dk.matching_loss_and_grad(x0, real, fake, x=x, head=head, real_uncond=uncond, **free)
             assert_relative(out.loss, exact.loss)
             assert_relative(out.weight, exact.weight)
-            assert_rounded_once(grad, exact_grad, noise=1e-6)
+            assert_relative(out.sq_norm, exact.sq_norm)
+            assert_rounded_once(grad, 0.25 * exact_grad, noise=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 5), (2, 4, 80, 64)], ids=["in registers", "in chunks"])
+def test_outputs_in_channels_last_are_read_where_they_lie(shape: tuple[int, ...], device: str) -> None:
+    """As a network in bfloat16 leaves them beside images in float32; gradients come back in that layout."""
+    x0, real, fake, x, uncond = matching_inputs(shape, torch.float32, device)
+    raw = [t.to(torch.bfloat16) for t in (real, fake, uncond)]
+    nhwc = [t.contiguous(memory_format=torch.channels_last) for t in raw]
+    head, weight = epsilon_head(shape[0], device), torch.linspace(0.5, 2, shape[0], device=device)
+    for layout, (mine, other, free) in (("plain", raw), ("nhwc", nhwc)):
+        out, grad = dk.matching_loss_and_grad(x0, mine, other, x=x, head=head, real_uncond=free, guidance_scale=3.0)
+        sums, slope = dk.denoising_loss_and_grad(mine, x0, weight, x=x, head=head)
+        if layout == "plain":
+            expected = (out.loss, out.weight, grad, sums.loss, slope)
+            continue
+        assert grad.stride() == slope.stride() == mine.stride()
+        assert (grad.dtype, slope.dtype) == (torch.float32, torch.bfloat16)
+        for found, true in zip((out.loss, out.weight, grad, sums.loss, slope), expected, strict=True):
+            torch.testing.assert_close(found, true, rtol=2e-6, atol=1e-12)
 
 
 def test_fp64_matching_loss_of_a_sample_of_65536(device: str) -> None:
@@ -155,8 +178,9 @@ def test_special_values_equal_those_of_the_reference(device: str) -> None:
     separate = dk.matching_loss(x0, real, fake)
     separate.loss.backward()
     for got, got_grad in ((together, grad), (separate, x0.grad)):
-        for mine, true in zip(got, expected, strict=True):
-            torch.testing.assert_close(mine.detach(), true, equal_nan=True)
+        for name in separate._fields:
+            mine, true = getattr(got, name).detach(), getattr(expected, name)
+            torch.testing.assert_close(mine, true, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
         torch.testing.assert_close(got_grad, expected_grad)
 
 
@@ -177,9 +201,10 @@ def test_bf16_rounding_of_a_store_equals_torch_on_4096_values(device: str) -> No
     values = bits.view(torch.float32)
     values[:6] = torch.tensor([1e-40, -3e-39, float("inf"), float("-inf"), 3.4e38, 1 + 2.0**-9])
     values = torch.where(values.isnan(), 1.0, values)
-    one, num = torch.ones(1, device=device), torch.tensor(4096.0, device=device)
-    fake = values[None].to(device)
-    # With real = 0, w = 1 and an upstream gradient of N, what is stored is `fake` itself, rounded once.
-    out = torch.ops.dmd2.matching_loss_backward(num, one, torch.zeros_like(fake), fake, None, None, 1.0, torch.bfloat16)
+    raw = values[None].to(device)
+    # With target = 0 and a weight of N / 2, what is stored is `raw` itself, rounded once.
+    weight, stored = torch.full((1,), 2048.0, device=device), torch.bfloat16
+    op = torch.ops.dmd2.denoising_loss_and_grad
+    _, out = op(raw, torch.zeros_like(raw), weight, None, None, None, 1.0, stored)
     finite = values.isfinite()
     torch.testing.assert_close(out[0].cpu()[finite], values.to(torch.bfloat16)[finite], rtol=0, atol=0)

@@ -27,20 +27,28 @@ def launches(found: list[Launch], kernel: str) -> Launch:
 
 
 def run_losses() -> list[Tensor]:
-    """Every loss, forward and backward, on ragged sizes with heads and guidance; the tensors that come out."""
+    """Every loss and its gradient, on ragged sizes with heads and guidance; the tensors that come out."""
     torch.manual_seed(0)
-    x0, real, fake, x, uncond = torch.randn(5, 3, 2, 37, 31).to(torch.bfloat16)
+    real, fake, uncond = torch.randn(3, 3, 2, 37, 31).to(torch.bfloat16)
+    x0, x = torch.randn(2, 3, 2, 37, 31)
+    nhwc = [t.contiguous(memory_format=torch.channels_last) for t in (real, fake, uncond)]
     head = dk.LinearHead.edm(torch.tensor([0.1, 1.0, 30.0]), 0.5)
-    x0.requires_grad_()
+    leaf = x0.clone().requires_grad_()
     gen, data, moved = (torch.randn(n, 1, requires_grad=True) for n in (5, 4, 4))
-    matching = dk.matching_loss(x0, real, fake, x=x, head=head, real_uncond=uncond, guidance_scale=1.75)
-    together, grad = dk.matching_loss_and_grad(x0, real, fake)
-    denoising = dk.denoising_loss(x0, real, torch.rand(3), x=x, head=head)
+    guided = {"x": x, "head": head, "real_uncond": uncond, "guidance_scale": 1.75, "sample_weight": torch.rand(3)}
+    matching = dk.matching_loss(leaf, real, fake, **guided)
+    lying, lying_grad = dk.matching_loss_and_grad(x0, nhwc[0], nhwc[1], **(guided | {"real_uncond": nhwc[2]}))
+    double, double_grad = dk.matching_loss_and_grad(x0.double(), real, fake)  # in chunks
+    denoising = dk.denoising_loss(leaf, real, torch.rand(3), x=x, head=head)
+    parts, slope = dk.denoising_loss_and_grad(nhwc[0], x0, torch.rand(3), x=x, head=head)
     critic = dk.gan_critic_loss(gen, data, perturbed_data_logits=moved, r1_weight=0.3)
     generator = dk.gan_generator_loss(gen, kind="hinge")
     (matching.loss + denoising.loss + critic.loss + generator.loss).backward()
-    leaves = [t.grad for t in (x0, gen, data, moved)]
-    return [t.detach() for t in (*matching, *together, grad, *denoising, *critic, *generator, *leaves)]
+    sums, slopes = dk.gan_critic_loss_and_grad(gen, data)
+    more, last = dk.gan_generator_loss_and_grad(gen)
+    together = (*lying, lying_grad, *double, double_grad, *parts, slope, *sums, *slopes[:2], *more, last)
+    leaves = [t.grad for t in (leaf, gen, data, moved)]
+    return [t.detach() for t in (*matching, *denoising, *critic, *generator, *together, *leaves)]
 
 
 def run_norm(layout: torch.memory_format, shape: tuple[int, ...] = (2, 18, 9, 7), groups: int = 3) -> list[Tensor]:
@@ -72,39 +80,51 @@ def test_meter_finds_nothing_and_program_order_changes_no_bit(name: str) -> None
             assert torch.equal(mine, true)
 
 
-def test_meter_matching_loss_touches_each_byte_once() -> None:
-    x0, real, fake = torch.randn(3, 2, 3, 64, 64)
-    x0.requires_grad_()
-    with metered() as meter:
-        dk.matching_loss(x0, real, fake).loss.backward()
-    forward, backward = launches(meter.launches, "partial_sums"), launches(meter.launches, "slopes")
-    assert [forward.reads(n) for n in ("x0", "real", "fake")] == [1, 1, 1]
-    assert [backward.reads(n) for n in ("real", "fake")] == [1, 1]
-    assert backward.writes("grad") == 1
-    assert launches(meter.launches, "finish").reads("partial") == 1
-    assert len(meter.launches) == 3
-
-
-def test_meter_matching_loss_and_grad_is_at_the_floor_of_three_reads_and_one_write() -> None:
-    x0, real, fake = torch.randn(3, 2, 4, 64, 64)
-    with metered() as meter:
-        dk.matching_loss_and_grad(x0, real, fake)
-    whole = launches(meter.launches, "whole_sample")
-    assert [whole.reads(n) for n in ("x0", "real", "fake")] == [1, 1, 1]
-    assert [whole.writes(n) for n in ("grad", "weight", "sq_norm", "num_nonfinite")] == [1, 1, 1, 1]
-    assert len(meter.launches) == 2
-
-
-def test_meter_denoising_loss_touches_each_byte_once() -> None:
-    out, target, x = torch.randn(3, 2, 3, 64, 64)
-    out.requires_grad_()
+def test_meter_matching_gradient_is_at_the_floor_in_one_launch() -> None:
+    x0, real, fake, x, uncond = torch.randn(5, 2, 4, 64, 64)
     head = dk.LinearHead.edm(torch.tensor([0.1, 10.0]), 0.5)
     with metered() as meter:
-        dk.denoising_loss(out, target, torch.ones(2), x=x, head=head).loss.backward()
-    forward, backward = launches(meter.launches, "squares"), launches(meter.launches, "slopes")
-    for launch in (forward, backward):
-        assert [launch.reads(n) for n in ("out", "target", "x")] == [1, 1, 1]
-    assert backward.writes("grad") == 1
+        dk.matching_loss_and_grad(x0, real, fake, x=x, head=head, real_uncond=uncond, guidance_scale=8.0)
+    (whole,) = meter.launches
+    assert [whole.reads(n) for n in ("x0", "real", "fake", "x", "uncond", "a")] == [1] * 6
+    assert [whole.writes(n) for n in ("grad", "terms", "weight", "squares", "nonfinite")] == [1] * 5
+
+
+def test_meter_matching_gradient_of_a_larger_sample_reads_the_scores_twice() -> None:
+    """First what the normaliser needs, at most 4 reads, then what the direction needs, at most 3, and 1 write."""
+    x0, real, fake, x, uncond = torch.randn(5, 1, 4, 128, 128)
+    head = dk.LinearHead.edm(torch.tensor([0.1]), 0.5)
+    with metered() as meter:
+        dk.matching_loss_and_grad(x0, real, fake, x=x, head=head, real_uncond=uncond, guidance_scale=8.0)
+    first, second = meter.launches
+    assert [first.reads(n) for n in ("x0", "real", "x", "uncond")] == [1] * 4
+    assert "fake" not in first.arguments
+    assert [second.reads(n) for n in ("real", "fake", "uncond")] == [1] * 3
+    assert not {"x0", "x"} & set(second.arguments)
+    assert [second.writes(n) for n in ("grad", "terms", "weight", "squares", "nonfinite")] == [1] * 5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_meter_denoising_gradient_is_at_the_floor_in_one_launch(layout: torch.memory_format) -> None:
+    out, target, x = torch.randn(3, 1, 4, 128, 128)
+    head = dk.LinearHead.edm(torch.tensor([10.0]), 0.5)
+    with metered() as meter:
+        dk.denoising_loss_and_grad(out.contiguous(memory_format=layout), target, torch.ones(1), x=x, head=head)
+    (launch,) = meter.launches
+    assert [launch.reads(n) for n in ("out", "target", "x")] == [1, 1, 1]
+    assert [launch.writes(n) for n in ("grad", "terms")] == [1, 1]
+
+
+def test_meter_gan_gradients_are_at_the_floor_in_one_launch_of_any_size() -> None:
+    gen, data = torch.randn(2500), torch.randn(1025)
+    with metered() as meter:
+        sums, _ = dk.gan_critic_loss_and_grad(gen, data)
+        dk.gan_generator_loss_and_grad(gen)
+    critic, generator = meter.launches
+    assert [critic.reads(n) for n in ("gen", "data")] == [critic.writes(n) for n in ("d_gen", "d_data")] == [1, 1]
+    assert (generator.reads("gen"), generator.writes("d_gen")) == (1, 1)
+    exact = torch.nn.functional.softplus(gen.double()).mean() + torch.nn.functional.softplus(-data.double()).mean()
+    torch.testing.assert_close(sums.loss.double(), exact, rtol=5e-7, atol=0)
 
 
 @pytest.mark.parametrize(

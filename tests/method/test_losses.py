@@ -143,7 +143,7 @@ def test_generator_gan_loss_and_gradient_equal_the_test_vector():
     logits = np.array([2.0, -1.0, 0.5])
     critic: Any = SetLogits(list(logits))
     loss, grad = losses.gan_gradient(images(3), labels(3), toy_teacher(), critic, Train(), rng())
-    assert float(loss) == pytest.approx(0.6380889, abs=1e-6)
+    assert float(loss.loss) == pytest.approx(0.6380889, abs=1e-6)
     slope = (1 / (1 + np.exp(-logits)) - 1) / 3  # d mean softplus(-l) / d l
     expected = np.broadcast_to(slope[:, None, None, None], (3, *SHAPE))
     np.testing.assert_allclose(grad.numpy(), expected, rtol=1e-5)
@@ -156,7 +156,7 @@ def test_gan_gradient_equals_the_difference_quotient_and_leaves_no_gradient_on_t
     x0, cond, train = images(4, dtype=torch.float64), labels(4), Train(gan_levels=(300, 900))
 
     def loss_at(moved: Tensor) -> float:
-        return float(losses.gan_gradient(moved, cond, teacher, critic, train, rng(5))[0])
+        return float(losses.gan_gradient(moved, cond, teacher, critic, train, rng(5))[0].loss)
 
     _, grad = losses.gan_gradient(x0, cond, teacher, critic, train, rng(5))
     direction = torch.randn(x0.shape, generator=rng(6)).double()
@@ -224,7 +224,7 @@ def test_raw_outputs_with_their_head_and_guidance_give_the_same_losses(keys: dic
         x0 = torch.randn(5, *SHAPE, generator=rng(1))
         matching, gan = losses.generator_terms(x0, labels(5), teacher, critic, train, rng(2))
         both = losses.critic_losses(x0, labels(5), lambda: (x0, labels(5)), teacher, critic, train, rng(3))  # noqa: B023
-        both.total.backward()
+        both.backward()
         found.append([matching[0].loss, matching[1], gan[1], both.denoising.loss, critic.fake.encoder.weight.grad])
     for plain, raw in zip(*found, strict=True):
         torch.testing.assert_close(raw, plain, rtol=2e-3, atol=1e-5)

@@ -13,7 +13,8 @@ from dmd2 import config
 from dmd2.teachers import load_teacher
 from dmd2.teachers.ddpmpp_unet import DDPMPlusPlus
 from dmd2.teachers.edm import EDMDenoiser, build_denoiser
-from dmd2.teachers.edm_blocks import DDPMPP, Block
+from dmd2.teachers.edm_blocks import Block
+from dmd2.teachers.edm_layers import DDPMPP
 
 KEYS = Path(__file__).parents[1] / "data" / "ddpmpp32_keys.txt"
 CIFAR10 = config.Network(

@@ -3,7 +3,27 @@
 Host functions expect contiguous tensors with checked shapes and dtypes; `_library.py` calls them.
 """
 
-from . import denoising_loss, gan_loss, group_norm_nhwc, group_norm_silu, score_difference
+from . import (
+    denoising_loss,
+    gan_loss,
+    group_norm_nhwc,
+    group_norm_nhwc_once,
+    group_norm_silu,
+    residual_sum,
+    score_difference,
+)
 from ._launch import interpreted
+from ._norm_host import Summands, Upstream
 
-__all__ = ["denoising_loss", "gan_loss", "group_norm_nhwc", "group_norm_silu", "interpreted", "score_difference"]
+__all__ = [
+    "Summands",
+    "Upstream",
+    "denoising_loss",
+    "gan_loss",
+    "group_norm_nhwc",
+    "group_norm_nhwc_once",
+    "group_norm_silu",
+    "interpreted",
+    "residual_sum",
+    "score_difference",
+]

@@ -4,11 +4,13 @@
     xhat = (x - mean) * rstd,    z = gain * xhat + offset,    y = z * sigmoid(z)
     gain = weight * (1 + scale),    offset = bias * (1 + scale) + shift          plain form: scale = shift = 0
 
-With dz = dy * silu'(z) and the two sums over a channel's pixels P1 = sum dz * xhat and P2 = sum dz,
+x may be a sum, SCALE * (x + channel_bias + residual): see `summand`. With dz = dy * silu'(z) and the two sums over a
+channel's pixels P1 = sum dz * xhat and P2 = sum dz,
 
     dx     = rstd * (gain * dz - mean(gain * dz) - xhat * mean(gain * dz * xhat))     means over the group, from P1, P2
     dscale = P1 * weight + P2 * bias,    dshift = P2
     dweight = sum_b P1 * (1 + scale),    dbias = sum_b P2 * (1 + scale)
+    dchannel_bias = sum of dx over a channel's pixels
 """
 
 import triton
@@ -26,6 +28,21 @@ def affine(weight, bias, scale, shift, b, channels, num_channels, mask, ACC: tl.
         gain *= more
         offset = offset * more + tl.load(shift + at, mask=mask, other=0.0).to(ACC)
     return gain, offset
+
+
+@triton.jit
+def summand(x, channel_bias, residual, at, bias_at, mask, bias_mask, SCALE: tl.constexpr, ACC: tl.constexpr):
+    """What is normalised at the offsets `at`: x, x + channel_bias, or SCALE * (x + channel_bias + residual).
+
+    A sum with a residual is rounded to x's dtype, since it is stored and used elsewhere. 0 where masked.
+    """
+    v = tl.load(x + at, mask=mask, other=0.0).to(ACC)
+    if channel_bias is not None:
+        v = tl.where(mask, v + tl.load(channel_bias + bias_at, mask=bias_mask, other=0.0).to(ACC), 0.0)
+    if residual is not None:
+        v += tl.load(residual + at, mask=mask, other=0.0).to(ACC)
+        v = (v * SCALE).to(x.dtype.element_ty).to(ACC)
+    return v
 
 
 @triton.jit
@@ -52,6 +69,15 @@ def slope_z(dy, z, SILU: tl.constexpr):
 
 
 @triton.jit
+def slope_x(d_total, xhat, dz, gain, rstd, c1, c2, at, mask, SCALE: tl.constexpr, ACC: tl.constexpr):
+    """dx, with the gradient of a sum's other uses if there is one."""
+    out = rstd * (dz * gain - c2 - xhat * c1)
+    if d_total is not None:
+        out += tl.load(d_total + at, mask=mask, other=0.0).to(ACC)
+    return out * SCALE
+
+
+@triton.jit
 def store_parameter_sums(
     p1, p2, weight, bias, scale, sums, d_scale, d_shift, b, channels, num_samples, num_channels, mask, ACC: tl.constexpr
 ):  # fmt: skip
@@ -71,9 +97,10 @@ def store_parameter_sums(
 
 @triton.jit
 def sum_over_batch(
-    sums, d_weight, d_bias, num_samples, num_channels, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+    sums, d_weight, d_bias, d_channel_bias, num_samples, num_channels, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """dweight and dbias (C,) from the per-sample sums (2, B, C), in one order."""
+    """dweight, dbias and, if it is wanted, dchannel_bias (C,) from the per-sample sums (2 or 3, B, C), in one order."""
     channels = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < num_channels
     stride = tl.full((), num_samples, tl.int64) * num_channels
@@ -86,3 +113,28 @@ def sum_over_batch(
         second += tl.load(sums + stride + at, mask=mask, other=0.0).to(ACC)
     tl.store(d_weight + channels, tl.sum(first, 0).to(d_weight.dtype.element_ty), mask=inside)
     tl.store(d_bias + channels, tl.sum(second, 0).to(d_bias.dtype.element_ty), mask=inside)
+    if d_channel_bias is not None:
+        third = tl.zeros((ROWS, BLOCK), ACC)
+        for start in range(0, num_samples, ROWS):
+            rows = start + tl.arange(0, ROWS).to(tl.int64)
+            mask = (rows < num_samples)[:, None] & inside[None, :]
+            third += tl.load(
+                sums + 2 * stride + rows[:, None] * num_channels + channels[None, :], mask=mask, other=0.0
+            ).to(ACC)
+        tl.store(d_channel_bias + channels, tl.sum(third, 0).to(d_channel_bias.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_rows(
+    partial, out, num_rows, num_channels, channel_blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """out (O, C) from partial (O, num_rows, C), in one order."""
+    pid = tl.program_id(0).to(tl.int64)
+    output, channels = pid // channel_blocks, (pid % channel_blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = channels < num_channels
+    found = tl.zeros((ROWS, BLOCK), ACC)
+    for start in range(0, num_rows, ROWS):
+        rows = start + tl.arange(0, ROWS).to(tl.int64)
+        at = (output * num_rows + rows[:, None]) * num_channels + channels[None, :]
+        found += tl.load(partial + at, mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0).to(ACC)
+    tl.store(out + output * num_channels + channels, tl.sum(found, 0).to(out.dtype.element_ty), mask=inside)

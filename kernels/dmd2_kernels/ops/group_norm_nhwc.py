@@ -7,6 +7,9 @@ bytes. So tiles span many channels, and a group's statistics are merged from til
     forward    moments of (block, channel) -> merged to mean, rstd of (sample, group) -> y        2 reads, 1 write
     backward   P1, P2 of (block, channel)  -> merged to group means, parameter sums   -> dx       4 reads, 1 write
 
+Groups of small images are read once instead, by `group_norm_nhwc_once.py`. A bias and a residual are added as x is
+read, as in `group_norm_silu.py`; the first launch writes their sum.
+
 Moments are computed about each tile's own channel mean and merged in two passes, so that a large mean does not cancel.
 The formulas are in `_norm_math.py`.
 
@@ -21,8 +24,17 @@ from torch import Tensor
 from ..reference import accumulation_dtype
 from ._device import exact_div, exact_rsqrt
 from ._launch import launch, tl_accumulation
-from ._norm_math import activate, affine, slope_z, store_parameter_sums
-from .group_norm_silu import Gradients, parameter_gradients
+from ._norm_host import (
+    NOTHING_ABOVE,
+    NOTHING_ADDED,
+    Gradients,
+    Summands,
+    Upstream,
+    bias_gradient,
+    bias_stride,
+    parameter_gradients,
+)
+from ._norm_math import activate, affine, slope_x, slope_z, store_parameter_sums, summand
 
 MERGE_ROWS = 16
 
@@ -48,11 +60,14 @@ def _tile(num_pixels, num_channels, blocks, channel_blocks, ROWS: tl.constexpr, 
 
 @triton.jit
 def _moments(
-    x, partial, num_samples, num_pixels, num_channels, blocks, channel_blocks,
-    ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
+    x, channel_bias, residual, total, partial, num_samples, bias_stride, num_pixels, num_channels, blocks,
+    channel_blocks, ROWS: tl.constexpr, COLS: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    _, row, first, channels, inside, offs, mask = _tile(num_pixels, num_channels, blocks, channel_blocks, ROWS, COLS)
-    v = tl.load(x + offs, mask=mask, other=0.0).to(ACC)
+    b, row, first, channels, inside, offs, mask = _tile(num_pixels, num_channels, blocks, channel_blocks, ROWS, COLS)
+    bias_at = (b * bias_stride + channels)[None, :]
+    v = summand(x, channel_bias, residual, offs, bias_at, mask, inside[None, :], SCALE, ACC)
+    if total is not None:
+        tl.store(total + offs, v.to(total.dtype.element_ty), mask=mask)
     count = tl.minimum(num_pixels - first, ROWS).to(ACC)
     mean = exact_div(tl.sum(v, 0), tl.zeros((COLS,), ACC) + count, ACC)
     centred = tl.where(mask, v - mean[None, :], 0.0)
@@ -104,23 +119,26 @@ def _statistics(mean, rstd, b, channels, inside, num_groups, CG: tl.constexpr, A
 
 @triton.jit
 def _apply(
-    x, y, weight, bias, scale, shift, mean, rstd, num_groups, num_pixels, num_channels, blocks, channel_blocks,
-    CG: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
+    x, y, weight, bias, scale, shift, channel_bias, mean, rstd, num_groups, bias_stride, num_pixels, num_channels,
+    blocks, channel_blocks, CG: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     b, _, _, channels, inside, offs, mask = _tile(num_pixels, num_channels, blocks, channel_blocks, ROWS, COLS)
     gain, offset = affine(weight, bias, scale, shift, b, channels, num_channels, inside, ACC)
     m, r = _statistics(mean, rstd, b, channels, inside, num_groups, CG, ACC)
-    v = tl.load(x + offs, mask=mask, other=0.0).to(ACC)
+    bias_at = (b * bias_stride + channels)[None, :]
+    v = summand(x, channel_bias, None, offs, bias_at, mask, inside[None, :], 1.0, ACC)
     out = activate((v - m) * r * gain[None, :] + offset[None, :], SILU)
     tl.store(y + offs, out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _load_slopes(
-    dy, x, m, r, gain, offset, offs, mask, SILU: tl.constexpr, ACC: tl.constexpr
+    dy, x, channel_bias, m, r, gain, offset, offs, bias_at, mask, inside, SILU: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """(xhat, dz) of a tile, 0 outside the sample."""
-    xhat = tl.where(mask, (tl.load(x + offs, mask=mask, other=0.0).to(ACC) - m) * r, 0.0)
+    v = summand(x, channel_bias, None, offs, bias_at[None, :], mask, inside[None, :], 1.0, ACC)
+    xhat = tl.where(mask, (v - m) * r, 0.0)
     slope = tl.load(dy + offs, mask=mask, other=0.0).to(ACC)
     dz = slope_z(slope, xhat * gain[None, :] + offset[None, :], SILU)
     return xhat, tl.where(mask, dz, 0.0)
@@ -128,13 +146,16 @@ def _load_slopes(
 
 @triton.jit
 def _slope_sums(
-    dy, x, mean, rstd, weight, bias, scale, shift, partial, num_samples, num_groups, num_pixels, num_channels, blocks,
-    channel_blocks, CG: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
+    dy, x, mean, rstd, weight, bias, scale, shift, channel_bias, partial, num_samples, num_groups, bias_stride,
+    num_pixels, num_channels, blocks, channel_blocks, CG: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SILU: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     b, row, _, channels, inside, offs, mask = _tile(num_pixels, num_channels, blocks, channel_blocks, ROWS, COLS)
     gain, offset = affine(weight, bias, scale, shift, b, channels, num_channels, inside, ACC)
     m, r = _statistics(mean, rstd, b, channels, inside, num_groups, CG, ACC)
-    xhat, dz = _load_slopes(dy, x, m, r, gain, offset, offs, mask, SILU, ACC)
+    xhat, dz = _load_slopes(
+        dy, x, channel_bias, m, r, gain, offset, offs, b * bias_stride + channels, mask, inside, SILU, ACC
+    )
     stride = tl.full((), num_samples, tl.int64) * blocks * num_channels
     tl.store(partial + row * num_channels + channels, tl.sum(dz * xhat, 0), mask=inside)
     tl.store(partial + stride + row * num_channels + channels, tl.sum(dz, 0), mask=inside)
@@ -169,17 +190,21 @@ def _merge_slopes(
 
 @triton.jit
 def _apply_slopes(
-    dy, x, mean, rstd, weight, bias, scale, shift, means, dx, num_samples, num_groups, num_pixels, num_channels,
-    blocks, channel_blocks, CG: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr,
-    ACC: tl.constexpr,
+    dy, x, d_total, mean, rstd, weight, bias, scale, shift, channel_bias, means, dx, partial, num_samples, num_groups,
+    bias_stride, num_pixels, num_channels, blocks, channel_blocks, CG: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, SILU: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    b, _, _, channels, inside, offs, mask = _tile(num_pixels, num_channels, blocks, channel_blocks, ROWS, COLS)
+    b, row, _, channels, inside, offs, mask = _tile(num_pixels, num_channels, blocks, channel_blocks, ROWS, COLS)
     gain, offset = affine(weight, bias, scale, shift, b, channels, num_channels, inside, ACC)
     m, r = _statistics(mean, rstd, b, channels, inside, num_groups, CG, ACC)
     second = tl.full((), num_samples, tl.int64) * num_groups
     c1, c2 = _statistics(means, means + second, b, channels, inside, num_groups, CG, ACC)
-    xhat, dz = _load_slopes(dy, x, m, r, gain, offset, offs, mask, SILU, ACC)
-    out = r * (dz * gain[None, :] - c2 - xhat * c1)
+    xhat, dz = _load_slopes(
+        dy, x, channel_bias, m, r, gain, offset, offs, b * bias_stride + channels, mask, inside, SILU, ACC
+    )
+    out = slope_x(d_total, xhat, dz, gain[None, :], r, c1, c2, offs, mask, SCALE, ACC)
+    if partial is not None:
+        tl.store(partial + row * num_channels + channels, tl.sum(tl.where(mask, out, 0.0), 0), mask=inside)
     tl.store(dx + offs, out.to(dx.dtype.element_ty), mask=mask)
 
 
@@ -192,23 +217,32 @@ def forward(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd) of a channels_last x (B, C, H, W), in three launches; mean and rstd are (B, G)."""
+    added: Summands = NOTHING_ADDED,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(y, mean, rstd, total) of a channels_last x (B, C, H, W), in three launches; mean and rstd are (B, G)."""
     num_samples, num_channels, num_pixels = len(x), x.shape[1], x[0, 0].numel()
     cg, acc = num_channels // num_groups, tl_accumulation(x)
     rows, cols, blocks, channel_blocks = tiling(num_pixels, num_channels)
     grid, sizes = num_samples * blocks * channel_blocks, (num_pixels, num_channels, blocks, channel_blocks)
     mean = x.new_empty(num_samples, num_groups, dtype=accumulation_dtype(x))
     y, rstd = torch.empty_like(x), torch.empty_like(mean)
-    partial = mean.new_empty(2, num_samples, blocks, num_channels)
+    total = None if added.residual is None else torch.empty_like(x)
+    partial, stride = mean.new_empty(2, num_samples, blocks, num_channels), bias_stride(added.channel_bias)
     tile = {"ROWS": rows, "COLS": cols, "ACC": acc, "num_warps": 8}
-    launch(_moments, grid, x, partial, num_samples, *sizes, **tile)
+    launch(
+        _moments, grid, x, added.channel_bias, added.residual, total, partial, num_samples, stride, *sizes,
+        SCALE=added.scale, **tile,
+    )  # fmt: skip
     launch(
         _merge_moments, mean.numel(), partial, mean, rstd, num_samples, num_groups, num_pixels, blocks, EPS=eps, CG=cg,
         CG_P=triton.next_power_of_2(cg), ROWS=rows, NUM=MERGE_ROWS, ACC=acc, num_warps=4,
     )  # fmt: skip
-    launch(_apply, grid, x, y, weight, bias, scale, shift, mean, rstd, num_groups, *sizes, CG=cg, SILU=silu, **tile)
-    return y, mean, rstd
+    read, again = (x, added.channel_bias) if total is None else (total, None)
+    launch(
+        _apply, grid, read, y, weight, bias, scale, shift, again, mean, rstd, num_groups, stride, *sizes, CG=cg,
+        SILU=silu, **tile,
+    )  # fmt: skip
+    return y, mean, rstd, total
 
 
 def backward(
@@ -222,8 +256,9 @@ def backward(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
+    above: Upstream = NOTHING_ABOVE,
 ) -> Gradients:
-    """The gradients wrt. x, weight, bias, scale and shift for channels_last dy and x, in four launches."""
+    """The gradients for channels_last dy and x, in four launches, or five with a channel bias."""
     num_samples, num_channels, num_pixels = len(x), x.shape[1], x[0, 0].numel()
     cg, acc = num_channels // num_groups, tl_accumulation(mean)
     rows, cols, blocks, channel_blocks = tiling(num_pixels, num_channels)
@@ -233,12 +268,24 @@ def backward(
     dx = torch.empty_like(x)
     d_scale = None if scale is None else torch.empty_like(scale)
     d_shift = None if shift is None else torch.empty_like(shift)
-    vectors = (weight, bias, scale, shift)
+    again = None if above.total else above.channel_bias
+    vectors, stride = (weight, bias, scale, shift), bias_stride(again)
     tile = {"CG": cg, "ROWS": rows, "COLS": cols, "SILU": silu, "ACC": acc, "num_warps": 8}
-    launch(_slope_sums, grid, dy, x, mean, rstd, *vectors, partial, num_samples, num_groups, *sizes, **tile)
+    launch(
+        _slope_sums, grid, dy, x, mean, rstd, *vectors, again, partial, num_samples, num_groups, stride, *sizes, **tile
+    )
     launch(
         _merge_slopes, mean.numel(), partial, *vectors, means, sums, d_scale, d_shift, num_samples, num_groups,
         num_pixels, blocks, CG=cg, CG_P=triton.next_power_of_2(cg), NUM=MERGE_ROWS, ACC=acc, num_warps=4,
     )  # fmt: skip
-    launch(_apply_slopes, grid, dy, x, mean, rstd, *vectors, means, dx, num_samples, num_groups, *sizes, **tile)
-    return dx, *parameter_gradients(sums, weight, bias), d_scale, d_shift
+    more = above.d_total is not None or above.channel_bias is not None  # which need registers
+    third = None if above.channel_bias is None else partial[0]  # read by now, and written again
+    launch(
+        _apply_slopes, grid, dy, x, above.d_total, mean, rstd, *vectors, again, means, dx, third, num_samples,
+        num_groups, stride, *sizes, SCALE=above.scale, **{**tile, "num_warps": 16 if more else 8},
+    )  # fmt: skip
+    d_weight, d_bias, _ = parameter_gradients(sums, weight, bias, None)
+    d_channel_bias = None
+    if third is not None and above.channel_bias is not None:
+        d_channel_bias = bias_gradient(third, above.channel_bias)
+    return Gradients(dx, d_weight, d_bias, d_scale, d_shift, d_channel_bias)

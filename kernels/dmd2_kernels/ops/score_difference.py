@@ -1,25 +1,31 @@
 # mypy: allow-untyped-defs
-"""The distribution-matching loss in Triton: guidance, head, normaliser, loss and gradient.
+"""The distribution-matching gradient in Triton: guidance, head, normaliser, per-sample factor, gradient and its sums.
 
 With r the guided teacher and f the critic, both with the same head (a, k) at the same noisy x,
 
     d = x0_fake - x0_real = (a x + k f) - (a x + k r) = k (f - r),
 
 so the direction needs neither x0 nor x, and nothing large cancels for a large k (k = 14.6 at SD's last timestep);
-only the normaliser w = mean |x0 - x0_real| needs x0 and x. Division by w is deferred: a forward program reduces its
-chunk of a sample to sum |x0 - x0_real|, sum d^2 and the count of non-finite d, and `_finish` then computes
+only the normaliser w = mean |x0 - x0_real| needs x0 and x, and it does not need f. Hence
 
-    w = S1 / N,    sum g^2 = (sqrt(S2) / w)^2,    loss = sum_b sum g^2 / (2 B N).
+    up to 16,384 elements   `_whole_sample` keeps a sample in registers: each tensor is read once, the gradient written
+                            once, in one launch
+    above                   `_distances` reduces chunks of |x0 - x0_real| (x0, r and, if given, x and uncond: at most 4
+                            reads), then `_chunk_gradients` adds a sample's chunks in one order, in every program the
+                            same, and writes the gradient (r, f and uncond: at most 3 reads, 1 write)
 
-Backward recomputes d and writes g / (B N) times the upstream gradient. So a sample may have any number of programs,
-without atomics, a grid barrier or a second read of x0, and sums have a fixed order. `_whole_sample` keeps a sample of
-up to 16,384 elements in registers, with minimum traffic for loss and gradient: x0, r and f read once, g written once.
+Both write sums of the gradient beside it, per sample or per chunk, for the log; no launch finishes them. There are no
+atomics and no grid barrier, and sums have a fixed order. float64 (tests) takes the second form at any size.
 
 Special values are as in the reference: w = 0 makes 0/0 a 0 and d/0 the largest number, and all of g counts as
-non-finite; NaN in w makes the sample's g 0; NaN in d makes that element 0. Due to the deferred division only: |d| above
-1.8e19 overflows S2 (loss inf), below 1e-23 underflows it, and a finite d whose d / w overflows is not counted.
+non-finite; NaN in w makes the sample's g 0; NaN in d makes that element 0. Only a w below 2.9e-39 is taken for 0, as
+1 / w overflows.
 
-Shapes: B samples, N elements in each, K chunks of BLOCK elements.
+Networks run in channels_last and images are contiguous, so raw outputs (real, fake, uncond, also the gradient) and
+images (x0, x) may have different layouts: the elements of a sample are taken in the order of the raw outputs, and
+`image_place` finds them in the images. Nothing is copied to another layout.
+
+Shapes: B samples, N elements in each, K chunks of BLOCK elements, C channels.
 """
 
 import torch
@@ -27,32 +33,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _chunks
 from ..reference import accumulation_dtype
 from ._device import exact_div, is_nonfinite, nan_to_num
 from ._launch import launch, tl_accumulation
 
-WHOLE_SAMPLE = 16_384  # the largest sample that one program keeps in registers without spilling
 
+@triton.jit
+def image_place(b, start, offs, num, CHANNELS: tl.constexpr):
+    """(base, offsets) in the images of elements start + offs of sample b; those of the raw outputs are b num + start.
 
-def chunk(num: int) -> tuple[int, int]:
-    """(BLOCK, warps) from the elements of a sample only, so that results are equal across GPUs and batch sizes."""
-    if num <= 4096:
-        return 1024, 4
-    return (2048, 4) if num <= 16_384 else (4096, 8)
+    With CHANNELS above 1 the raw outputs are (H, W, C) and the images (C, H, W).
+    """
+    base, image = b * num + start, offs
+    if CHANNELS > 1:
+        n = start + offs
+        base, image = b * num, (n % CHANNELS) * (num // CHANNELS) + n // CHANNELS
+    return base, image
 
 
 @triton.jit
-def _difference(real, fake, k, uncond, b, base, offs, mask, SCALE: tl.constexpr, ACC: tl.constexpr):
-    """(r, d): the guided teacher, raw, and d = k (f - r)."""
+def _teacher(real, uncond, base, offs, mask, GUIDANCE: tl.constexpr, ACC: tl.constexpr):
+    """r: the teacher's raw output, guided."""
     r = tl.load(real + base + offs, mask=mask, other=0.0).to(ACC)
-    f = tl.load(fake + base + offs, mask=mask, other=0.0).to(ACC)
     if uncond is not None:
         u = tl.load(uncond + base + offs, mask=mask, other=0.0).to(ACC)
-        r = u + SCALE * (r - u)
-    d = f - r
+        r = u + GUIDANCE * (r - u)
+    return r
+
+
+@triton.jit
+def _direction(fake, k, r, b, base, offs, mask, ACC: tl.constexpr):
+    """d = k (f - r)."""
+    d = tl.load(fake + base + offs, mask=mask, other=0.0).to(ACC) - r
     if k is not None:
         d *= tl.load(k + b).to(ACC)
-    return r, d
+    return d
 
 
 @triton.jit
@@ -66,167 +82,88 @@ def _distance(x0, x, a, k, r, b, base, offs, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _partial_sums(
-    x0, real, fake, x, a, k, uncond, partial, num_samples, num, num_chunks,
-    SCALE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+def _write(
+    d, w, factor, grad, terms, squares, nonfinite, place, b, base, offs, mask, num_samples, num,
+    SCALE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    b, c = pid // num_chunks, pid % num_chunks
-    base = b * num + c * BLOCK
-    offs = tl.arange(0, BLOCK)
-    mask = offs < num - c * BLOCK
-    r, d = _difference(real, fake, k, uncond, b, base, offs, mask, SCALE, ACC)
-    distance = _distance(x0, x, a, k, r, b, base, offs, mask, ACC)
-    bad = tl.where(mask & is_nonfinite(d), 1.0, 0.0)
-    d = tl.where(mask & (d == d), d, 0.0)
-    stride = tl.full((), num_samples, tl.int64) * num_chunks  # partial: (3, B, K)
-    tl.store(partial + pid, tl.sum(distance))
-    tl.store(partial + stride + pid, tl.sum(d * d))
-    tl.store(partial + 2 * stride + pid, tl.sum(bad).to(ACC))
-
-
-@triton.jit
-def sum_chunks(partial, rows, num_samples, num_chunks, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
-    """The sums over K of ROWS rows of one (B, K) table, in one order."""
-    total = tl.zeros((ROWS, COLS), ACC)
-    for start in range(0, num_chunks, COLS):
-        cols = start + tl.arange(0, COLS)
-        mask = (rows < num_samples)[:, None] & (cols < num_chunks)[None, :]
-        total += tl.load(partial + rows[:, None] * num_chunks + cols[None, :], mask=mask, other=0.0).to(ACC)
-    return tl.sum(total, 1)
-
-
-@triton.jit
-def _finish(
-    partial, loss, weight, sq_norm, num_nonfinite, num_samples, num, num_chunks,
-    ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    count = tl.full((), num, ACC)
-    stride = tl.full((), num_samples, tl.int64) * num_chunks
-    total = tl.full((), 0.0, ACC)
-    for start in range(0, num_samples, ROWS):
-        rows = start + tl.arange(0, ROWS).to(tl.int64)
-        mask = rows < num_samples
-        s1 = sum_chunks(partial, rows, num_samples, num_chunks, ROWS, COLS, ACC)
-        s2 = sum_chunks(partial + stride, rows, num_samples, num_chunks, ROWS, COLS, ACC)
-        bad = sum_chunks(partial + 2 * stride, rows, num_samples, num_chunks, ROWS, COLS, ACC)
-        w = exact_div(s1, tl.zeros_like(s1) + count, ACC)
-        norm = exact_div(tl.sqrt(s2), w, ACC)
-        sq = tl.where(mask & (norm == norm), norm * norm, 0.0)
-        none = (w == 0.0) | (w != w)  # then no element of g is finite
-        tl.store(weight + rows, w, mask=mask)
-        tl.store(sq_norm + rows, sq, mask=mask)
-        tl.store(num_nonfinite + rows, tl.where(none, count, bad).to(tl.int64), mask=mask)
-        total += tl.sum(sq)
-    tl.store(loss, exact_div(total, 2.0 * count * tl.full((), num_samples, ACC), ACC))
-
-
-@triton.jit
-def _slopes(
-    go, weight, real, fake, k, uncond, grad, num_samples, num, num_chunks,
-    SCALE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    b, c = pid // num_chunks, pid % num_chunks
-    base = b * num + c * BLOCK
-    offs = tl.arange(0, BLOCK)
-    mask = offs < num - c * BLOCK
-    _, d = _difference(real, fake, k, uncond, b, base, offs, mask, SCALE, ACC)
-    g = nan_to_num(exact_div(d, tl.zeros_like(d) + tl.load(weight + b).to(ACC), ACC), ACC)
-    numel = tl.full((), num, ACC) * tl.full((), num_samples, ACC)
-    step = exact_div(tl.load(go).to(ACC), numel, ACC)
-    tl.store(grad + base + offs, (g * step).to(grad.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _whole_sample(
-    x0, real, fake, x, a, k, uncond, grad, weight, sq_norm, num_nonfinite, num_samples, num,
-    SCALE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    base = b * num
-    offs = tl.arange(0, BLOCK)
-    mask = offs < num
-    r, d = _difference(real, fake, k, uncond, b, base, offs, mask, SCALE, ACC)
-    count = tl.full((), num, ACC)
-    w = exact_div(tl.sum(_distance(x0, x, a, k, r, b, base, offs, mask, ACC)), count, ACC)
-    g = exact_div(d, tl.zeros_like(d) + w, ACC)
+    """Write a tile of the gradient, h g SCALE / (B N) with g = d / w, and its sums to a place in each table."""
+    g = d * exact_div(tl.full((), 1.0, ACC), w, ACC)  # 1 / w keeps what follows: 0, infinite and NaN w
     bad = tl.sum(tl.where(mask & is_nonfinite(g), 1.0, 0.0))
     g = tl.where(mask, nan_to_num(g, ACC), 0.0)
-    tl.store(weight + b, w)
-    tl.store(sq_norm + b, tl.sum(g * g))
-    tl.store(num_nonfinite + b, bad.to(tl.int64))
-    g = exact_div(g, tl.zeros_like(g) + count * tl.full((), num_samples, ACC), ACC)
+    numel = tl.full((), num, ACC) * tl.full((), num_samples, ACC)
+    square = tl.sum(g * g)
+    half = exact_div(square, 2.0 * numel, ACC)
+    if factor is not None:
+        h = tl.load(factor + b).to(ACC)
+        g *= h
+        half *= h
+    tl.store(squares + place, square)
+    tl.store(terms + place, half)
+    tl.store(nonfinite + place, bad.to(nonfinite.dtype.element_ty))
+    g *= exact_div(tl.full((), SCALE, ACC), numel, ACC)
     tl.store(grad + base + offs, g.to(grad.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _loss_of(sq_norm, loss, num_samples, num, ROWS: tl.constexpr, ACC: tl.constexpr):
-    total = tl.full((), 0.0, ACC)
-    for start in range(0, num_samples, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        total += tl.sum(tl.load(sq_norm + rows, mask=rows < num_samples, other=0.0).to(ACC))
-    count = tl.full((), num, ACC) * tl.full((), num_samples, ACC)
-    tl.store(loss, exact_div(total, 2.0 * count, ACC))
+def _whole_sample(
+    x0, real, fake, x, a, k, uncond, factor, grad, terms, weight, squares, nonfinite, num_samples, num,
+    GUIDANCE: tl.constexpr, SCALE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < num
+    base, image = image_place(b, 0, offs, num, CHANNELS)
+    r = _teacher(real, uncond, b * num, offs, mask, GUIDANCE, ACC)
+    w = exact_div(tl.sum(_distance(x0, x, a, k, r, b, base, image, mask, ACC)), tl.full((), num, ACC), ACC)
+    d = _direction(fake, k, r, b, b * num, offs, mask, ACC)
+    tl.store(weight + b, w)
+    _write(d, w, factor, grad, terms, squares, nonfinite, b, b, b * num, offs, mask, num_samples, num, SCALE, ACC)
 
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+@triton.jit
+def _distances(
+    x0, real, x, a, k, uncond, partial, num, num_chunks,
+    GUIDANCE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    b, c = pid // num_chunks, pid % num_chunks
+    offs = tl.arange(0, BLOCK)
+    mask = offs < num - c * BLOCK
+    base, image = image_place(b, c * BLOCK, offs, num, CHANNELS)
+    r = _teacher(real, uncond, b * num + c * BLOCK, offs, mask, GUIDANCE, ACC)
+    tl.store(partial + pid, tl.sum(_distance(x0, x, a, k, r, b, base, image, mask, ACC)))
 
 
-def outputs(x0: Tensor, dtype: torch.dtype) -> Outputs:
-    """Empty loss (), weight (B,), sq_norm (B,) and num_nonfinite (B,)."""
-    per_sample = x0.new_empty(len(x0), dtype=dtype)
-    counts = x0.new_empty(len(x0), dtype=torch.int64)
-    return x0.new_empty((), dtype=dtype), per_sample, torch.empty_like(per_sample), counts
+@triton.jit
+def _chunk_gradients(
+    partial, real, fake, k, uncond, factor, grad, terms, weight, squares, nonfinite, num_samples, num, num_chunks,
+    GUIDANCE: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    b, c = pid // num_chunks, pid % num_chunks
+    offs = tl.arange(0, BLOCK)
+    mask = offs < num - c * BLOCK
+    total = tl.zeros((COLS,), ACC)
+    for start in range(0, num_chunks, COLS):
+        cols = start + tl.arange(0, COLS)
+        total += tl.load(partial + b * num_chunks + cols, mask=cols < num_chunks, other=0.0).to(ACC)
+    w = exact_div(tl.sum(total), tl.full((), num, ACC), ACC)
+    tl.store(weight + b, w, mask=c == 0)
+    base = b * num + c * BLOCK
+    r = _teacher(real, uncond, base, offs, mask, GUIDANCE, ACC)
+    d = _direction(fake, k, r, b, base, offs, mask, ACC)
+    _write(d, w, factor, grad, terms, squares, nonfinite, pid, b, base, offs, mask, num_samples, num, SCALE, ACC)
 
 
-def forward(
-    x0: Tensor,
-    real: Tensor,
-    fake: Tensor,
-    x: Tensor | None,
-    a: Tensor | None,
-    k: Tensor | None,
-    uncond: Tensor | None,
-    scale: float,
-) -> Outputs:
-    """(loss, weight, sq_norm, num_nonfinite) of contiguous inputs, in two launches."""
-    tensors = (x0, real, fake, x, uncond)
-    num_samples, num = len(x0), x0[0].numel()
-    block, num_warps = chunk(num)
-    num_chunks = triton.cdiv(num, block)
-    out = outputs(x0, accumulation_dtype(*tensors))
-    partial = out[1].new_empty(3, num_samples, num_chunks)
-    acc = tl_accumulation(*tensors)
-    sizes = (num_samples, num, num_chunks)
-    launch(
-        _partial_sums, num_samples * num_chunks, x0, real, fake, x, a, k, uncond, partial, *sizes,
-        SCALE=scale, BLOCK=block, ACC=acc, num_warps=num_warps,
-    )  # fmt: skip
-    launch(_finish, 1, partial, *out, *sizes, ROWS=64, COLS=16, ACC=acc, num_warps=4)
-    return out
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def backward(
-    go: Tensor,
-    weight: Tensor,
-    real: Tensor,
-    fake: Tensor,
-    k: Tensor | None,
-    uncond: Tensor | None,
-    scale: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The gradient wrt. x0, of the given dtype, times the upstream gradient go (), in one launch."""
-    num_samples, num = len(real), real[0].numel()
-    block, num_warps = chunk(num)
-    num_chunks = triton.cdiv(num, block)
-    grad = torch.empty_like(real, dtype=dtype)
-    launch(
-        _slopes, num_samples * num_chunks, go, weight, real, fake, k, uncond, grad, num_samples, num, num_chunks,
-        SCALE=scale, BLOCK=block, ACC=tl_accumulation(weight), num_warps=num_warps,
-    )  # fmt: skip
-    return grad
+def tables(x0: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty terms (B * K,), weight (B,), squares (B, K) and non-finite counts (B, K) of an arithmetic in `dtype`."""
+    num_samples, num_chunks = len(x0), _chunks.matching_chunks(x0[0].numel(), dtype)
+    squares = x0.new_empty(num_samples, num_chunks, dtype=dtype)
+    counts = torch.empty_like(squares, dtype=torch.int64)
+    return squares.new_empty(num_samples * num_chunks), squares.new_empty(num_samples), squares, counts
 
 
 def loss_and_grad(
@@ -237,22 +174,41 @@ def loss_and_grad(
     a: Tensor | None,
     k: Tensor | None,
     uncond: Tensor | None,
+    factor: Tensor | None,
+    guidance: float,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """forward's four values and the gradient: two launches with minimum traffic, or three for a large sample."""
+    channels: int,
+    grad_dtype: torch.dtype,
+) -> Outputs:
+    """(terms, weight, squares, nonfinite) as in `tables`, and the gradient in real's layout, in one launch or two.
+
+    Inputs are dense and in one layout, or, with `channels` above 1, images are contiguous and raw outputs are
+    channels_last.
+    """
+    tensors = (x0, real, fake, x, uncond, factor)
     num_samples, num = len(x0), x0[0].numel()
-    tensors = (x0, real, fake, x, uncond)
-    if num > WHOLE_SAMPLE or accumulation_dtype(*tensors) == torch.float64:
-        out = forward(x0, real, fake, x, a, k, uncond, scale)
-        go = torch.ones_like(out[0])
-        return *out, backward(go, out[1], real, fake, k, uncond, scale, x0.dtype)
-    out = outputs(x0, accumulation_dtype(*tensors))
-    grad = torch.empty_like(x0)
-    block = max(triton.next_power_of_2(num), 128)
-    acc = tl_accumulation(*tensors)
+    dtype, acc = accumulation_dtype(*tensors), tl_accumulation(*tensors)
+    out, grad = tables(x0, dtype), torch.empty_like(real, dtype=grad_dtype)
+    if _chunks.in_one_launch(num, dtype):
+        block = max(triton.next_power_of_2(num), 128)
+        launch(
+            _whole_sample, num_samples, x0, real, fake, x, a, k, uncond, factor, grad, *out, num_samples, num,
+            GUIDANCE=guidance, SCALE=scale, CHANNELS=channels, BLOCK=block, ACC=acc,
+            num_warps=min(32, max(4, block // 512)),
+        )  # fmt: skip
+        return *out, grad
+    block, num_warps = _chunks.chunk(num)
+    num_chunks = out[2].shape[1]
+    partial = torch.empty_like(out[2])
     launch(
-        _whole_sample, num_samples, x0, real, fake, x, a, k, uncond, grad, *out[1:], num_samples, num,
-        SCALE=scale, BLOCK=block, ACC=acc, num_warps=min(16, max(4, block // 1024)),
+        _distances, num_samples * num_chunks, x0, real, x, a, k, uncond, partial, num, num_chunks,
+        GUIDANCE=guidance, CHANNELS=channels, BLOCK=block, ACC=acc, num_warps=num_warps,
     )  # fmt: skip
-    launch(_loss_of, 1, out[2], out[0], num_samples, num, ROWS=1024, ACC=acc, num_warps=4)
+    launch(
+        _chunk_gradients, num_samples * num_chunks,
+        partial, real, fake, k, uncond, factor, grad, *out, num_samples, num, num_chunks,
+        GUIDANCE=guidance, SCALE=scale, BLOCK=block,
+        COLS=min(1024, max(16, triton.next_power_of_2(num_chunks))),
+        ACC=acc, num_warps=num_warps,
+    )  # fmt: skip
     return *out, grad
