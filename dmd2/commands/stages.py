@@ -121,11 +121,13 @@ def train(
     stage.train(_spec(spec, "train"), teacher, latents, pairs, start, state, out, _runtime(runtime), components)
 
 
-def import_student(spec: SpecOption, generator: OptionalPath = None, networks: OptionalPath = None) -> None:
+def import_student(
+    spec: SpecOption, generator: OptionalPath = None, networks: OptionalPath = None, teacher: OptionalPath = None
+) -> None:
     """Import a released student from the file or folder that the spec names."""
     from dmd2.stages import imports
 
-    imports.student(_spec(spec, "import"), generator, networks)
+    imports.student(_spec(spec, "import"), generator, networks, teacher)
 
 
 def features(spec: SpecOption, weights: PathOption, images: OptionalPath = None) -> None:

@@ -5,7 +5,7 @@ Defaults are the paper's for ImageNet-64 (arXiv 2405.14867, appendix F.2) unless
 
 from __future__ import annotations
 
-from dmd2.config.base import Beta, Model, Precision, Seed, WeightsFile
+from dmd2.config.base import Beta, Model, Precision, Seed, StudentWeights, WeightsFile
 from dmd2.config.data import Captions, Data, Prompts
 from dmd2.config.evaluation import ClipModel, Evaluation, Features, Latency, Pairs, Sampler
 from dmd2.config.preset import Preset, Run, RunFile
@@ -16,6 +16,7 @@ from dmd2.config.teacher import (
     DiffusersTraining,
     ModelFolder,
     Network,
+    OwnNetwork,
     TeacherConfig,
     TeacherTraining,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Model",
     "ModelFolder",
     "Network",
+    "OwnNetwork",
     "Pairs",
     "Precision",
     "Preset",
@@ -46,6 +48,7 @@ __all__ = [
     "Runtime",
     "Sampler",
     "Seed",
+    "StudentWeights",
     "TeacherConfig",
     "TeacherTraining",
     "Train",

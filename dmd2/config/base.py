@@ -27,3 +27,11 @@ class WeightsFile(Model):
 
     path: str
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+
+
+class StudentWeights(WeightsFile):
+    """The weights of an imported student: its whole network, or adapters of the preset's teacher."""
+
+    lora_rank: int | None = Field(
+        None, gt=0, description="of low-rank adapters in the file, which the import adds to the teacher's weights"
+    )

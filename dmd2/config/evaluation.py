@@ -146,6 +146,8 @@ class Evaluation(Model):
     def _protocols_differ(self) -> Self:
         if len(set(self.protocols)) < len(self.protocols):
             raise ValueError(f"protocols {list(self.protocols)}: one is listed twice")
+        if len({PROTOCOLS[name].sampling for name in self.protocols}) > 1:
+            raise ValueError(f"protocols {list(self.protocols)}: they sample differently; use one of them at a time")
         if self.measures and len(set(self.measures)) < len(self.measures):
             raise ValueError(f"measures {list(self.measures)}: one is listed twice")
         if self.measures and "fid" not in self.measures:

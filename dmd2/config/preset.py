@@ -7,11 +7,11 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dmd2.config.base import Model, WeightsFile
+from dmd2.config.base import Model, StudentWeights
 from dmd2.config.data import Data, Prompts
 from dmd2.config.evaluation import Evaluation, Features, Pairs, Sampler
 from dmd2.config.protocols import CAPTIONS_ONLY, CLASSES_ONLY, PROTOCOLS
-from dmd2.config.teacher import AnyTeacher
+from dmd2.config.teacher import AnyTeacher, DiffusersTeacherConfig, OwnNetwork
 from dmd2.config.train import Runtime, Train
 
 STOCHASTIC = ("DDPMScheduler", "LCMScheduler", "EulerAncestralDiscreteScheduler")
@@ -84,6 +84,12 @@ class Preset(Model):
             self._check_share("teacher.training.batch_size", self.teacher.training.batch_size)
         return self
 
+    @model_validator(mode="after")
+    def _own_network_is_a_runs(self) -> Self:
+        if isinstance(self.teacher, DiffusersTeacherConfig) and self.teacher.own is not None:
+            raise ValueError("teacher.own: it belongs to a run with `weights`; move it there")
+        return self
+
     def check(self, train: Train) -> None:
         """Raises ValueError if a run exceeds the teacher's noise levels, or `gpus` does not divide its batch."""
         last = self.teacher.num_levels - 1
@@ -107,7 +113,19 @@ class RunFile(Model):
 
     description: str
     train: dict[str, Any] = Field({}, description="over the preset's `train`")
-    weights: WeightsFile | None = Field(None, description="a released student to import instead of training one")
+    weights: StudentWeights | None = Field(None, description="a released student to import instead of training one")
+    own: OwnNetwork | None = Field(
+        None,
+        description="of weights that are no student of DMD2: their differences from the teacher; {} if there are none",
+    )
+
+    @model_validator(mode="after")
+    def _own_network_is_imported(self) -> Self:
+        if self.own is not None and self.weights is None:
+            raise ValueError("`own` belongs to a run with `weights`: students trained here have the teacher's network")
+        if self.own is not None and self.own.network and self.weights and self.weights.lora_rank:
+            raise ValueError("`own.network` does not go with `weights.lora_rank`: adapters have the teacher's network")
+        return self
 
 
 class Run(Model):
@@ -116,4 +134,5 @@ class Run(Model):
     name: str
     description: str
     train: Train
-    weights: WeightsFile | None = None
+    weights: StudentWeights | None = None
+    own: OwnNetwork | None = None

@@ -142,7 +142,19 @@ def load_run(folder: Path | str, name: str, preset: Preset) -> Run:
         preset.check(train)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    return Run(name=name, description=file.description, train=train, weights=file.weights)
+    return Run(name=name, description=file.description, train=train, weights=file.weights, own=file.own)
+
+
+def checked_import(run: Run, preset: Preset) -> Run:
+    """The run itself. Raises UserError for an import that does not go with the preset's kind of teacher."""
+    of_diffusers = {"own": run.own, "weights.lora_rank": run.weights and run.weights.lora_rank}
+    found = [key for key, value in of_diffusers.items() if value is not None]
+    if found and not isinstance(preset.teacher, DiffusersTeacherConfig):
+        raise UserError(
+            f"run {run.name} on preset {preset.name}: `{found[0]}` belongs to teachers of kind diffusers, not "
+            f"{preset.teacher.kind}; use another preset"
+        )
+    return run
 
 
 _KINDS: dict[str, type[BaseModel]] = {

@@ -110,6 +110,24 @@ class ModelFolder(Model):
     variant: str | None = Field(None, description="variant of the weight files, such as fp16")
 
 
+Kind = Literal["epsilon", "v_prediction", "sample", "flow"]
+"""What a network of diffusers predicts."""
+
+
+class OwnNetwork(Model):
+    """In what an imported network, which a scheduler of diffusers samples from, differs from the preset's teacher."""
+
+    network: dict[str, Any] = Field({}, description="keys over those of `teacher.network`")
+    prediction: Kind | None = Field(None, description="none: the teacher's")
+    embedded_guidance: float | None = Field(
+        None, description="guidance scale embedded as a condition, of a network with time_cond_proj_dim (LCM)"
+    )
+    time_ids_size: int | None = Field(None, gt=0, description="SDXL's kind: side in its time ids; none: the data's")
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # its mapping has no hash
+
+
 class DiffusersTeacherConfig(Model):
     """A latent text-to-image teacher with a U-Net of diffusers: trained here, or loaded from a folder.
 
@@ -118,7 +136,7 @@ class DiffusersTeacherConfig(Model):
 
     kind: Literal["diffusers"]
     network: dict[str, Any] = Field(description="configuration of diffusers' UNet2DConditionModel, or {like: NAME}")
-    prediction: Literal["epsilon", "v_prediction", "sample", "flow"] = "epsilon"
+    prediction: Kind = "epsilon"
     num_levels: int = Field(1000, gt=1)
     beta_start: float = Field(0.00085, gt=0)
     beta_end: float = Field(0.012, gt=0)
@@ -130,6 +148,7 @@ class DiffusersTeacherConfig(Model):
     posterior_seed: Seed = Field(0, description="of the sample of the autoencoder's posterior that is stored")
     training: DiffusersTraining | None = None
     weights: ModelFolder | None = None
+    own: OwnNetwork | None = Field(None, description="of an imported run, as its `own`; not of a preset")
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())  # its mappings have no hash

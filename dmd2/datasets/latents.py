@@ -65,7 +65,7 @@ def write_latents(
         spec,
         batch_size=batch_size,
         check=encoder.check,
-        inputs=content_id(manifest),
+        inputs=content_id(manifest) + getattr(codec, "facts", {}).get("encoder_sha256", ""),
         facts=facts,
         notes=encoder.speed,
         **options,

@@ -21,6 +21,7 @@ from dmd2 import files
 from dmd2.config import Data, Model, ModelFolder, Preset, Prompts, Run, WeightsFile
 from dmd2.config.data import is_url
 from dmd2.config.reading import parse, read_yaml
+from dmd2.downloads.hub import is_hub_id, resolve
 from dmd2.errors import UserError
 from dmd2.progress import Progress
 
@@ -80,12 +81,20 @@ def record_of(name: str) -> Path:
     return FOLDER / f"{name}.json"
 
 
-def requirement(path: str | None, key: str, catalogue: dict[str, Download], *, done: bool = False) -> Path | None:
+def requirement(
+    path: str | WeightsFile | ModelFolder | None, key: str, catalogue: dict[str, Download], *, done: bool = False
+) -> Path | None:
     """The record that a job must wait for before it reads `path`; None where it may start at once.
 
     `key` names the setting in errors; `done` says that what is made from the file is there, so that it may be gone.
-    Raises UserError for a path where nothing lies and nothing can be put, and for a file that is gone from its record.
+    Raises UserError for a path where nothing lies and nothing can be put, for a file that is gone from its record, and
+    for a repository of the hub that is not in its local cache.
     """
+    if isinstance(path, ModelFolder) and not done and is_hub_id(path.path) and not Path(path.path).exists():
+        resolve(path)
+        return None
+    if isinstance(path, WeightsFile | ModelFolder):
+        path, key = path.path, f"{key}.path"
     if path is None:
         return None
     file = Path(path)
@@ -118,7 +127,9 @@ def _paths(model: Model, prefix: str) -> Iterator[tuple[str, str]]:
     """Every path named in a model or in the models in it, with its key."""
     for name in type(model).model_fields:
         value = getattr(model, name)
-        if isinstance(value, WeightsFile | ModelFolder | Prompts):
+        if isinstance(value, ModelFolder):
+            yield f"{prefix}{name}", _local_path(value)
+        elif isinstance(value, WeightsFile | Prompts):
             if value.path is not None:
                 yield f"{prefix}{name}", value.path
         elif isinstance(value, Data):
@@ -128,6 +139,16 @@ def _paths(model: Model, prefix: str) -> Iterator[tuple[str, str]]:
                 yield f"{prefix}{name}.annotations", value.annotations
         elif isinstance(value, Model):
             yield from _paths(value, f"{prefix}{name}.")
+
+
+def _local_path(model: ModelFolder) -> str:
+    """The path of a model: its folder, or that of its repository in the hub's cache if it is there."""
+    if not is_hub_id(model.path):
+        return model.path
+    try:
+        return str(resolve(model))
+    except UserError:
+        return model.path
 
 
 def state(path: str, catalogue: dict[str, Download]) -> str:

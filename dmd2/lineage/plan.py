@@ -22,7 +22,7 @@ from dmd2.config import (
     TeacherConfig,
     Train,
 )
-from dmd2.config.reading import load_preset, load_run
+from dmd2.config.reading import checked_import, load_preset, load_run
 from dmd2.errors import UserError
 from dmd2.lineage.spec import Spec
 
@@ -54,7 +54,7 @@ class Plan:
     def _requested(self, name: str, where: str) -> Run:
         """The run `name`; a UserError starts with `where` it was requested."""
         try:
-            return self.run(name)
+            return checked_import(self.run(name), self.preset)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 
@@ -128,6 +128,11 @@ class Plan:
         """The teacher section of stages that read its weights, whose origin is in the teacher stage's digest."""
         return self.preset.teacher.model_copy(update={"training": None, "weights": None})
 
+    def _teacher_of(self, run: str) -> AnyTeacher:
+        """The teacher section of a run's network: an imported one may differ from the teacher's."""
+        own = self.run(run).own
+        return self._teacher if own is None else self._teacher.model_copy(update={"own": own})
+
     @cached_property
     def _features(self) -> Features:
         """The features section of stages that read the extractor written by the features stage."""
@@ -176,7 +181,11 @@ class Plan:
         """The training of a run, or the import of a released one."""
         train = self.run(run).train
         if (weights := self.run(run).weights) is not None:
-            return Spec.of("import", run, data=self._data, teacher=self._teacher, weights=weights)
+            upstream = {"teacher": self.teacher} if weights.lora_rank else {}
+            # The record has the student's steps, for images outside the workflow; one step from pure noise is usual.
+            usual = (train.num_steps, train.student_levels) == (1, None) or self.run(run).own is not None
+            steps, teacher = None if usual else self._steps(train), self._teacher_of(run)
+            return Spec.of("import", run, upstream, data=self._data, teacher=teacher, weights=weights, train=steps)
         upstream = {"teacher": self.teacher, "latents": self.latents}
         if train.regression_weight > 0:
             upstream["pairs"] = self.pairs
@@ -185,6 +194,11 @@ class Plan:
         upstream = self._with_components(upstream)
         sections = {"data": self._data, "teacher": self._teacher, "prompts": self.preset.prompts}
         return Spec.of("train", run, upstream, train=train, **sections)
+
+    @staticmethod
+    def _steps(train: Train) -> Train:
+        """The keys of a run that an imported student is sampled by."""
+        return Train.model_validate({"num_steps": train.num_steps, "student_levels": train.student_levels})
 
     def select(self, entry: str) -> Spec:
         """The selection of an entry's snapshot: of an iteration, or the best by FID on the run's curve."""
@@ -204,9 +218,9 @@ class Plan:
         content: dict[str, Any] = {"data": self._data, "teacher": self._teacher, "sampler": sampler}
         if model == "teacher":
             return content | {"upstream": self._with_components({"model": self.teacher}), "seed": seed}
-        train = self.run(model).train
-        steps = {"num_steps": train.num_steps, "student_levels": train.student_levels}
-        content["train"] = Train.model_validate(steps) if self.run(model).weights else train
+        train, content["teacher"] = self.run(model).train, self._teacher_of(model)
+        if self.run(model).own is None:
+            content["train"] = self._steps(train) if self.run(model).weights else train
         made = self.select(entry) if sampler.is_selected else self.train(model)
         offset = CURVE_SEED_OFFSET if sampler.checkpoint == "best" else 0
         upstream = self._with_components({"model": made})
@@ -278,12 +292,14 @@ class Plan:
                 f"{', '.join(self.preset.samplers)}; add it there, or give the row `only` with the presets that have it"
             )
         sampler = self.preset.samplers[name]
-        if (model == "teacher") != sampler.of_teacher:
-            wanted = "a sampler of a teacher" if model == "teacher" else "a few_step sampler"
+        run = None if model == "teacher" else self._requested(model, f"entry {entry}")
+        as_teacher = run is None or run.own is not None
+        if as_teacher != sampler.of_teacher:
+            wanted = "a sampler of a teacher" if as_teacher else "a few_step sampler"
             raise UserError(f"entry {entry}: {model} needs {wanted}, but {name} is {sampler.kind}")
-        if model == "teacher":
+        if run is None:
             return model, name
-        run, checkpoint = self._requested(model, f"entry {entry}"), sampler.checkpoint
+        checkpoint = sampler.checkpoint
         if run.weights and sampler.is_selected:
             raise UserError(f"entry {entry}: {model} is imported, with no snapshots to choose from; use another")
         if sampler.ema_length is not None and run.train.ema_lengths is None:

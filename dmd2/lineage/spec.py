@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr
 
-from dmd2.config import AnyTeacher, Data, Evaluation, Features, Model, Pairs, Prompts, Sampler, Train, WeightsFile
+from dmd2.config import AnyTeacher, Data, Evaluation, Features, Model, Pairs, Prompts, Sampler, StudentWeights, Train
 from dmd2.config.reading import parse, read_mapping, read_yaml
 
 VERSIONS = {
@@ -51,7 +51,7 @@ class Spec(Model):
     evaluation: Evaluation | None = None
     prompts: Prompts | None = None
     train: Train | None = None
-    weights: WeightsFile | None = None
+    weights: StudentWeights | None = None
     upstream: dict[str, str] = Field({}, description="digests of the stages whose outputs this one reads")
     _inputs: tuple[Spec, ...] = PrivateAttr(())
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dmd2.method.denoiser import Cond, Denoiser, guided
-from dmd2.method.noise import NoiseGrid, StudentSteps, add_noise
+from dmd2.method.noise import NoiseGrid, StudentSteps, add_noise, expand
 
 Noise = Callable[[], Tensor]
 
@@ -33,11 +33,22 @@ def simulate(generator: Denoiser, cond: Cond, steps: StudentSteps, k: int, noise
         return x, _level(steps.sigmas[k], x)
 
 
-def few_step(generator: Denoiser, cond: Cond, steps: StudentSteps, noise: Noise) -> Tensor:
-    """Samples of a student: x0 (B, ...)."""
+def few_step(
+    generator: Denoiser, cond: Cond, steps: StudentSteps, noise: Noise, *, alpha_bar: float | None = None
+) -> Tensor:
+    """Samples of a student: x0 (B, ...).
+
+    With `alpha_bar` the last estimate is (z - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), another alpha_bar than the
+    level's own: z = x / sqrt(1 + sigma^2) is the input of a variance-preserving network, eps its estimate.
+    """
     with torch.no_grad():
         x, sigma = simulate(generator, cond, steps, len(steps.sigmas) - 1, noise)
-        return generator(x, sigma, cond)
+        x0 = generator(x, sigma, cond)
+        if alpha_bar is None:
+            return x0
+        eps = (x - x0) / expand(sigma, x)
+        z = x / expand((1 + sigma.square()).sqrt(), x)
+        return (z - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
 
 
 def _level(sigma: float, like: Tensor) -> Tensor:

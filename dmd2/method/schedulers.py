@@ -23,6 +23,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "DPMSolverMultistepScheduler": {},
     "EulerAncestralDiscreteScheduler": {},
     "EulerDiscreteScheduler": {},
+    "LCMScheduler": {},
     "PNDMScheduler": {"skip_prk_steps": True, "set_alpha_to_one": False},
     "UniPCMultistepScheduler": {},
 }

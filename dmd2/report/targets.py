@@ -21,7 +21,7 @@ from dmd2.report.tables import check_presets, load_table, measured_entries, time
 
 RESERVED_PRESETS = frozenset({"bench", "reference", "downloads", "tables"})
 """Folders of `results/`, `data/` and `logs/` that do not belong to a preset."""
-RESERVED_RUNS = frozenset({"teacher", "features", "figures", FLOOR})
+RESERVED_RUNS = frozenset({"components", "teacher", "features", "figures", FLOOR})
 """Folders of `results/PRESET/` that do not belong to a run."""
 
 

@@ -17,6 +17,7 @@ from dmd2.progress import Counter
 from dmd2.stages.open_weights import checked_record, components_folder, open_teacher
 from dmd2.stages.sample import SHARD_TIMEOUT_MINUTES, from_teacher
 from dmd2.teachers import load_space
+from dmd2.teachers.text_encoder import report_truncated
 from dmd2.training import ranks
 from dmd2.training.rng import SampleNoise, step_rng
 
@@ -53,6 +54,7 @@ def latents(spec: Spec, images: Path, manifest: Path, runtime: Runtime, componen
             barrier=ranks.barrier,
             progress=Counter("latents"),
         )
+    report_truncated(conditioner, "latents")
 
 
 def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime, components: Path | None = None) -> None:
@@ -85,6 +87,7 @@ def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime, component
             barrier=ranks.barrier,
             progress=Counter("pairs", settings.num_pairs),
         )
+    report_truncated(teacher.conditioner, "pairs")
 
 
 def _pair_tokens(spec: Spec, teacher: Teacher, ids: range) -> Cond:

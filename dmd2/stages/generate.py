@@ -58,6 +58,10 @@ def open_run(weights: Path, device: torch.device | str, *, steps: int = 25, guid
     spec = parse(Spec, record["provenance"]["spec"], f"record of {path}")
     teacher = spec.need("teacher")
     folder = None
+    if not isinstance(teacher, TeacherConfig) and teacher.own is not None:
+        raise UserError(
+            f"{path} is a model with a scheduler of its own, not a student of DMD2; sample it by a row of a table"
+        )
     if not isinstance(teacher, TeacherConfig):
         components = path.parent.parent / COMPONENTS
         if not components.exists():

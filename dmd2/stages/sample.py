@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmd2.config import DiffusersTeacherConfig, Runtime, Sampler
-from dmd2.config.protocols import PROTOCOLS
+from dmd2.config import DiffusersTeacherConfig, Evaluation, Runtime, Sampler
+from dmd2.config.protocols import PROTOCOLS, Protocol
 from dmd2.datasets import write_shards
 from dmd2.datasets.prompts import load_prompts
 from dmd2.lineage.spec import Spec
@@ -24,6 +25,7 @@ from dmd2.progress import Counter
 from dmd2.report.table_schema import TRAINING
 from dmd2.stages.batches import num_cut
 from dmd2.stages.open_weights import checked_record, open_teacher
+from dmd2.teachers.text_encoder import TextConditioner
 from dmd2.training import ranks
 from dmd2.training.rng import SampleNoise
 
@@ -40,7 +42,27 @@ def open_model(
     """Loads an entry's model on `device`, with the sampler's precision."""
     model = open_teacher(spec, weights, upstream="model", components=components).to(device)
     model.denoiser.precision = sampler.precision
+    if _protocol(spec).first_tokenizer and isinstance(model.conditioner, TextConditioner):
+        model.conditioner.use_first_tokenizer()
     return model
+
+
+def _protocol(spec: Spec) -> Protocol:
+    """The first protocol; the others sample as it does (checked in the configuration)."""
+    return PROTOCOLS[(spec.evaluation or Evaluation()).protocols[0]]
+
+
+@contextmanager
+def tensor_float_32(allowed: bool) -> Iterator[None]:
+    """Allows TensorFloat-32 in products and convolutions on GPUs; if it is not allowed, torch's settings stay."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    if allowed:
+        matmul.allow_tf32 = cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def sample_x0(spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler: Sampler, seed: int) -> Tensor:
@@ -74,14 +96,16 @@ def from_student(spec: Spec, teacher: Teacher, cond: Cond, noise: SampleNoise) -
     """
     train, config = spec.need("train"), spec.need("teacher")
     steps = teacher.grid.student_steps(train.num_steps, train.student_levels)
-    if isinstance(config, DiffusersTeacherConfig):
+    from_last = list(steps.levels) == [len(teacher.grid.sigmas) - 1]
+    alpha_bar = _protocol(spec).alpha_bar if from_last else None
+    if isinstance(config, DiffusersTeacherConfig) and alpha_bar is None:
         from dmd2.teachers.export import has_stock_scheduler, sample_as_stock, student_scheduler  # slow
 
         if has_stock_scheduler(config, steps.levels):
             network: Any = teacher.denoiser
             scheduler = student_scheduler(config, steps.levels)
             return sample_as_stock(network, cond, scheduler, len(steps.levels), noise(), noise.rngs)
-    return sampling.few_step(teacher.denoiser, cond, steps, noise)
+    return sampling.few_step(teacher.denoiser, cond, steps, noise, alpha_bar=alpha_bar)
 
 
 def from_teacher(spec: Spec, teacher: Teacher, cond: Cond, noise: SampleNoise, sampler: Sampler) -> Tensor:
@@ -111,9 +135,10 @@ def sample_images(
     spec: Spec, teacher: Teacher, ids: Sequence[int] | range, sampler: Sampler, seed: int
 ) -> list[Images]:
     """Decodes `sample_x0` under each protocol of the spec: one uint8 (len(ids), H, W, C) each, from the same x0."""
-    x0 = sample_x0(spec, teacher, ids, sampler, seed)
     names = spec.need("evaluation").protocols
-    return [teacher.codec.decode(x0, rounding=PROTOCOLS[name].rounding) for name in names]
+    with tensor_float_32(_protocol(spec).tf32):
+        x0 = sample_x0(spec, teacher, ids, sampler, seed)
+        return [teacher.codec.decode(x0, rounding=PROTOCOLS[name].rounding) for name in names]
 
 
 def maker(

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.config import ModelFolder
+from dmd2.downloads.hub import resolve
 from dmd2.errors import UserError
 from dmd2.files import read_json
-from dmd2.teachers.diffusers_folder import WEIGHTS, parts_of, resolve, weight_files
+from dmd2.teachers.diffusers_folder import WEIGHTS, parts_of, weight_files
 
 RECORD = "components.json"
 SETTINGS = ("*.json", "*.txt")

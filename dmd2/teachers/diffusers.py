@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmd2.config import Data, DiffusersTeacherConfig
+from dmd2.config import Data, DiffusersTeacherConfig, OwnNetwork
+from dmd2.downloads.hub import resolve
 from dmd2.errors import UserError
 from dmd2.files import read_json
 from dmd2.method.denoiser import Teacher
 from dmd2.method.noise import NoiseGrid
 from dmd2.teachers.autoencoder import AutoencoderCodec
-from dmd2.teachers.diffusers_folder import check_components, load_autoencoder, load_text, resolve, weight_files
+from dmd2.teachers.diffusers_folder import check_components, load_autoencoder, load_text, weight_files
 from dmd2.teachers.diffusers_unet import DiffusersDenoiser, build_unet
 from dmd2.teachers.predictions import FLOW
 from dmd2.teachers.text_encoder import TextConditioner, TextShape
@@ -42,7 +43,7 @@ def noise_grid(teacher: DiffusersTeacherConfig) -> NoiseGrid:
 
 def _settings(teacher: DiffusersTeacherConfig, data: Data) -> tuple[dict[str, Any], TextShape]:
     """The U-Net's configuration, checked against the data's size, and the text that it attends to."""
-    config = unet_config(teacher.network)
+    config = unet_config({**teacher.network, **(teacher.own.network if teacher.own else {})})
     size = data.resolution // teacher.latent_factor
     config.setdefault("sample_size", size)
     if data.resolution % teacher.latent_factor or config["sample_size"] != size:
@@ -68,7 +69,7 @@ def latent_space(
     """The codec and the conditioner of a components folder; without one those of a plan, which have no networks."""
     _, shape = _settings(teacher, data)
     options: dict[str, Any] = {"min_psnr": teacher.min_psnr, "posterior_seed": teacher.posterior_seed}
-    size = data.resolution
+    size = (teacher.own and teacher.own.time_ids_size) or data.resolution
     time_ids = (size, size, 0, 0, size, size)  # original size, crop, target size (arXiv 2307.01952, section 2.2)
     if components is None:
         return AutoencoderCodec(None, data, **options), TextConditioner(shape, null=teacher.null, time_ids=time_ids)
@@ -104,7 +105,8 @@ def load_diffusers(
         state = None if weights is None else read_weights(weights)
     codec, conditioner = latent_space(teacher, data, components)
     grid = noise_grid(teacher)
-    denoiser = _denoiser(config, grid, teacher.prediction, state, seed, where)
+    own = teacher.own or OwnNetwork()
+    denoiser = _denoiser(config, grid, own.prediction or teacher.prediction, own.embedded_guidance, state, seed, where)
     return Teacher(
         denoiser=denoiser.eval().requires_grad_(False),
         grid=grid,
@@ -114,6 +116,17 @@ def load_diffusers(
         sigma_data=None,
         storage=teacher.storage,
     )
+
+
+def import_unet(teacher: DiffusersTeacherConfig, data: Data) -> tuple[dict[str, Tensor], list[Path]]:
+    """The state dict of the U-Net in the configured model folder, and the files that it was read from.
+
+    Its values have the files' dtypes. Raises UserError if it is not there, or is another network than configured.
+    """
+    assert teacher.weights is not None
+    config, _ = _settings(teacher, data)
+    folder, variant = resolve(teacher.weights), teacher.weights.variant
+    return read_unet(folder, config, variant), weight_files(folder, "unet", variant)
 
 
 def read_unet(folder: Path, config: dict[str, Any], variant: str | None = None) -> dict[str, Tensor]:
@@ -126,17 +139,23 @@ def read_unet(folder: Path, config: dict[str, Any], variant: str | None = None) 
 
 
 def _denoiser(
-    config: dict[str, Any], grid: NoiseGrid, prediction: str, state: dict[str, Tensor] | None, seed: int, where: str
+    config: dict[str, Any],
+    grid: NoiseGrid,
+    prediction: str,
+    embedded_guidance: float | None,
+    state: dict[str, Tensor] | None,
+    seed: int,
+    where: str,
 ) -> DiffusersDenoiser:
     sigmas = grid.sigmas.to(torch.get_default_device())
     if state is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return DiffusersDenoiser(build_unet(config), sigmas, prediction)
+            return DiffusersDenoiser(build_unet(config), sigmas, prediction, embedded_guidance=embedded_guidance)
     with torch.device("meta"):
         unet = build_unet(config)
     check_state(state, unet.state_dict(), where)
     if bad := [name for name, value in state.items() if not math.isfinite(value.float().sum().item())]:
         raise UserError(f"{where}: {len(bad)} weights contain NaN or infinity, the first {bad[0]}; fetch it again")
     unet.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    return DiffusersDenoiser(unet, sigmas, prediction)
+    return DiffusersDenoiser(unet, sigmas, prediction, embedded_guidance=embedded_guidance)

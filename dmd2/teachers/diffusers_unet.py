@@ -16,7 +16,7 @@ from dmd2.errors import UserError
 from dmd2.method.denoiser import Cond, Denoiser, Prediction
 from dmd2.method.noise import expand
 from dmd2.teachers.diffusers_layers import Recomputed, norm_act, replace_layers
-from dmd2.teachers.predictions import boundaries, input_scale, linear_head, timestep
+from dmd2.teachers.predictions import boundaries, guidance_embedding, input_scale, linear_head, timestep
 from dmd2.teachers.unet_configs import check_config
 
 Precision = Literal["fp32", "bf16"]
@@ -45,12 +45,15 @@ class DiffusersDenoiser(Denoiser):
     Conditions are `text` (B, L, D) and, for U-Nets of SDXL's kind, `pooled` (B, P) and `time_ids` (B, 6). It takes the
     U-Net's layers as its own, so that the names of its parameters and of its state dict are the U-Net's.
 
+    `embedded_guidance` is the guidance scale that conditions a U-Net with `time_cond_proj_dim` (LCM).
+
     `precision` is the compute dtype, whatever the weights' dtype is; preconditioning and outputs are float32 (float64
     for a float64 x). Taps are the output of the middle block, then the last skip of each finer level.
     """
 
     predicts_x0 = False
     limits: Tensor
+    guidance_cond: Tensor | None
     conv_in: nn.Module
     time_proj: nn.Module
     time_embedding: nn.Module
@@ -64,11 +67,17 @@ class DiffusersDenoiser(Denoiser):
     conv_out: nn.Module
 
     def __init__(
-        self, unet: UNet2DConditionModel, sigmas: Tensor, prediction: str = "epsilon", precision: Precision = "fp32"
+        self,
+        unet: UNet2DConditionModel,
+        sigmas: Tensor,
+        prediction: str = "epsilon",
+        precision: Precision = "fp32",
+        *,
+        embedded_guidance: float | None = None,
     ):
         super().__init__()
         config = dict(unet.config)
-        check_config(config)
+        check_config(config, embedded_guidance)
         replace_layers(unet)
         for name, child in unet.named_children():
             self.add_module(name, child)
@@ -84,6 +93,9 @@ class DiffusersDenoiser(Denoiser):
         finer = [(channels[i], size >> i, size >> i) for i in reversed(range(last))]
         self.feature_shapes = ((channels[last], size >> last, size >> last), *finer)
         self.register_buffer("limits", boundaries(sigmas), persistent=False)
+        width = config["time_cond_proj_dim"]
+        cond = None if embedded_guidance is None else guidance_embedding(embedded_guidance, width).to(sigmas.device)
+        self.register_buffer("guidance_cond", cond, persistent=False)
 
     def store(self, precision: Precision) -> DiffusersDenoiser:
         """Itself, with its weights in another dtype: a frozen network in bf16 takes half the memory.
@@ -160,7 +172,8 @@ class DiffusersDenoiser(Denoiser):
 
     def _embedding(self, time: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
         """The embedding (B, E) of the timestep and, for SDXL's kind, of the pooled text and the time ids."""
-        emb: Tensor = self.time_embedding(self.time_proj(time).to(dtype))
+        guidance = None if self.guidance_cond is None else self.guidance_cond.to(dtype)
+        emb: Tensor = self.time_embedding(self.time_proj(time).to(dtype), guidance)
         if self.pooled:
             ids = self.add_time_proj(cond["time_ids"].flatten()).reshape(len(time), -1)
             emb = emb + self.add_embedding(torch.cat([cond["pooled"].to(dtype), ids.to(dtype)], dim=-1))

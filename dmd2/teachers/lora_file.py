@@ -18,12 +18,12 @@ DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
 """Ends of the names of first factors: peft's and diffusers', kohya's, and older ones."""
 
 
-def merge_file(denoiser: DiffusersDenoiser, path: Path | str) -> dict[str, Tensor]:
+def merge_file(denoiser: DiffusersDenoiser, path: Path | str, *, rank: int | None = None) -> dict[str, Tensor]:
     """The state dict of the U-Net with the adapters of a file added to its weights, float32.
 
     Reads diffusers' files (`pytorch_lora_weights.safetensors`) and kohya's (`lora_unet_*.lora_down.weight`, `.alpha`),
     of which the released DMD2 adapters are one. Nothing in the file is executed. Raises UserError if it cannot be read,
-    has adapters of text encoders, or is of another base network.
+    has adapters of text encoders or of another rank than `rank`, or is of another base network.
     """
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -32,7 +32,13 @@ def merge_file(denoiser: DiffusersDenoiser, path: Path | str) -> dict[str, Tenso
     foreign = [name for name in state if name.startswith(("text_encoder", "lora_te"))]
     if foreign:
         raise UserError(f"{path}: adapters of text encoders, such as {foreign[0]}, are not supported; use the U-Net's")
-    num = sum(name.endswith(DOWN) for name in state)
+    downs = {name: value for name, value in state.items() if name.endswith(DOWN)}
+    num = len(downs)
+    if other := [name for name, value in downs.items() if rank not in (None, value.shape[0])]:
+        raise UserError(
+            f"{path}: the adapter {other[0]} has rank {downs[other[0]].shape[0]}, but {rank} is configured; correct "
+            f"`weights.lora_rank` or the file"
+        )
     unet = stock_unet(copy.deepcopy(denoiser))
     try:
         found, alphas = kind.lora_state_dict(dict(state), unet_config=unet.config)

@@ -7,6 +7,8 @@ Shapes: B batch, T number of discrete levels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,18 @@ def linear_head(prediction: str, sigma: Tensor) -> LinearHead:
 def boundaries(sigmas: Tensor) -> Tensor:
     """The geometric means (T - 1,) of neighbouring levels, which separate the levels in `timestep`."""
     return (sigmas[1:] * sigmas[:-1]).sqrt()
+
+
+def guidance_embedding(scale: float, width: int) -> Tensor:
+    """The embedding of a guidance scale that conditions a latent consistency model: (1, width), float32 on the CPU.
+
+    Sines and cosines of 1000 (scale - 1) at width / 2 frequencies from 1 to 1e-4 (arXiv 2310.04378, section 4.2).
+    """
+    half = width // 2
+    with torch.device("cpu"):
+        frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10_000) / (half - 1)))
+        angles = 1000 * (scale - 1) * frequencies
+        return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))[None]
 
 
 def timestep(prediction: str, sigma: Tensor, limits: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B batch, L text length, D text width (of all encoders together), P width
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dmd2.errors import UserError
-from dmd2.method.denoiser import Cond
+from dmd2.method.denoiser import Cond, Conditioner
 
+log = logging.getLogger(__name__)
 Null = Literal["empty", "zeros"]
 TOKENS = ("ids", "ids_2")
 LENGTH = 77
@@ -60,6 +62,11 @@ class TextConditioner:
             encoder.to(device)
         self._empty = None
         return self
+
+    def use_first_tokenizer(self) -> None:
+        """Gives the first tokenizer's tokens to all encoders, a mistake of the released evaluation of SDXL."""
+        self.tokenizers = self.tokenizers[:1] * len(self.tokenizers)
+        self._empty = None
 
     @property
     def device(self) -> torch.device:
@@ -139,3 +146,10 @@ class TextConditioner:
             self._empty = self.embed(tokens)
         empty = {name: self._empty[name].to(value.dtype).expand_as(value) for name, value in cond.items()}
         return {**empty, **{name: value for name, value in cond.items() if name == "time_ids"}}
+
+
+def report_truncated(conditioner: Conditioner, what: str) -> None:
+    """Logs how many of the captions that were tokenized for `what` were too long, if any were."""
+    if isinstance(conditioner, TextConditioner) and conditioner.num_truncated:
+        found, length = conditioner.num_truncated, conditioner.length
+        log.warning("%s: %d captions were longer than %d tokens, special ones included, and cut", what, found, length)

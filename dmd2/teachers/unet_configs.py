@@ -38,7 +38,6 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "encoder_hid_dim_type": (None,),
     "encoder_hid_dim": (None,),
     "center_input_sample": (False,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "attention_type": ("default",),
 }
@@ -66,8 +65,18 @@ def unet_config(network: Mapping[str, Any]) -> dict[str, Any]:
     return {**PUBLIC[network["like"]], **own}
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Raises UserError for a full configuration of a U-Net that the denoiser does not support."""
+def check_config(config: Mapping[str, Any], embedded_guidance: float | None = None) -> None:
+    """Raises UserError for a full configuration of a U-Net that the denoiser does not support.
+
+    `embedded_guidance` is what a U-Net with `time_cond_proj_dim` needs, and no other takes.
+    """
+    if (width := config.get("time_cond_proj_dim")) is None and embedded_guidance is not None:
+        raise UserError("own.embedded_guidance: the network has no time_cond_proj_dim and takes none; remove it")
+    if width is not None and (embedded_guidance is None or width < 4):
+        raise UserError(
+            f"network.time_cond_proj_dim: {width!r} is only supported of an imported run, at least 4, with the "
+            f"guidance scale of its condition in `own.embedded_guidance`"
+        )
     for key, allowed in REQUIRED.items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(

@@ -168,10 +168,15 @@ def read_network(path: Path | str, expected: Mapping[str, Tensor], *, prefix: st
     or shape differs, or if a value is not finite.
     """
     state = {k.removeprefix(prefix): v for k, v in read_weights(path).items() if k.startswith(prefix)}
-    check_state(state, expected, f"{path}: {prefix}*" if prefix else str(path))
+    return fitted(state, expected, f"{path}: {prefix}*" if prefix else str(path))
+
+
+def fitted(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors of a state dict in the order and dtypes of `expected`. Raises UserError as `read_network` does."""
+    check_state(state, expected, where)
     bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if bad:
-        raise UserError(f"{path}: {_few('containing NaN or infinity', bad)}; download it again")
+        raise UserError(f"{where}: {_few('containing NaN or infinity', bad)}; download it again")
     return {name: state[name].to(want.dtype) for name, want in expected.items()}
 
 

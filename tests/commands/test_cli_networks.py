@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from command import PLAN, RUNTIME, dmd2, options, train_options
 
-from dmd2.config import WeightsFile
+from dmd2.config import StudentWeights
 from dmd2.files import sha256
 from dmd2.lineage.records import read_record
 from dmd2.lineage.spec import Spec
 
 
-def import_spec(weights: WeightsFile) -> Spec:
+def import_spec(weights: StudentWeights) -> Spec:
     train = PLAN.train("noreg_ttur")
     return Spec.of("import", "released", data=train.data, teacher=train.teacher, weights=weights)
 
@@ -23,7 +23,7 @@ def test_imported_student_is_the_network_that_was_exported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reported: list[str]
 ):
     source, out = folder / "noreg_ttur/generator.safetensors", tmp_path / "generator.safetensors"
-    spec = import_spec(WeightsFile(path="/nowhere/generator.safetensors", sha256=sha256(source)))
+    spec = import_spec(StudentWeights(path="/nowhere/generator.safetensors", sha256=sha256(source)))
     assert dmd2("import-student", *options(spec=spec.to_json(), generator=out)) == 2
     assert reported == [
         "error: generator.safetensors: no such weight file; put it there or correct the configured path"

@@ -99,7 +99,7 @@ def test_misspelt_key_of_a_run_is_named_with_run_and_preset(folder: Path):
     with pytest.raises(UserError, match=r"run mine on preset digits: .*`ema_decya`; did you mean 'ema_decay'"):
         Plan(folder, "digits").run("mine")
     write(folder / "runs" / "mine.yaml", {"description": "", "extend": "dmd2"})
-    with pytest.raises(UserError, match=r"run mine: unknown key `extend`; known: description, train"):
+    with pytest.raises(UserError, match=r"run mine: unknown key `extend`; known: description, own, train, weights"):
         Plan(folder, "digits").run("mine")
 
 
@@ -166,6 +166,39 @@ def test_run_that_asks_more_than_the_preset_has_is_refused(folder: Path):
     write(folder / "runs" / "mine.yaml", {"description": "", "extends": "dmd2", "train": {"batch_size": 30}})
     with pytest.raises(UserError, match="run mine on preset digits: batch_size 30 is not divisible by 4 gpus; use 32"):
         Plan(folder, "digits", {"gpus": 4}).run("mine")
+
+
+WEIGHTS = {"path": "unet.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "keys", "message"),
+    [
+        ("sdxl", {"own": {}}, "run mine: `own` belongs to a run with `weights`"),
+        (
+            "sdxl", {"weights": {**WEIGHTS, "lora_rank": 4}, "own": {"network": {"act_fn": "gelu"}}},
+            "`own.network` does not go with `weights.lora_rank`: adapters have the teacher's network",
+        ),
+        (
+            "sdxl", {"weights": WEIGHTS, "own": {}},
+            "entry mine/student: mine needs a sampler of a teacher, but student is few_step",
+        ),
+        ("digits", {"weights": WEIGHTS, "own": {}}, "run mine on preset digits: `own` belongs to teachers of"),
+        (
+            "digits", {"weights": {**WEIGHTS, "lora_rank": 4}},
+            "`weights.lora_rank` belongs to teachers of kind diffusers, not edm; use another preset",
+        ),
+    ],
+)  # fmt: skip
+def test_imported_network_that_does_not_fit_is_refused(preset: str, keys: dict[str, Any], message: str, folder: Path):
+    write(folder / "runs" / "mine.yaml", {"description": "", **keys})
+    with pytest.raises(UserError, match=message):
+        Plan(folder, preset).metrics("mine/student")
+
+
+def test_difference_of_an_imported_network_is_no_key_of_a_preset():
+    with pytest.raises(UserError, match=r"teacher\.own: it belongs to a run with `weights`; move it there"):
+        load_preset(FOLDER, "sdxl", {"teacher": {"own": {"prediction": "sample"}}})
 
 
 def test_numbers_that_yaml_reads_as_strings_are_numbers():

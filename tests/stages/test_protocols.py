@@ -37,7 +37,8 @@ def test_tables_have_a_place_for_every_protocol():
     ("names", "complaint"),
     [
         (["edm", "edm"], r"protocols \['edm', 'edm'\]: one is listed twice"),
-        (["clean"], r"`evaluation\.protocols\.0` is 'clean': input should be 'edm', 'dmd2', 'coco10k' or 'coco30k'"),
+        (["clean"], r"`evaluation\.protocols\.0` is 'clean': input should be 'edm', 'dmd2', 'coco10k', 'coco30k'"),
+        (["coco10k", "coco10k_released"], "they sample differently; use one of them at a time"),
         ([], r"`evaluation\.protocols` is \[\]"),
     ],
 )

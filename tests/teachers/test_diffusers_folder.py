@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import KINDS, LATENT, tiny_data, tiny_teacher, write_pipeline
 
 from dmd2 import config
+from dmd2.downloads.hub import resolve
 from dmd2.errors import UserError
 from dmd2.files import read_json, sha256, write_json
 from dmd2.method.denoiser import guided
 from dmd2.teachers import load_space, load_teacher
 from dmd2.teachers.components import autoencoder_digest, link_components, read_record
-from dmd2.teachers.diffusers_folder import resolve
 
 
 @pytest.fixture(scope="module", params=KINDS)

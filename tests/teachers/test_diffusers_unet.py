@@ -241,7 +241,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
         ({"sample_size": 16}, "sample_size: 16, but images of 16 pixels have latents of 8"),
         ({"block_out_channels": [8, 16, 16]}, "diffusers refuses it"),
         ({"class_embed_type": "timestep"}, "class_embed_type: 'timestep' is not supported"),
-        ({"time_cond_proj_dim": 8}, "time_cond_proj_dim: 8 is not supported"),
+        ({"time_cond_proj_dim": 8}, "time_cond_proj_dim: 8 is only supported of an imported run"),
         ({"out_channels": 8}, "in_channels 4 and out_channels 8 must be equal"),
         ({"in_channels": 9}, "latent_channels: 4, but the U-Net has in_channels 9"),
     ],

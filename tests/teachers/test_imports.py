@@ -44,7 +44,7 @@ def released(folder: Path, **parts: dict[str, Tensor]) -> Path:
 
 
 def import_spec(path: Path, checksum: str | None = None) -> Spec:
-    weights = config.WeightsFile(path=str(path), sha256=checksum)
+    weights = config.StudentWeights(path=str(path), sha256=checksum)
     return Spec.of("import", "released", data=DATA, teacher=TEACHER, weights=weights)
 
 

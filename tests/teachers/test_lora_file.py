@@ -57,6 +57,15 @@ def test_kohyas_files_are_read_with_their_alpha(kind: str, tmp_path: Path) -> No
     same(merge_file(base(kind), path), merged(role))
 
 
+def test_adapters_of_another_rank_are_refused(tmp_path: Path) -> None:
+    role, path = student("sd15"), tmp_path / "w.safetensors"
+    save_file(kohya(role, LORA["student"].alpha), path)
+    rank = LORA["student"].rank
+    same(merge_file(base(), path, rank=rank), merged(role))
+    with pytest.raises(UserError, match=rf"has rank {rank}, but {rank + 1} is configured"):
+        merge_file(base(), path, rank=rank + 1)
+
+
 def test_unsuitable_files_are_refused(tmp_path: Path) -> None:
     role, path = student("sd15"), tmp_path / "w.safetensors"
     state = {f"unet.{name}": value.detach().clone() for name, value in role.state_dict().items()}

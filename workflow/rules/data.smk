@@ -74,6 +74,9 @@ use rule shards as reference_shards with:
 rule components:
     input:
         images=component_data,
+        source=ancient(
+            supplied_key("teacher.weights", f"{RESULTS}/components/components.json")
+        ),
     output:
         record=f"{RESULTS}/components/components.json",
     log:

@@ -4,7 +4,7 @@
 def supplied(path, key, output):
     """What a job waits for that reads `path` from outside and makes `output`: the record of a listed file, or nothing.
 
-    `key` names the setting. A path where there is nothing stops the planning, unless `output` is there already. Records
+    `key` names the setting; `path` may be a model or weight file of the configuration. A path where there is nothing stops the planning, unless `output` is there already. Records
     are for `ancient`: one that is written again starts nothing.
     """
     done = Path(output).exists()
@@ -15,7 +15,7 @@ def supplied(path, key, output):
 
 
 def supplied_key(key, output):
-    """A function of wildcards: `supplied` for the file that the preset's `key` names, if it names one."""
+    """A function of wildcards: `supplied` for the file or model that the preset's `key` names, if it names one."""
 
     def record(wildcards):
         value = plan_of(wildcards).preset
@@ -129,6 +129,13 @@ def start_of(wildcards):
     parent = run_of(wildcards).train.init_run
     folder = RESULTS.format(preset=wildcards.preset)
     return f"{folder}/{parent}/networks.safetensors" if parent else []
+
+
+def base_of(wildcards):
+    """The teacher's weights, for a released student that is adapters of them."""
+    weights = run_of(wildcards).weights
+    folder = RESULTS.format(preset=wildcards.preset)
+    return f"{folder}/teacher/teacher.safetensors" if weights.lora_rank else []
 
 
 def run_file(key, get):

@@ -6,9 +6,7 @@ rule teacher:
         latents=teacher_data,
         components=components_of,
         source=ancient(
-            supplied_key(
-                "teacher.weights.path", f"{RESULTS}/teacher/teacher.safetensors"
-            )
+            supplied_key("teacher.weights", f"{RESULTS}/teacher/teacher.safetensors")
         ),
     output:
         weights=f"{RESULTS}/teacher/teacher.safetensors",

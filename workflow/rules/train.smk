@@ -47,6 +47,7 @@ rule train:
 rule import_student:
     input:
         source=ancient(released),
+        teacher=base_of,
     output:
         generator=f"{RESULTS}/{{run}}/generator.safetensors",
         record=f"{RESULTS}/{{run}}/generator.json",
@@ -58,8 +59,11 @@ rule import_student:
         "../../environment.yml"
     params:
         spec=spec("train", "{run}"),
+        teacher=lambda wildcards, input: (
+            f"--teacher {input.teacher}" if input.teacher else ""
+        ),
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} import-student --spec {params.spec:q} --generator {output.generator:q}'
+        'bash "$DMD2_LAUNCH" 0 --log {log:q} import-student --spec {params.spec:q} {params.teacher} --generator {output.generator:q}'
 
 
 rule import_networks:
