@@ -7,15 +7,21 @@ def site_file():
     """The site file that the profile names by the default resource `site`, or None."""
     named = workflow.resource_settings._parsed_default_resources.get("site").raw
     return named and next(
-        (path for path in (Path(named), Path(workflow.basedir) / named) if path.exists()),
+        (
+            path
+            for path in (Path(named), Path(workflow.basedir) / named)
+            if path.exists()
+        ),
         Path(named),
     )
 
 
-def ask_slurm(rule, site):
+def ask_slurm(stage, site):
     """Gives a rule the resources that the site file has for it."""
-    chosen = workflow.resource_settings._parsed_overwrite_resources.get(rule.name, {})
-    gpu, nodes = rule.resources.get("gpu"), rule.resources.get("nodes")
+    chosen = set(
+        workflow.resource_settings._parsed_overwrite_resources.get(stage.name, {})
+    )
+    gpu, nodes = stage.resources.get("gpu"), stage.resources.get("nodes")
 
     def asked(name):
         def value(wildcards, threads, **aux):
@@ -23,24 +29,27 @@ def ask_slurm(rule, site):
                 return resource.evaluate(wildcards, threads=threads, **aux).value
 
             num_nodes = of(nodes) or 1
-            return site.request(rule.name, of(gpu) or 0, num_nodes, threads).get(name)
+            return site.request(stage.name, of(gpu) or 0, num_nodes, threads).get(name)
 
         return value
 
+    given = (
+        set(stage.resources) - {"mem_mb"} | chosen
+    )  # Snakemake has a default for memory
     for name in ASKED:
-        if name not in chosen and rule.resources.get(name).value is None:
-            rule.resources[name] = asked(name)
-    if gpu.is_evaluable() and nodes.value is None:
-        rule.resources["nodes"] = 1  # else Slurm may spread a job's GPUs over several
-    if "state" in rule.resources and "state" not in chosen:
-        rule.resources["state"] = site.state
+        if name not in given:
+            stage.resources[name] = asked(name)
+    if gpu.is_evaluable() and "nodes" not in stage.resources:
+        stage.resources["nodes"] = 1  # else Slurm may spread a job's GPUs over several
+    if "state" in stage.resources and "state" not in chosen:
+        stage.resources["state"] = site.state
 
 
 SITE_FILE = site_file()
 if SITE_FILE:
     SITE = user_errors_stop_planning(read_site, SITE_FILE)
-    for rule in workflow.rules:
-        ask_slurm(rule, SITE)
+    for stage in workflow.rules:
+        ask_slurm(stage, SITE)
 
 
 def check_cluster(gpus):
