@@ -131,7 +131,7 @@ def check_site(site: Site, where: str, gpus: int, run: Run = ask) -> None:
         )
     answer = run("sinfo", "--noheader", "--format=%R|%G|%l|%c|%m")
     if answer is None:
-        raise UserError("Slurm does not answer (`sinfo` fails here): start this where sinfo works, or when it does again")
+        raise UserError("Slurm does not answer: `sinfo` fails here; run this again where and when it works")
     rows = [tuple(line.split("|")) for line in answer.split() if line.count("|") == 4]
     for part, key in ((site.cpu, "cpu"), (site.gpu, "gpu")):
         if key == "gpu" and not gpus:

@@ -49,6 +49,12 @@ class Preset(Model):
         return samplers
 
     @model_validator(mode="after")
+    def _machines_have_gpus(self) -> Self:
+        if self.nodes > 1 and not self.gpus:
+            raise ValueError(f"nodes: {self.nodes} machines train with GPUs only; set gpus to those of a machine")
+        return self
+
+    @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         if self.pairs.sampler not in self.samplers:
             raise ValueError(f"pairs.sampler: no sampler {self.pairs.sampler!r}; known: {', '.join(self.samplers)}")
@@ -80,15 +86,13 @@ class Preset(Model):
             )
         if "lpips_diversity" in (self.evaluation.measures or ()) and self.evaluation.vgg_weights is None:
             raise ValueError("evaluation.measures: lpips_diversity needs evaluation.vgg_weights, torchvision's VGG-16")
-        if self.nodes > 1 and not self.gpus:
-            raise ValueError(f"nodes: {self.nodes} machines train with GPUs only; set gpus to those of a machine")
         self.check(self.train)
         if self.teacher.training is not None:
             self._check_share("teacher.training.batch_size", self.teacher.training.batch_size)
         return self
 
     def check(self, train: Train) -> None:
-        """Raises ValueError if a run exceeds the teacher's noise levels, or the number of GPUs does not divide its batch."""
+        """Raises ValueError if a run exceeds the teacher's noise levels, or the GPUs do not divide its batch."""
         last = self.teacher.num_levels - 1
         for name in ("matching_levels", "critic_levels", "gan_levels"):
             if (high := getattr(train, name)[1]) > last:

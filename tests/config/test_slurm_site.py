@@ -1,4 +1,4 @@
-"""What jobs ask Slurm for, and a site file that does not fit the cluster; a cluster of two partitions that only answers."""
+"""What jobs ask Slurm for, and site files that do not fit the cluster; its answers are written here."""
 
 from pathlib import Path
 
@@ -57,7 +57,10 @@ def test_site_file_that_fits_passes():
     ("keys", "message"),
     [
         ({"account": "mein"}, "account is 'mein', which is not yours; did you mean 'mine'?"),
-        ({"cpu": {"partition": "cpus"}}, "cpu.partition is 'cpus', which this cluster does not have; did you mean 'cpu'?"),
+        (
+            {"cpu": {"partition": "cpus"}},
+            "cpu.partition is 'cpus', which this cluster does not have; did you mean 'cpu'?",
+        ),
         ({"cpu": {"partition": "cpu", "minutes": 900}}, "cpu.minutes is 900, but the partition allows 720"),
         ({"gpu": {"partition": "cpu", "minutes": 60}}, "gpu.partition is 'cpu', whose nodes have no GPU"),
         ({"gpu": {"model": "h200"}}, "gpu.model is 'h200', which the partition does not have; did you mean 'h100'?"),

@@ -1,7 +1,7 @@
-"""A Slurm of its own on one machine: two nodes with four GPUs each, which are only names; loopback, for one test session.
+"""A Slurm of its own on one machine, on loopback: two nodes with four GPUs each, which are only names.
 
-`python tests/slurm/cluster.py COMMAND...` runs a command beside it. Daemons, their files and the links in /etc/slurm, which
-`srun` within a job reads, are gone when it ends.
+`python tests/slurm/cluster.py COMMAND...` runs a command beside it. Daemons, their files and the links in /etc/slurm,
+which `srun` within a job reads, are gone when it ends.
 """
 
 import os
@@ -13,8 +13,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -125,6 +127,23 @@ class Cluster:
                 raise RuntimeError(f"the nodes did not start:\n{say('sinfo', '-N', '-l')}\n{logs}")
             time.sleep(0.2)
 
+    def wait_until_it_answers(self) -> None:
+        end = time.monotonic() + TIMEOUT_S
+        while not say("sinfo", "-h"):
+            if time.monotonic() > end:
+                raise RuntimeError("slurmctld does not answer")
+            time.sleep(0.2)
+
+    def kill_node(self, name: str) -> None:
+        """Kills a node's daemon and every process of its jobs, as when its power fails."""
+        lost = [each for each in psutil.process_iter() if node_of(each) == name]
+        steps = [step for each in lost if (step := each.parent()) and step.name().startswith("slurmstepd")]
+        self._running[name].kill()
+        for process in [*steps, *lost]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._running.pop(name).wait()
+
     def end(self) -> None:
         """Cancels every job, and ends the daemons."""
         if "slurmctld" in self._running:
@@ -139,6 +158,13 @@ class Cluster:
 def say(*command: str) -> str:
     """What a command of Slurm's prints; nothing if it fails."""
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def node_of(process: psutil.Process) -> str | None:
+    """The node on which a job's process runs."""
+    with suppress(psutil.Error):
+        return process.environ().get("SLURMD_NODENAME")
+    return None
 
 
 def free_ports(num: int) -> list[int]:

@@ -4,10 +4,7 @@ uninterrupted run, bit for bit.
 A training is frozen in the middle (SIGSTOP) while something happens to its job, so that no timing decides the outcome.
 """
 
-import json
-import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -17,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from checkout import NOTHING, Checkout, environment
+from checkout import NOTHING, Checkout
 from cluster import Cluster, install, running, say
 
 pytestmark = pytest.mark.slurm
@@ -152,3 +149,94 @@ def assert_the_same(checkout: Checkout, expected: Checkout, *runs: str) -> None:
         for file in OUTPUTS:
             path = f"results/smoke/{name}/{file}"
             assert (checkout / path).read_bytes() == (expected / path).read_bytes(), f"{path} differs"
+
+
+class Down:
+    """Slurm's controller, stopped for the duration of a block."""
+
+    def __init__(self, cluster: Cluster):
+        self._cluster = cluster
+
+    def __enter__(self) -> None:
+        self._cluster.stop("slurmctld")
+
+    def __exit__(self, *error: object) -> None:
+        self._cluster.start("slurmctld")
+        self._cluster.wait_until_it_answers()
+
+
+def test_table_comes_out_the_same_whatever_ends_its_jobs(
+    cluster: Cluster, fresh: Checkout, finished: Checkout, tmp_path: Path
+):
+    checkout = fresh.copy(tmp_path / "dmd2")
+    write_site(checkout)
+
+    def the_controllers_restart(training: Training) -> None:
+        with Down(cluster):
+            again = run(checkout, "results/table1.csv", config="gpus=1")
+            assert "--unlock" in again.communicate(timeout=DEADLINE_S)[0]
+        training.resume()
+
+    process = run(checkout, "results/table1.csv", config="gpus=1")
+    disturbers = [
+        Disturber(checkout, "noreg_ttur", its_signal),
+        Disturber(checkout, "dmd2", its_time_limit, its_time_limit),
+        Disturber(checkout, "dmd", a_requeue),
+        Disturber(checkout, "dmd2_long", the_controllers_restart),
+    ]
+    said = assert_succeeds(process)
+    for each in disturbers:
+        each.assert_done()
+    assert_resumed(checkout, "train/noreg_ttur", "train/dmd2", "train/dmd")
+    assert said.count("Trying to restart job") == 3  # the signal and two time limits; Slurm itself requeues
+    assert_the_same(checkout, finished, "noreg_ttur", "dmd2", "dmd", "dmd2_long")
+
+    shutil.rmtree(checkout / ".snakemake")
+    lost = checkout.snakemake("results/table1.csv", "-n", *PROFILE, overlay=OFTEN, config="preset=smoke gpus=1")
+    assert NOTHING in lost.stdout
+
+
+def test_training_on_two_nodes_outlives_a_hanging_and_a_dead_one(cluster: Cluster, finished: Checkout, tmp_path: Path):
+    checkout, expected = (finished.copy(tmp_path / name) for name in ("slurm", "here"))
+    target = "results/smoke/dmd2/generator.safetensors"
+    for each in (checkout, expected):
+        (each / target).unlink()
+    write_site(checkout)
+    silent = {"runtime": {"checkpoint_every": 2, "collective_timeout_minutes": 0.1}}
+
+    def a_dead_node(training: Training) -> None:
+        cluster.kill_node("n1")
+        for rank in training.processes:
+            if rank.is_running():
+                rank.resume()
+        cluster.start("n1")
+
+    def a_hanging_node(training: Training) -> None:
+        training.processes[0].resume()
+
+    process = checkout.start(target, *PROFILE, *HERE, overlay=silent, config="preset=smoke gpus=1 nodes=2")
+    disturbers = [Disturber(checkout, "dmd2", a_hanging_node, a_dead_node)]
+    here = expected.snakemake(target, "--cores", "2", "--resources", "gpu=2", config="preset=smoke gpus=2")
+    assert here.returncode == 0, here.stdout
+    said = assert_succeeds(process)
+    for each in disturbers:
+        each.assert_done()
+    assert_resumed(checkout, "train/dmd2")
+    assert_the_same(checkout, expected, "dmd2")
+    assert "another rank ended or was silent for longer than" in said
+
+
+def test_site_file_that_does_not_fit_stops_before_anything_is_submitted(
+    cluster: Cluster, fresh: Checkout, tmp_path: Path
+):
+    checkout = fresh.copy(tmp_path / "dmd2")
+    write_site(checkout, partition="gpus")
+    wrong = checkout.snakemake("results/table1.csv", *PROFILE, *HERE, config="preset=smoke gpus=1")
+    assert wrong.returncode != 0
+    assert "site.yaml: gpu.partition is 'gpus', which this cluster does not have; did you mean 'gpu'?" in wrong.stdout
+    assert "Traceback" not in wrong.stdout
+    assert "submitted" not in wrong.stdout
+    with Down(cluster):
+        down = checkout.snakemake("results/table1.csv", *PROFILE, *HERE, config="preset=smoke gpus=1")
+    assert down.returncode != 0
+    assert "Slurm does not answer" in down.stdout
