@@ -91,13 +91,15 @@ class Site(Model):
         gpu, on_a_node = self.gpu, gpus // nodes
         minutes = gpu.minutes if rule in TRAINING else min(SHORT_MINUTES, gpu.minutes)
         cpus = {"cpus_per_task": gpu.cpus * on_a_node} if nodes > 1 else {"cpus_per_gpu": gpu.cpus}
-        signal = f"--signal=TERM@{gpu.warning_seconds}" if gpu.warning_seconds else None
+        extra = [f"--signal=TERM@{gpu.warning_seconds}"] if gpu.warning_seconds else []
+        if nodes > 1:  # else Slurm may give one node more of them
+            extra.append(f"--gpus-per-node={gpu.model + ':' if gpu.model else ''}{on_a_node}")
         return {
             "runtime": minutes,
             "mem_mb": gpu.mem_mb * on_a_node,  # Slurm counts it on each node
             "gpu_model": gpu.model,
             "constraint": gpu.constraint,
-            "slurm_extra": signal,
+            "slurm_extra": " ".join(extra) or None,
             **cpus,
         }
 

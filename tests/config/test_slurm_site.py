@@ -37,6 +37,7 @@ def test_training_asks_for_the_gpus_of_each_node_and_a_task_on_each():
         "runtime": 1440,
     }
     tasks = {"mpi": "srun", "tasks": 2, "tasks_per_gpu": 0, "cpus_per_task": 64}
+    tasks |= {"slurm_extra": "--signal=TERM@120 --gpus-per-node=h100:8"}
     assert together == {name: value for name, value in alone.items() if name != "cpus_per_gpu"} | tasks
 
 
