@@ -25,6 +25,7 @@ include: "workflow/rules/tables.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/records.smk"
 include: "workflow/rules/storage.smk"
+include: "workflow/rules/cluster.smk"
 
 
 # Snakemake gives a job fewer devices where there are fewer; a batch that was checked for `gpus` might not divide then.
@@ -37,6 +38,9 @@ onstart:
                 f"preset {preset}: gpus is {wanted}, but {devices} can be used here;"
                 f" say `--config gpus={devices}`, or `--resources gpu={wanted}` if there are more"
             )
+    check_cluster(
+        max((TARGETS.plan(preset).preset.gpus for preset in PLANNED), default=0)
+    )
 
 
 # What finished jobs took, and the page of results: about all that is there, so they are no job's outputs.

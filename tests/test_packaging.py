@@ -28,7 +28,7 @@ WITHOUT_CODE = {"__pycache__", ".venv", ".git"}
 def test_environment_for_conda_has_the_same_requirements():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(item["pip"] for item in conda["dependencies"] if isinstance(item, dict))
-    assert pip == PROJECT["dependencies"]
+    assert pip == PROJECT["dependencies"] + PROJECT["optional-dependencies"]["slurm"]
     python = next(item for item in conda["dependencies"] if isinstance(item, str) and item.startswith("python "))
     assert python == f"python {PROJECT['requires-python']}"
 

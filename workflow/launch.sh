@@ -10,8 +10,8 @@
 # machines. In a Slurm job the devices are Slurm's to deal out.
 #
 # Several machines: DMD2_NODES is their number, NUM_GPUS is a machine's. In a Slurm job the launchers are started by
-# srun, which tells them the rest; DMD2_CPUS are the processors that it gives each. Without Slurm, run the same command
-# on each machine with
+# srun, one on each node with all that the job has there, and srun tells them the rest; when one fails or its node is
+# lost, srun ends the others. Without Slurm, run the same command on each machine with
 #   DMD2_NODE         this machine's number, from 0
 #   DMD2_MASTER_ADDR  the address of machine 0
 #   DMD2_MASTER_PORT  a port that is free there
@@ -110,7 +110,7 @@ if [ "$processes" -eq 0 ] || { [ "$processes" -eq 1 ] && [ "$nodes" -le 1 ]; }; 
     exec python -P -m dmd2 "$@"
 fi
 if [ "$nodes" -gt 1 ] && [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${DMD2_NODE:-}" ]; then
-    exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-        ${DMD2_CPUS:+--cpus-per-task="$DMD2_CPUS"} python -P -m dmd2.training.launcher "$processes" "$@"
+    exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
+        python -P -m dmd2.training.launcher "$processes" "$@"
 fi
 exec python -P -m dmd2.training.launcher "$processes" "$@"

@@ -37,7 +37,8 @@ class Preset(Model):
     tables: tuple[str, ...] | None = Field(
         None, description="text-to-image: the tables that it fills; none: those of class-conditional data"
     )
-    gpus: int = Field(0, ge=0, description="devices that a training or teacher-sampling job requests")
+    gpus: int = Field(0, ge=0, description="devices that a job requests on a machine")
+    nodes: int = Field(1, gt=0, description="machines that a training runs on, each with `gpus` devices (Slurm)")
 
     @field_validator("samplers")
     @classmethod
@@ -46,6 +47,12 @@ class Preset(Model):
             if not re.fullmatch("[A-Za-z0-9_-]+", name):  # it becomes a folder of results
                 raise ValueError(f"{name!r}: a name may only have letters, digits, - and _; rename it")
         return samplers
+
+    @model_validator(mode="after")
+    def _machines_have_gpus(self) -> Self:
+        if self.nodes > 1 and not self.gpus:
+            raise ValueError(f"nodes: {self.nodes} machines train with GPUs only; set gpus to those of a machine")
+        return self
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -91,7 +98,7 @@ class Preset(Model):
         return self
 
     def check(self, train: Train) -> None:
-        """Raises ValueError if a run exceeds the teacher's noise levels, or `gpus` does not divide its batch."""
+        """Raises ValueError if a run exceeds the teacher's noise levels, or the GPUs do not divide its batch."""
         last = self.teacher.num_levels - 1
         for name in ("matching_levels", "critic_levels", "gan_levels"):
             if (high := getattr(train, name)[1]) > last:
@@ -103,9 +110,9 @@ class Preset(Model):
         self._check_share("batch_size", train.batch_size)
 
     def _check_share(self, key: str, batch_size: int) -> None:
-        if self.gpus > 1 and batch_size % self.gpus:
-            above = -(-batch_size // self.gpus) * self.gpus
-            raise ValueError(f"{key} {batch_size} is not divisible by {self.gpus} gpus; use {above}")
+        num = self.gpus * self.nodes
+        if num > 1 and batch_size % num:
+            raise ValueError(f"{key} {batch_size} is not divisible by {num} gpus; use {-(-batch_size // num) * num}")
 
 
 class RunFile(Model):

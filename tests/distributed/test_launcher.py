@@ -149,10 +149,10 @@ def test_ranks_go_on_from_machine_to_machine():
         ("2", {}, ["python -P -m dmd2.training.launcher 2 train --spec {a b}"]),
         (
             "8",
-            {"DMD2_NODES": "4", "SLURM_JOB_ID": "5", "DMD2_CPUS": "64"},
+            {"DMD2_NODES": "4", "SLURM_JOB_ID": "5"},
             [
-                "srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=1 "
-                "--cpus-per-task=64 python -P -m dmd2.training.launcher 8 train --spec {a b}"
+                "srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 "
+                "python -P -m dmd2.training.launcher 8 train --spec {a b}"
             ],
         ),
         ("1", {"DMD2_NODES": "4", "DMD2_NODE": "2"}, ["python -P -m dmd2.training.launcher 1 train --spec {a b}"]),

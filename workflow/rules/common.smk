@@ -95,6 +95,9 @@ def preset_key(get):
 
 
 gpus = preset_key(lambda preset: preset.gpus)
+# A training may run on several machines.
+nodes = preset_key(lambda preset: preset.nodes)
+gpus_of_all_nodes = preset_key(lambda preset: preset.gpus * preset.nodes)
 one_gpu = preset_key(lambda preset: min(preset.gpus, 1))
 # Processor threads beside a device, for the statistics.
 statistics_threads = preset_key(lambda preset: 8 if preset.gpus else 1)

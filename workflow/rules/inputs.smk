@@ -114,6 +114,9 @@ latents_gpus = preset_key(
     lambda preset: preset.gpus if preset.teacher.kind == "diffusers" else 0
 )
 teacher_gpus = preset_key(lambda preset: preset.gpus if preset.teacher.training else 0)
+teacher_nodes = preset_key(
+    lambda preset: preset.nodes if preset.teacher.training else 1
+)
 
 
 def pairs_of(wildcards):

@@ -18,8 +18,9 @@ rule teacher:
         "../../environment.yml"
     threads: preset_key(teacher_processes)
     resources:
-        gpu=teacher_gpus,
-        # One process for each GPU, or several on CPU: as many as this call has cores for, with equal results.
+        gpu=lambda wildcards: teacher_gpus(wildcards) * teacher_nodes(wildcards),
+        nodes=teacher_nodes,
+        # On each machine one process for each GPU, or several on CPU: as many as this call has cores for, with equal results.
         processes=lambda wildcards, threads: (
             teacher_gpus(wildcards) if threads == 1 else f"cpu:{threads}"
         ),
@@ -31,7 +32,7 @@ rule teacher:
         ),
         components=components_option,
     shell:
-        'bash "$DMD2_LAUNCH" {resources.processes:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} teacher'
+        'DMD2_NODES={resources.nodes} bash "$DMD2_LAUNCH" {resources.processes:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} teacher'
         " --spec {params.spec:q} {params.latents} {params.components} --state {resources.state:q} --weights {output.weights:q} --train-log {output.train_log:q}"
 
 

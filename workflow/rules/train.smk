@@ -30,7 +30,9 @@ rule train:
     conda:
         "../../environment.yml"
     resources:
-        gpu=gpus,
+        gpu=gpus_of_all_nodes,
+        nodes=nodes,
+        processes=gpus,  # on each
         state="state",
     params:
         spec=spec("train", "{run}"),
@@ -38,7 +40,7 @@ rule train:
         pairs=lambda wildcards, input: f"--pairs {input.pairs}" if input.pairs else "",
         start=lambda wildcards, input: f"--start {input.start}" if input.start else "",
     shell:
-        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} train --spec {params.spec:q}'
+        'DMD2_NODES={resources.nodes} bash "$DMD2_LAUNCH" {resources.processes:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} train --spec {params.spec:q}'
         " --teacher {input.teacher:q} --latents {input.latents:q} {params.components} {params.pairs} {params.start}"
         " --state {resources.state:q} --generator {output.generator:q} --networks {output.networks:q}"
         " --snapshots {output.snapshots:q} --train-log {output.train_log:q}"

@@ -1,0 +1,90 @@
+"""What jobs ask Slurm for, and site files that do not fit the cluster; its answers are written here."""
+
+from pathlib import Path
+
+import pytest
+
+from dmd2.errors import UserError
+from dmd2.slurm import Site, check_site, read_site
+
+PROFILE = Path(__file__).parents[2] / "profiles/slurm"
+SINFO = """cpu|(null)|12:00:00|32|128000
+gpu|gpu:a100:4(S:0-1)|1-00:00:00|64|512000
+gpu|gpu:h100:8(S:0-1)|1-00:00:00|112|2000000
+"""
+SITE = {"account": "mine", "cpu": {"partition": "cpu"}, "gpu": {"partition": "gpu", "model": "h100"}}
+
+
+def answers(*command: str) -> str | None:
+    return SINFO if command[0] == "sinfo" else "mine\nother\n"
+
+
+@pytest.mark.parametrize("path", sorted(PROFILE.glob("**/[!p]*.yaml")), ids=lambda path: path.stem)
+def test_site_file_and_examples_are_valid(path: Path):
+    read_site(path)
+
+
+def test_training_asks_for_the_gpus_of_each_node_and_a_task_on_each():
+    site = Site.model_validate(SITE)
+    alone, together = site.request("train", 8, 1, 1), site.request("train", 16, 2, 1)
+    assert alone == {
+        "slurm_account": "mine",
+        "slurm_partition": "gpu",
+        "slurm_extra": "--signal=TERM@120",
+        "gpu_model": "h100",
+        "cpus_per_gpu": 8,
+        "mem_mb": 480_000,
+        "runtime": 1440,
+    }
+    tasks = {"mpi": "srun", "tasks": 2, "tasks_per_gpu": 0, "cpus_per_task": 64}
+    tasks |= {"slurm_extra": "--signal=TERM@120 --gpus-per-node=h100:8"}
+    assert together == {name: value for name, value in alone.items() if name != "cpus_per_gpu"} | tasks
+
+
+def test_without_gpus_no_job_asks_for_one():
+    site = Site.model_validate(SITE)
+    for rule, threads, asked in (("shards", 16, (240, 32_000)), ("train", 1, (240, 8_000)), ("grid", 1, (30, 4_000))):
+        request = site.request(rule, 0, 1, threads)
+        names = {"slurm_account": "mine", "slurm_partition": "cpu"}
+        assert request == {**names, "runtime": asked[0], "mem_mb": asked[1]}
+
+
+def test_site_file_that_fits_passes():
+    check_site(Site.model_validate(SITE), "site.yaml", 8, answers)
+    check_site(Site(), "site.yaml", 0, answers)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"account": "mein"}, "account is 'mein', which is not yours; did you mean 'mine'?"),
+        (
+            {"cpu": {"partition": "cpus"}},
+            "cpu.partition is 'cpus', which this cluster does not have; did you mean 'cpu'?",
+        ),
+        ({"cpu": {"partition": "cpu", "minutes": 900}}, "cpu.minutes is 900, but the partition allows 720"),
+        ({"gpu": {"partition": "cpu", "minutes": 60}}, "gpu.partition is 'cpu', whose nodes have no GPU"),
+        ({"gpu": {"model": "h200"}}, "gpu.model is 'h200', which the partition does not have; did you mean 'h100'?"),
+        ({"gpu": {"per_node": 4}}, "gpu.per_node is 4, but a job asks for 8 GPUs on a node"),
+        ({"gpu": {"model": "a100"}}, "gpu.per_node: a job of 8 GPUs asks for 8, but a node has 4; use at most 4"),
+        ({"gpu": {"cpus": 16}}, "gpu.cpus: a job of 8 GPUs asks for 128, but a node has 112; use at most 14"),
+        ({"gpu": {"mem_mb": 300_000}}, "gpu.mem_mb: a job of 8 GPUs asks for 2400000, but a node has 2000000"),
+    ],
+)
+def test_site_file_that_does_not_fit_names_the_key(keys: dict, message: str):
+    site = Site.model_validate({"account": "mine", "gpu": {"partition": "gpu"}, **keys})
+    with pytest.raises(UserError, match=r"site\.yaml: ") as error:
+        check_site(site, "site.yaml", 8, answers)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_slurm_that_is_down_is_said_so():
+    with pytest.raises(UserError, match="Slurm does not answer"):
+        check_site(Site(), "site.yaml", 0, lambda *command: None)
+
+
+def test_unknown_key_is_refused(tmp_path: Path):
+    (tmp_path / "site.yaml").write_text("gpu: {partitoin: gpu}\n")
+    with pytest.raises(UserError, match=r"site\.yaml: .*partitoin"):
+        read_site(tmp_path / "site.yaml")

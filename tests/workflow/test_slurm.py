@@ -1,0 +1,242 @@
+"""The workflow on a real Slurm, by the commands of docs/slurm.md: whatever ends its jobs, the weights are those of an
+uninterrupted run, bit for bit.
+
+A training is frozen in the middle (SIGSTOP) while something happens to its job, so that no timing decides the outcome.
+"""
+
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from checkout import NOTHING, Checkout
+from cluster import Cluster, install, running, say
+
+pytestmark = pytest.mark.slurm
+PROFILE = ("--workflow-profile", "profiles/slurm")
+# No accounting database here; a status every few seconds; files are on the same disk.
+HERE = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "10")
+CPU = {"partition": "gpu", "minutes": 30}
+GPU = {**CPU, "model": "t1", "per_node": 4, "cpus": 1, "mem_mb": 1000, "warning_seconds": 10}
+OFTEN = {"runtime": {"checkpoint_every": 2}}  # execution settings: the digests stay those of the finished run
+OUTPUTS = ("generator.safetensors", "networks.safetensors")
+DEADLINE_S = 240
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    if reason := install():
+        pytest.skip(reason)
+    with running() as slurm:
+        yield slurm
+
+
+def write_site(checkout: Checkout, **gpu: object) -> None:
+    (checkout / "profiles/slurm/site.yaml").write_text(yaml.safe_dump({"cpu": CPU, "gpu": {**GPU, **gpu}}))
+
+
+class Disturber(threading.Thread):
+    """Does something to the jobs of one rule, once each time one of them is in the middle of its training."""
+
+    def __init__(self, checkout: Checkout, name: str, *events: Callable[["Training"], None]):
+        super().__init__(daemon=True)
+        self.events, self.failure = list(events), None
+        self._checkout, self._name = checkout, name
+        self.start()
+
+    def run(self) -> None:
+        try:
+            job = None
+            for event in self.events:
+                training = Training.frozen(self._checkout, self._name, after=job)
+                job = training.processes
+                event(training)
+        except BaseException as error:
+            self.failure = error
+
+    def assert_done(self) -> None:
+        self.join(1)
+        if self.failure is not None:
+            raise self.failure
+        assert not self.is_alive(), f"{self._name}: not every interruption happened"
+
+
+class Training:
+    """The processes of a training that has saved a checkpoint; they are stopped."""
+
+    def __init__(self, processes: list[psutil.Process], job: str):
+        self.processes, self.job = processes, job
+
+    @classmethod
+    def frozen(cls, checkout: Checkout, name: str, after: list[psutil.Process] | None) -> "Training":
+        """Waits for a training by other processes than `after`, and for a checkpoint of its own."""
+        end = time.monotonic() + DEADLINE_S
+        began = time.time()
+        while time.monotonic() < end:
+            found = [process for process in trainings(checkout, name) if process not in (after or [])]
+            saved = list((checkout / "state").glob(f"{name}-*/newest.json"))
+            if found and saved and saved[0].stat().st_mtime >= max(began, found[0].create_time()):
+                for process in found:
+                    process.suspend()
+                return cls(found, found[0].environ()["SLURM_JOB_ID"])
+            time.sleep(0.01)
+        raise TimeoutError(f"no training of {name} in {DEADLINE_S} s")
+
+    def resume(self) -> None:
+        for process in self.processes:
+            process.resume()
+
+
+def trainings(checkout: Checkout, name: str) -> list[psutil.Process]:
+    """The ranks of a training, in the order of their start."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if line[1:4] != ["-P", "-m", "dmd2"] and line[1:3] != ["-m", "dmd2"]:
+            continue
+        if any(part.endswith(f"/{name}.log") for part in line) and process.cwd() == str(checkout.folder):
+            found.append(process)
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def its_signal(training: Training) -> None:
+    subprocess.run(["scancel", "--signal=TERM", training.job], check=True)
+    training.resume()
+
+
+def its_time_limit(training: Training) -> None:
+    """The job's end comes; Slurm looks every 30 s."""
+    subprocess.run(["scontrol", "update", f"jobid={training.job}", "EndTime=now+1"], check=True)
+    until(lambda: say("squeue", "-ht", "all", "-o%T", "-j", training.job) == "TIMEOUT")
+
+
+def a_requeue(training: Training) -> None:
+    subprocess.run(["scontrol", "requeue", training.job], check=True)
+    until(lambda: say("squeue", "-h", "-o%T", "-j", training.job) == "PENDING")
+    command = ["scontrol", "update", f"jobid={training.job}", "StartTime=now"]  # Slurm would wait two minutes
+    until(lambda: subprocess.run(command, check=False, capture_output=True).returncode == 0)
+
+
+def run(checkout: Checkout, *arguments: str, config: str) -> subprocess.Popen[str]:
+    return checkout.start(*arguments, *PROFILE, *HERE, overlay=OFTEN, config=f"preset=smoke {config}")
+
+
+def assert_succeeds(process: subprocess.Popen[str]) -> str:
+    said, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, said
+    return said
+
+
+def assert_resumed(checkout: Checkout, *runs: str) -> None:
+    for name in runs:
+        assert "resuming after iteration" in (checkout / f"logs/smoke/{name}.log").read_text(), name
+
+
+def assert_the_same(checkout: Checkout, expected: Checkout, *runs: str) -> None:
+    for name in runs:
+        for file in OUTPUTS:
+            path = f"results/smoke/{name}/{file}"
+            assert (checkout / path).read_bytes() == (expected / path).read_bytes(), f"{path} differs"
+
+
+class Down:
+    """Slurm's controller, stopped for the duration of a block."""
+
+    def __init__(self, cluster: Cluster):
+        self._cluster = cluster
+
+    def __enter__(self) -> None:
+        self._cluster.stop("slurmctld")
+
+    def __exit__(self, *error: object) -> None:
+        self._cluster.start("slurmctld")
+        self._cluster.wait_until_it_answers()
+
+
+def test_table_comes_out_the_same_whatever_ends_its_jobs(
+    cluster: Cluster, fresh: Checkout, finished: Checkout, tmp_path: Path
+):
+    checkout = fresh.copy(tmp_path / "dmd2")
+    write_site(checkout)
+
+    def the_controllers_restart(training: Training) -> None:
+        with Down(cluster):
+            again = run(checkout, "results/table1.csv", config="gpus=1")
+            assert "--unlock" in again.communicate(timeout=DEADLINE_S)[0]
+        training.resume()
+
+    process = run(checkout, "results/table1.csv", config="gpus=1")
+    disturbers = [
+        Disturber(checkout, "noreg_ttur", its_signal),
+        Disturber(checkout, "dmd2", its_time_limit, its_time_limit),
+        Disturber(checkout, "dmd", a_requeue),
+        Disturber(checkout, "dmd2_long", the_controllers_restart),
+    ]
+    said = assert_succeeds(process)
+    for each in disturbers:
+        each.assert_done()
+    assert_resumed(checkout, "train/noreg_ttur", "train/dmd2", "train/dmd")
+    assert said.count("Trying to restart job") == 3  # the signal and two time limits; Slurm itself requeues
+    assert_the_same(checkout, finished, "noreg_ttur", "dmd2", "dmd", "dmd2_long")
+
+    shutil.rmtree(checkout / ".snakemake")
+    lost = checkout.snakemake("results/table1.csv", "-n", *PROFILE, overlay=OFTEN, config="preset=smoke gpus=1")
+    assert NOTHING in lost.stdout
+
+
+def test_training_on_two_nodes_outlives_a_hanging_and_a_dead_one(cluster: Cluster, finished: Checkout, tmp_path: Path):
+    checkout, expected = (finished.copy(tmp_path / name) for name in ("slurm", "here"))
+    target = "results/smoke/dmd2/generator.safetensors"
+    for each in (checkout, expected):
+        (each / target).unlink()
+    write_site(checkout)
+    silent = {"runtime": {"checkpoint_every": 2, "collective_timeout_minutes": 0.1}}
+
+    def a_dead_node(training: Training) -> None:
+        cluster.kill_node("n1")
+        for rank in training.processes:
+            if rank.is_running():
+                rank.resume()
+        cluster.start("n1")
+
+    def a_hanging_node(training: Training) -> None:
+        training.processes[0].resume()
+
+    process = checkout.start(target, *PROFILE, *HERE, overlay=silent, config="preset=smoke gpus=1 nodes=2")
+    disturbers = [Disturber(checkout, "dmd2", a_hanging_node, a_dead_node)]
+    here = expected.snakemake(target, "--cores", "2", "--resources", "gpu=2", config="preset=smoke gpus=2")
+    assert here.returncode == 0, here.stdout
+    said = assert_succeeds(process)
+    for each in disturbers:
+        each.assert_done()
+    assert_resumed(checkout, "train/dmd2")
+    assert_the_same(checkout, expected, "dmd2")
+    assert "another rank ended or was silent for longer than" in said
+
+
+def test_site_file_that_does_not_fit_stops_before_anything_is_submitted(
+    cluster: Cluster, fresh: Checkout, tmp_path: Path
+):
+    checkout = fresh.copy(tmp_path / "dmd2")
+    write_site(checkout, partition="gpus")
+    wrong = checkout.snakemake("results/table1.csv", *PROFILE, *HERE, config="preset=smoke gpus=1")
+    assert wrong.returncode != 0
+    assert "site.yaml: gpu.partition is 'gpus', which this cluster does not have; did you mean 'gpu'?" in wrong.stdout
+    assert "Traceback" not in wrong.stdout
+    assert "submitted" not in wrong.stdout
+    with Down(cluster):
+        down = checkout.snakemake("results/table1.csv", *PROFILE, *HERE, config="preset=smoke gpus=1")
+    assert down.returncode != 0
+    assert "Slurm does not answer" in down.stdout

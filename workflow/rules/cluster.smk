@@ -1,0 +1,58 @@
+# What each job asks Slurm for: the site file's answer to its rule, GPUs, machines and threads. Only with the profile
+# profiles/slurm, which names the site file; what a profile or the command line sets by --set-resources stays.
+from dmd2.slurm import ASKED, check_site, read_site
+
+
+def site_file():
+    """The site file that the profile names by the default resource `site`, or None."""
+    named = workflow.resource_settings._parsed_default_resources.get("site").raw
+    return named and next(
+        (
+            path
+            for path in (Path(named), Path(workflow.basedir) / named)
+            if path.exists()
+        ),
+        Path(named),
+    )
+
+
+def ask_slurm(stage, site):
+    """Gives a rule the resources that the site file has for it."""
+    chosen = set(
+        workflow.resource_settings._parsed_overwrite_resources.get(stage.name, {})
+    )
+    gpu, nodes = stage.resources.get("gpu"), stage.resources.get("nodes")
+
+    def asked(name):
+        def value(wildcards, threads, **aux):
+            def of(resource):
+                return resource.evaluate(wildcards, threads=threads, **aux).value
+
+            num_nodes = of(nodes) or 1
+            return site.request(stage.name, of(gpu) or 0, num_nodes, threads).get(name)
+
+        return value
+
+    given = (
+        set(stage.resources) - {"mem_mb"} | chosen
+    )  # Snakemake has a default for memory
+    for name in ASKED:
+        if name not in given:
+            stage.resources[name] = asked(name)
+    if gpu.is_evaluable() and "nodes" not in stage.resources:
+        stage.resources["nodes"] = 1  # else Slurm may spread a job's GPUs over several
+    if "state" in stage.resources and "state" not in chosen:
+        stage.resources["state"] = site.state
+
+
+SITE_FILE = site_file()
+if SITE_FILE:
+    SITE = user_errors_stop_planning(read_site, SITE_FILE)
+    for stage in workflow.rules:
+        ask_slurm(stage, SITE)
+
+
+def check_cluster(gpus):
+    """Stops before the first job if the site file does not fit the cluster; `gpus` are the most on a node."""
+    if SITE_FILE and workflow.executor_plugin.name == "slurm":
+        user_errors_stop_planning(check_site, SITE, str(SITE_FILE), gpus)
