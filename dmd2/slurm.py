@@ -8,8 +8,9 @@ from __future__ import annotations
 import getpass
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import Field
 
@@ -26,7 +27,7 @@ SMALL_MINUTES, SHORT_MINUTES = 30, 480
 SMALL_MB, CPU_MB = 4000, 8000
 """Memory of `SMALL` rules, and the least of other CPU jobs."""
 THREAD_MB = 2000
-ASKED = (
+REQUESTED = (
     "slurm_account",
     "slurm_partition",
     "slurm_extra",
@@ -74,7 +75,7 @@ class Site(Model):
     gpu: GpuJobs = GpuJobs()
 
     def request(self, rule: str, gpus: int, nodes: int, threads: int) -> dict[str, str | int]:
-        """The resources of a job of `rule` with `gpus` in all on `nodes`, a subset of `ASKED`."""
+        """The resources of a job of `rule` with `gpus` in all on `nodes`, a subset of `REQUESTED`."""
         part = self.gpu if gpus else self.cpu
         asked = {"slurm_account": self.account, "slurm_partition": part.partition, "qos": self.qos}
         asked |= self._of_gpus(rule, gpus, nodes) if gpus else self._of_cpus(rule, threads)
@@ -112,6 +113,17 @@ def read_site(path: Path) -> Site:
 Run = Callable[..., str | None]
 
 
+class Node(NamedTuple):
+    """Nodes that `sinfo` lists in one line: a partition's, with equal GPUs."""
+
+    partition: str
+    is_up: bool
+    minutes: float
+    gpus: list[tuple[str, int]]  # (type or nothing, number)
+    cpus: int
+    mem_mb: int
+
+
 def ask(*command: str) -> str | None:
     """What a command of Slurm's prints; None if it fails or is not there."""
     try:
@@ -126,72 +138,87 @@ def check_site(site: Site, where: str, gpus: int, run: Run = ask) -> None:
 
     Raises UserError naming the key of the site file to change, or if Slurm does not answer.
     """
+    for problem in problems(site, where, gpus, run):
+        raise UserError(problem)
+
+
+def problems(site: Site, where: str, gpus: int, run: Run = ask) -> Iterator[str]:
+    """What in a site file does not fit the cluster: the key with its file, what is wrong and what to write instead."""
     if gpus > site.gpu.per_node:
-        raise UserError(
+        yield (
             f"{where}: gpu.per_node is {site.gpu.per_node}, but a job asks for {gpus} GPUs on a node; say"
             f" `--config gpus={site.gpu.per_node}`, with `nodes=N` for more in all, or correct gpu.per_node"
         )
-    answer = run("sinfo", "--noheader", "--format=%R|%G|%l|%c|%m")
-    if answer is None:
-        raise UserError("Slurm does not answer: `sinfo` fails here; run this again where and when it works")
-    rows = [tuple(line.split("|")) for line in answer.split() if line.count("|") == 4]
-    for part, key in ((site.cpu, "cpu"), (site.gpu, "gpu")):
-        if key == "gpu" and not gpus:
+    if (nodes := read_nodes(run)) is None:
+        yield "Slurm does not answer: `sinfo` fails here; run this again where and when it works"
+        return
+    parts: dict[str, CpuJobs | GpuJobs] = {"cpu": site.cpu} | ({"gpu": site.gpu} if gpus else {})
+    for key, part in parts.items():
+        offered = [node for node in nodes if part.partition in (None, node.partition)]
+        if not offered:
+            names = {node.partition for node in nodes}
+            hint = suggestion(str(part.partition), names)
+            yield f"{where}: {key}.partition is {part.partition!r}, which this cluster does not have; {hint}"
             continue
-        names = sorted({row[0] for row in rows})
-        if part.partition is not None and part.partition not in names:
-            raise UserError(
-                f"{where}: {key}.partition is {part.partition!r}, which this cluster does not have;"
-                f" {suggestion(part.partition, names)}"
-            )
-        offered = [row for row in rows if part.partition in (None, row[0])]
-        _check_time(part.minutes, offered, f"{where}: {key}.minutes")
-    if gpus:
-        _check_gpus(site.gpu, gpus, [row for row in rows if site.gpu.partition in (None, row[0])], where)
-    _check_account(site.account, where, run)
+        if not any(node.is_up for node in offered):
+            yield f"{where}: {key}.partition {part.partition or ''} is down; wait, or name another"
+        if part.minutes > (limit := max(node.minutes for node in offered)):
+            yield f"{where}: {key}.minutes is {part.minutes}, but the partition allows {limit:.0f}; use at most that"
+        if key == "gpu":
+            yield from _of_gpus(site.gpu, gpus, offered, where)
+    yield from _of_account(site.account, where, run)
+
+
+def read_nodes(run: Run = ask) -> list[Node] | None:
+    """The nodes of each partition; None if Slurm does not answer."""
+    answer = run("sinfo", "--noheader", "--format=%R|%a|%l|%G|%c|%m")
+    if answer is None:
+        return None
+    nodes = []
+    for line in answer.split():
+        if line.count("|") == 5:
+            name, up, limit, gres, cpus, memory = line.split("|")
+            gpus = [(kind, int(num)) for kind, num in re.findall(r"gpu:(?:([\w.]+):)?(\d+)", gres)]
+            counts = int(cpus.rstrip("+")), int(memory.rstrip("+"))
+            nodes.append(Node(name, up == "up", minutes_of(limit), gpus, *counts))
+    return nodes
 
 
 def minutes_of(limit: str) -> float:
-    """Slurm's time limit (`infinite`, `MM:SS`, `HH:MM:SS`, `D-HH:MM:SS`) in minutes."""
-    if limit == "infinite":
+    """Slurm's time limit (`MM`, `MM:SS`, `HH:MM:SS`, `D-HH`, `D-HH:MM:SS`) in minutes; infinity if it is none."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):
         return float("inf")
-    days, _, rest = limit.rpartition("-")
-    hours, minutes, seconds = ([0, 0, 0] + [int(part) for part in rest.split(":")])[-3:]
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts = [0, *parts]
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
     return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def _check_time(minutes: int, rows: list[tuple[str, ...]], key: str) -> None:
-    limits = [minutes_of(row[2]) for row in rows if re.fullmatch(r"infinite|[0-9:-]+", row[2])]
-    if limits and minutes > max(limits):
-        raise UserError(f"{key} is {minutes}, but the partition allows {max(limits):.0f}; use at most that")
-
-
-def _check_gpus(gpu: GpuJobs, gpus: int, rows: list[tuple[str, ...]], where: str) -> None:
-    """The nodes of `rows` have that many GPUs of that type, with processors and memory for them."""
-    found = [
-        (kind, int(num), int(row[3].rstrip("+")), int(row[4].rstrip("+")))
-        for row in rows
-        for kind, num in re.findall(r"gpu:(?:([\w.]+):)?(\d+)", row[1])
-    ]
-    kinds = sorted({kind for kind, *_ in found if kind})
+def _of_gpus(gpu: GpuJobs, gpus: int, nodes: list[Node], where: str) -> Iterator[str]:
+    """Unless a node has that many GPUs of that type, with processors and memory for them."""
+    found = [(kind, (num, node.cpus, node.mem_mb)) for node in nodes for kind, num in node.gpus]
+    kinds = sorted({kind for kind, _ in found if kind})
     if not found:
-        raise UserError(f"{where}: gpu.partition is {gpu.partition!r}, whose nodes have no GPU; name another partition")
+        yield f"{where}: gpu.partition is {gpu.partition!r}, whose nodes have no GPU; name another partition"
+        return
     if gpu.model is not None and gpu.model not in kinds:
         have = suggestion(gpu.model, kinds) if kinds else "its GPUs have no type: use null"
-        raise UserError(f"{where}: gpu.model is {gpu.model!r}, which the partition does not have; {have}")
-    found = [node for node in found if gpu.model in (None, node[0])]
-    for key, i, asked in (("per_node", 1, gpus), ("cpus", 2, gpus * gpu.cpus), ("mem_mb", 3, gpus * gpu.mem_mb)):
-        most = max(node[i] for node in found)
-        if asked > most:
-            raise UserError(
-                f"{where}: gpu.{key}: a job of {gpus} GPUs asks for {asked}, but a node has {most}; use at most"
+        yield f"{where}: gpu.model is {gpu.model!r}, which the partition does not have; {have}"
+        return
+    sizes = [size for kind, size in found if gpu.model in (None, kind)]
+    for i, (key, wanted) in enumerate({"per_node": gpus, "cpus": gpus * gpu.cpus, "mem_mb": gpus * gpu.mem_mb}.items()):
+        if wanted > (most := max(size[i] for size in sizes)):
+            yield (
+                f"{where}: gpu.{key}: a job of {gpus} GPUs asks for {wanted}, but a node has {most}; use at most"
                 f" {most if key == 'per_node' else most // gpus}"
             )
 
 
-def _check_account(account: str | int | None, where: str, run: Run) -> None:
-    """The account is one of the user's, where there is an accounting database that knows."""
+def _of_account(account: str | int | None, where: str, run: Run) -> Iterator[str]:
+    """Unless the account is one of the user's, where there is an accounting database that knows."""
     command = ("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={getpass.getuser()}")
     known = sorted(set((run(*command, "format=account") or "").split()))
     if account is not None and known and str(account).lower() not in map(str.lower, known):
-        raise UserError(f"{where}: account is {account!r}, which is not yours; {suggestion(str(account), known)}")
+        yield f"{where}: account is {account!r}, which is not yours; {suggestion(str(account), known)}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dmd2.commands.planning import WORKFLOW, JsonOption, OverOption, WorkflowOption
+from dmd2.commands.planning import WORKFLOW, JsonOption, OverOption, WorkflowOption, load_plan
 
 
 def doctor(
@@ -27,6 +27,7 @@ def doctor(
 
     places = (state, Path("data"), Path("results"))
     has_slurm = slurm.shutil.which("sinfo") is not None
+    gpus = load_plan(workflow, preset, configfile).preset.gpus if preset else 1
     checks = [
         ("python", software.python),
         ("packages", software.packages),
@@ -35,7 +36,7 @@ def doctor(
         ("nccl", software.exchange),
         ("room", lambda: folders.room(places)),
         ("state folder", lambda: folders.state_folder(state, several_machines=has_slurm)),
-        ("slurm", lambda: slurm.slurm(profile)),
+        ("slurm", lambda: slurm.slurm(profile, gpus)),
         ("downloads", lambda: folders.downloads(workflow, preset, configfile, checksums=checksums)),
     ]
     found = []

@@ -25,7 +25,7 @@ Layout = Literal["replicate", "shard"]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON output")]
 
 
-def _plan(workflow: Path, preset: str, configfile: Path | None) -> Plan:
+def load_plan(workflow: Path, preset: str, configfile: Path | None) -> Plan:
     over = read_yaml(configfile) if configfile else {}
     return Plan(workflow, preset, overrides(over))
 
@@ -45,7 +45,7 @@ def cost(
     from dmd2.cost import report as cost_report
     from dmd2.cost import text as cost_text
 
-    report = cost_report.cost(_plan(workflow, preset, configfile), run or ["dmd2"])
+    report = cost_report.cost(load_plan(workflow, preset, configfile), run or ["dmd2"])
     _print(report, cost_text.cost(report), as_json)
 
 
@@ -71,7 +71,7 @@ def plan(
     from dmd2.cost import text as cost_text
     from dmd2.cost.finished import read_finished
 
-    found = _plan(workflow, preset or _presets_of(workflow, table), configfile)
+    found = load_plan(workflow, preset or _presets_of(workflow, table), configfile)
     gpus, layout = gpus or found.preset.gpus or 1, layout or found.preset.runtime.layout
     report = cost_report.tables(
         found, table, cost_report.Machines(gpu, gpus, layout, tflops, micro_batch), read_finished(folder)

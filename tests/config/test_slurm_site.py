@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 from dmd2.errors import UserError
-from dmd2.slurm import Site, check_site, read_site
+from dmd2.slurm import Site, check_site, minutes_of, read_site
 
 PROFILE = Path(__file__).parents[2] / "profiles/slurm"
-SINFO = """cpu|(null)|12:00:00|32|128000
-gpu|gpu:a100:4(S:0-1)|1-00:00:00|64|512000
-gpu|gpu:h100:8(S:0-1)|1-00:00:00|112|2000000
+SINFO = """cpu|up|12:00:00|(null)|32|128000
+gpu|up|1-00:00:00|gpu:a100:4(S:0-1)|64|512000
+gpu|up|1-00:00:00|gpu:h100:8(S:0-1)|112|2000000
+old|down|infinite|gpu:2|16|64000+
 """
 SITE = {"account": "mine", "cpu": {"partition": "cpu"}, "gpu": {"partition": "gpu", "model": "h100"}}
 
@@ -62,6 +63,7 @@ def test_site_file_that_fits_passes():
             {"cpu": {"partition": "cpus"}},
             "cpu.partition is 'cpus', which this cluster does not have; did you mean 'cpu'?",
         ),
+        ({"cpu": {"partition": "old"}}, "cpu.partition old is down; wait, or name another"),
         ({"cpu": {"partition": "cpu", "minutes": 900}}, "cpu.minutes is 900, but the partition allows 720"),
         ({"gpu": {"partition": "cpu", "minutes": 60}}, "gpu.partition is 'cpu', whose nodes have no GPU"),
         ({"gpu": {"model": "h200"}}, "gpu.model is 'h200', which the partition does not have; did you mean 'h100'?"),
@@ -88,3 +90,9 @@ def test_unknown_key_is_refused(tmp_path: Path):
     (tmp_path / "site.yaml").write_text("gpu: {partitoin: gpu}\n")
     with pytest.raises(UserError, match=r"site\.yaml: .*partitoin"):
         read_site(tmp_path / "site.yaml")
+
+
+def test_limits_in_minutes():
+    limits = {"30": 30, "30:00": 30, "12:00:00": 720, "2-12": 3600, "2-12:30:00": 3630}
+    assert {limit: minutes_of(limit) for limit in limits} == limits
+    assert minutes_of("infinite") == minutes_of("n/a") == float("inf")

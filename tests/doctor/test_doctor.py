@@ -16,13 +16,7 @@ import dmd2_kernels
 from dmd2.commands.diagnosis import doctor
 from dmd2.commands.planning import WORKFLOW
 from dmd2.doctor import Check, folders, one_exchange, one_kernel, run, software
-from dmd2.doctor.slurm import against, minutes_of, read_sinfo, site_settings, slurm
-
-SINFO = """gpu*|up|1-00:00:00|gpu:a100:8(S:0-1)
-gpu*|up|1-00:00:00|gpu:h100:8
-cpu|up|infinite|(null)
-old|down|30:00|gpu:2
-"""
+from dmd2.doctor.slurm import slurm
 
 
 def found(checks: object) -> dict[str, str]:
@@ -108,62 +102,31 @@ def test_a_record_tells_an_altered_download(tmp_path: Path, monkeypatch: pytest.
     ]
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        (
-            {"slurm_partition": "gpuu"},
-            "no partition gpuu; set default-resources.slurm_partition in .* did you mean 'gpu'",
-        ),
-        ({"slurm_partition": "gpu", "slurm_account": "lab"}, "account lab is not yours; .* did you mean 'lab2'"),
-        ({"slurm_partition": "gpu", "gpu_model": "h200"}, "no GPU h200; set default-resources.gpu_model in .*"),
-        ({"slurm_partition": "gpu", "gres": "gpu:v100:4"}, "no GPU v100"),
-        ({"slurm_partition": "cpu", "gpu": 8}, "partition cpu has no GPUs"),
-        ({"slurm_partition": "gpu", "runtime": 2880}, "runtime 2880 min is above the limit of gpu, 1440 min; lower"),
-        ({"slurm_partition": "old"}, "partition old is down"),
-        ({"slurm_partition": "CHANGE_ME"}, "slurm_partition is 'CHANGE_ME'; set default-resources.slurm_partition in"),
-    ],
-)
-def test_site_settings_that_the_cluster_does_not_have_are_named(
-    settings: dict[str, object], reason: str, tmp_path: Path
-) -> None:
-    (tmp_path / "profile.v9+.yaml").write_text(yaml.safe_dump({"default-resources": settings}))
-    checks = list(against(site_settings(tmp_path), read_sinfo(SINFO), ["lab2", "other"]))
-    text = "; ".join(f"{check.found}; {check.change}" for check in checks)
-    assert {check.state for check in checks} == {"failed"}
-    assert re.search(reason, text), text
-    assert str(tmp_path / "profile.v9+.yaml") in text
+def slurm_that_says(answer: str, status: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = folder / "sinfo"
+    stub.write_text(f"#!/bin/sh\necho '{answer}'\nexit {status}\n")
+    stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_a_site_file_is_compared_by_its_own_keys(tmp_path: Path) -> None:
-    site = {
-        "account": "lab2",
-        "cpu": {"partition": None, "minutes": 240},
-        "gpu": {"partition": "gpu", "model": "h100", "minutes": 1440},
-    }
-    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
-    for accounts in (["lab2"], None):
-        states = found(against(site_settings(tmp_path), read_sinfo(SINFO), accounts))
-        assert states == {"slurm": "ok", "slurm cpu": "ok", "slurm gpu": "ok"}
-    site["gpu"] = {"partition": "cpu"}
-    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
-    [change] = [c.change for c in against(site_settings(tmp_path), read_sinfo(SINFO), None) if c.state == "failed"]
-    assert change == f"set gpu.partition in {tmp_path}/site.yaml to one that has"
-
-
-def test_limits_of_slurm_in_minutes() -> None:
-    limits = {"30": 30, "30:00": 30, "12:00:00": 720, "2-12": 3600, "2-12:30:00": 3630, "infinite": None, "n/a": None}
-    assert {limit: minutes_of(limit) for limit in limits} == limits
+def test_the_site_file_is_compared_with_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm_that_says("gpu|up|1-00:00:00|gpu:h100:8|112|2000000", 0, tmp_path, monkeypatch)
+    site = tmp_path / "site.yaml"
+    site.write_text(yaml.safe_dump({"gpu": {"partition": "gpu", "model": "h100"}}))
+    assert found(slurm(tmp_path, 8)) == {"slurm": "ok", "slurm site": "ok"}
+    site.write_text(yaml.safe_dump({"cpu": {"partition": "gpuu"}, "gpu": {"model": "h200", "minutes": 9999}}))
+    wrong = [check for check in slurm(tmp_path, 8) if check.state == "failed"]
+    assert [(check.found.split(" is ")[0], check.change) for check in wrong] == [
+        (f"{site}: cpu.partition", "did you mean 'gpu'?"),
+        (f"{site}: gpu.minutes", "use at most that"),
+        (f"{site}: gpu.model", "did you mean 'h100'?"),
+    ]
 
 
 def test_slurm_that_does_not_answer_is_a_failure_and_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stub = tmp_path / "sinfo"
-    stub.write_text("#!/bin/sh\necho 'slurm_load_partitions: Unable to contact slurm controller' >&2\nexit 1\n")
-    stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    slurm_that_says("Unable to contact slurm controller", 1, tmp_path, monkeypatch)
     [check] = slurm(tmp_path)
     assert check.state == "failed"
-    assert "Unable to contact slurm controller" in check.found
 
 
 def test_a_check_that_breaks_is_reported_and_the_others_go_on() -> None:

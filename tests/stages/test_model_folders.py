@@ -87,7 +87,9 @@ def test_latents_report_captions_that_are_cut_and_are_not_used_with_another_auto
         if made:
             teacher = load_teacher(plan.preset.teacher, plan.preset.data)
             batches = {"batch_size": 4, "seed": 0, "device": torch.device("cpu")}
-            with pytest.raises(UserError, match=r"manifest.json: latents of another autoencoder: encoder_sha256 is \w+"):
+            with pytest.raises(
+                UserError, match=r"manifest.json: latents of another autoencoder: encoder_sha256 is \w+"
+            ):
                 data_batches(plan.train("dmd2_stage1"), manifest, teacher, **batches)
         with caplog.at_level(logging.WARNING):
             data.latents(plan.latents, shards, manifest, RUNTIME, record)

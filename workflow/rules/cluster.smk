@@ -1,6 +1,6 @@
 # What each job asks Slurm for: the site file's answer to its rule, GPUs, machines and threads. Only with the profile
 # profiles/slurm, which names the site file; what a profile or the command line sets by --set-resources stays.
-from dmd2.slurm import ASKED, check_site, read_site
+from dmd2.slurm import REQUESTED, check_site, read_site
 
 
 def site_file():
@@ -36,7 +36,7 @@ def ask_slurm(stage, site):
     given = (
         set(stage.resources) - {"mem_mb"} | chosen
     )  # Snakemake has a default for memory
-    for name in ASKED:
+    for name in REQUESTED:
         if name not in given:
             stage.resources[name] = asked(name)
     if gpu.is_evaluable() and "nodes" not in stage.resources:
