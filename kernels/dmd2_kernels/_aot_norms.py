@@ -14,13 +14,12 @@ def _norm(
 
     def run(dtype: torch.dtype) -> None:
         x, w = torch.empty(2, channels, side, side, dtype=dtype), torch.empty(channels)
-        rows = (torch.empty(2, channels, dtype=dtype),) * 2 if adaptive else (None, None)
+        row = torch.empty(2, channels, dtype=dtype) if adaptive else None
         x = x.to(memory_format=torch.channels_last) if nhwc else x
         bias, residual = w if added else None, x if added == "sum" else None
-        vectors = (w, w, 1e-5, *rows, True)
-        _, mean, rstd, _ = _library_norm._forward(x, groups, *vectors, channel_bias=bias, residual=residual)
+        _, mean, rstd, _ = _library_norm._forward(x, groups, w, w, 1e-5, row, row, True, bias, residual)
         _library_norm._backward(
-            x, x, mean, rstd, groups, w, w, *rows, True, channel_bias=bias, is_total=added == "sum", d_total=residual
+            x, x, mean, rstd, groups, w, w, row, row, True, bias, is_total=added == "sum", d_total=residual
         )
 
     return run

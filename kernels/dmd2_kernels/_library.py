@@ -74,7 +74,8 @@ def _(x0, real, fake, x, a, k, uncond, factor, guidance, scale, grad_dtype):
     return terms, weight, squares, squares.new_empty(squares.shape, dtype=torch.int64), _like(dense, grad_dtype)
 
 
-def _like(t: Tensor, dtype: torch.dtype) -> Tensor:
+def _like(t: Tensor | None, dtype: torch.dtype) -> Tensor:
+    assert t is not None
     return torch.empty_like(t, dtype=dtype)
 
 

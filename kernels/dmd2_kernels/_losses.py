@@ -182,7 +182,8 @@ def gan_critic_loss_and_grad(
     """
     _critic_arguments(gen_logits, data_logits, kind, perturbed_data_logits, r1_weight)
     sources = (gen_logits, data_logits, perturbed_data_logits)
-    sums, _, grads = _critic(*_flattened(sources), kind, r1_weight, scale, False, None)
+    gen, data, perturbed = _flattened(sources)
+    sums, _, grads = _critic(gen, data, perturbed, kind, r1_weight, scale, False, None)
     shaped = [None if t is None else g.view(t.shape) for t, g in zip(sources, grads, strict=True)]
     return sums, CriticGradients(*shaped)  # type: ignore[arg-type]
 
@@ -197,10 +198,10 @@ def gan_critic_loss(
 ) -> GanCriticLoss:
     """The critic's GAN loss, differentiable in all logits; arguments as `gan_critic_loss_and_grad`."""
     _critic_arguments(gen_logits, data_logits, kind, perturbed_data_logits, r1_weight)
-    flat = _flattened((gen_logits, data_logits, perturbed_data_logits))
-    sums, probabilities, grads = _critic(*flat, kind, r1_weight, 1.0, True, _wide(*flat))
+    gen, data, perturbed = flat = _flattened((gen_logits, data_logits, perturbed_data_logits))
+    sums, (p_data, p_gen), grads = _critic(gen, data, perturbed, kind, r1_weight, 1.0, True, _wide(*flat))
     pairs = [(t, grad) for t, grad in zip(flat, grads, strict=True) if t is not None]
-    return GanCriticLoss(attach(sums.loss, *pairs), *probabilities, sums.r1)
+    return GanCriticLoss(attach(sums.loss, *pairs), p_data, p_gen, sums.r1)
 
 
 def _flattened(logits: tuple[Tensor | None, ...]) -> list[Any]:

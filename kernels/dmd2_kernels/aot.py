@@ -113,9 +113,13 @@ def _matching(
             real, fake, uncond = (t.to(memory_format=torch.channels_last) for t in (real, fake, uncond))
         a, k, factor = torch.empty(3, 1024)[:, : shape[0]].clone()
         dk.matching_loss_and_grad(
-            *(x0, real, fake),
-            **({"x": x, "head": dk.LinearHead(a, k)} if head else {}),
-            **({"real_uncond": uncond, "guidance_scale": 8.0} if guided else {}),
+            x0,
+            real,
+            fake,
+            x=x if head else None,
+            head=dk.LinearHead(a, k) if head else None,
+            real_uncond=uncond if guided else None,
+            guidance_scale=8.0 if guided else 1.0,
             sample_weight=factor if weighted else None,
             scale=0.5 if weighted else 1.0,
         )
@@ -127,9 +131,11 @@ def _beyond_int32(dtype: torch.dtype) -> None:
     """The kernels for a sample with more than 2^31 elements; the tensors represent larger ones."""
     (x0, real, fake, grad), sums = torch.empty(4, 64, dtype=dtype), torch.empty(64)
     sizes, options = (2**31 + 16, 2**19 + 1), {"BLOCK": 4096, "ACC": tl.float32, "num_warps": 8}
-    guided, counts = {"GUIDANCE": 1.0, "CHANNELS": 1}, torch.empty(64, dtype=torch.int64)
+    counts = torch.empty(64, dtype=torch.int64)
     matching, denoising = ops.score_difference, ops.denoising_loss
-    _launch.launch(matching._distances, 1, x0, real, None, None, None, None, sums, *sizes, **guided, **options)
+    _launch.launch(
+        matching._distances, 1, x0, real, None, None, None, None, sums, *sizes, GUIDANCE=1.0, CHANNELS=1, **options
+    )
     _launch.launch(
         matching._chunk_gradients, 1, sums, real, fake, None, None, None, grad, sums, sums, sums, counts, 2, *sizes,
         SCALE=1.0, GUIDANCE=1.0, COLS=1024, **options,

@@ -71,7 +71,7 @@ def write_shards(plan: Plan, folder: Path) -> Path:
         Image.fromarray(pixels).save(folder / f"images/{number}.png")
         (folder / f"images/{number}.txt").write_text(caption)
     manifest = folder / "shards/manifest.json"
-    data.shards(plan.shards, manifest, str(folder / "images"), 0, 1)
+    data.shards(plan.shards, manifest, str(folder / "images"), {}, 1)
     return manifest
 
 
