@@ -54,7 +54,6 @@ def latents(spec: Spec, images: Path, manifest: Path, runtime: Runtime, componen
             barrier=ranks.barrier,
             progress=Counter("latents"),
         )
-    report_truncated(conditioner, "latents")
 
 
 def pairs(spec: Spec, weights: Path, manifest: Path, runtime: Runtime, components: Path | None = None) -> None:

@@ -9,7 +9,7 @@ PREFIX = (workflow.storage_settings.default_storage_prefix or "").rstrip("/")
 
 
 def in_workflow(path):
-    """The path that a rule was written with, of one that is in the store."""
+    """The path that its rule names, of one that is in the store."""
     stored = getattr(path, "flags", {}).get("storage_object")
     return str(path) if stored is None else str(stored.query).removeprefix(f"{PREFIX}/")
 
@@ -47,5 +47,5 @@ def declare_companions(of):
 
 
 if workflow.storage_settings.default_storage_provider:
-    for each_rule in list(workflow.rules):
-        declare_companions(each_rule)
+    for each in list(workflow.rules):
+        declare_companions(each)
