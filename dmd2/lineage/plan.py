@@ -24,6 +24,7 @@ from dmd2.config import (
 )
 from dmd2.config.reading import checked_import, load_preset, load_run
 from dmd2.errors import UserError
+from dmd2.lineage.entries import check_sampler
 from dmd2.lineage.spec import Spec
 
 CURVE_SEED_OFFSET = 2**31
@@ -291,25 +292,6 @@ class Plan:
                 f"entry {entry}: no sampler {name!r} in preset {self.preset.name}; known: "
                 f"{', '.join(self.preset.samplers)}; add it there, or give the row `only` with the presets that have it"
             )
-        sampler = self.preset.samplers[name]
         run = None if model == "teacher" else self._requested(model, f"entry {entry}")
-        as_teacher = run is None or run.own is not None
-        if as_teacher != sampler.of_teacher:
-            wanted = "a sampler of a teacher" if as_teacher else "a few_step sampler"
-            raise UserError(f"entry {entry}: {model} needs {wanted}, but {name} is {sampler.kind}")
-        if run is None:
-            return model, name
-        checkpoint = sampler.checkpoint
-        if run.weights and sampler.is_selected:
-            raise UserError(f"entry {entry}: {model} is imported, with no snapshots to choose from; use another")
-        if sampler.ema_length is not None and run.train.ema_lengths is None:
-            raise UserError(
-                f"entry {entry}: samplers.{name}.ema_length is {sampler.ema_length}, but {model} stores no averages; "
-                f"set its ema_lengths"
-            )
-        if isinstance(checkpoint, int) and checkpoint not in (steps := run.train.snapshot_steps()):
-            raise UserError(
-                f"entry {entry}: samplers.{name}.checkpoint is {checkpoint}, but {model} has snapshots after "
-                f"{', '.join(map(str, steps))} iterations; name one of them, or change num_snapshots"
-            )
+        check_sampler(entry, run, name, self.preset.samplers[name])
         return model, name

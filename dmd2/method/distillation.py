@@ -17,7 +17,7 @@ from dmd2.method import losses, sampling
 from dmd2.method.critic import Critic
 from dmd2.method.denoiser import Cond, Denoiser, Teacher, move
 from dmd2.method.diagnostics import describe
-from dmd2.method.inputs import Batches, Distance, Networks, PairBatches, Prompts, check_inputs
+from dmd2.method.inputs import Batches, Distance, Networks, PairBatches, Prompts, check_inputs, part_of
 from dmd2.method.noise import add_noise, expand
 from dmd2.training import sharding
 from dmd2.training.micro_batches import BatchReader, MicroBatches, means
@@ -78,13 +78,13 @@ class Distillation:
             generator = teacher.copy_network() if networks is None else networks.generator
             self.generator: Denoiser = generator.to(self.device).eval()
             if start is not None:
-                self.generator.load_state_dict(_part(start, "generator."))
+                self.generator.load_state_dict(part_of(start, "generator."))
             sharding.place(self.generator, layout if self.generator.shardable else "replicate")
             num_taps = train.gan_taps if train.has_gan else 0
             fake = teacher.copy_network() if networks is None else networks.fake
             self.critic = Critic(fake, num_taps=num_taps).to(self.device).eval()
             if start is not None:
-                self.critic.fake.load_state_dict(_part(start, "critic.fake."))
+                self.critic.fake.load_state_dict(part_of(start, "critic.fake."))
             sharding.place(self.critic, layout if fake.shardable else "replicate")
         for denoiser in (self.teacher.denoiser, self.generator, self.critic.fake):
             denoiser.precision = train.precision
@@ -290,15 +290,10 @@ class Distillation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; every key must match."""
         networks = state["networks"]
-        self.generator.load_state_dict(_part(networks, "generator."))
-        self.critic.load_state_dict(_part(networks, "critic."))
+        self.generator.load_state_dict(part_of(networks, "generator."))
+        self.critic.load_state_dict(part_of(networks, "critic."))
         self.ema.load_state_dict(state["average"])
         for average, stored in zip(self._averages.values(), state.get("averages", []), strict=True):
             average.load_state_dict(stored)
         self._generator_optimizer.load_state_dict(state["generator_optimizer"])
         self._critic_optimizer.load_state_dict(state["critic_optimizer"])
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors with names that start with `prefix`, without it."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

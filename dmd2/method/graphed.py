@@ -24,6 +24,7 @@ from torch import Tensor
 from dmd2.errors import UserError
 from dmd2.method.distillation import Distillation
 from dmd2.training import ranks
+from dmd2.training.loop import Trainee, log
 from dmd2.training.rng import shared_choice
 from dmd2.training.static_inputs import Draws, StaticCalls, StaticReader, copied
 
@@ -188,3 +189,15 @@ class Graphed:
         if "denoising_loss" in metrics:
             metrics |= run._lag(index, metrics["denoising_loss"])
         return metrics
+
+
+def graphed(run: Distillation, wanted: bool) -> Trainee:
+    """The run, or if `wanted` and on a GPU its iterations as graphs. Raises UserError for a run with averages."""
+    if not wanted:
+        return run
+    if run.device.type != "cuda":
+        log.warning("runtime.cuda_graphs is ignored on the %s; it needs a GPU", run.device.type)
+        return run
+    if run.train.ema_lengths is not None:
+        raise UserError("runtime.cuda_graphs cannot hold averages whose decay changes; unset it or the ema_lengths")
+    return Graphed(run)

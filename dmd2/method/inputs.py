@@ -52,3 +52,8 @@ def check_inputs(teacher: Teacher, train: Train, *, has_data: bool, has_pairs: b
         raise UserError(
             f"gan_taps is {train.gan_taps}, but this teacher's encoder has {num} level(s); use at most {num}"
         )
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with names that start with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

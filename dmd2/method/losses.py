@@ -21,7 +21,7 @@ from dmd2.config import Train
 from dmd2.method.critic import Critic
 from dmd2.method.denoiser import Cond, Prediction, Teacher, concat
 from dmd2.method.divergence import sample_weights
-from dmd2.method.noise import NoiseGrid, add_noise
+from dmd2.method.noise import NoiseGrid, add_noise, critic_weight
 from dmd2.method.sid import sid_gradient
 from dmd2.training.rng import normal
 from dmd2_kernels import (
@@ -293,9 +293,3 @@ def _denoising_weight(sigma: Tensor, teacher: Teacher, train: Train) -> Tensor:
     if train.denoising_weighting == "uniform":
         return torch.ones_like(sigma)
     return critic_weight(sigma, teacher.sigma_data)
-
-
-def critic_weight(sigma: Tensor, sigma_data: float | None) -> Tensor:
-    """lambda(sigma) of the fake-score loss: EDM's sigma^-2 + sigma_data^-2, or sigma^-2, which is the epsilon loss."""
-    weight = sigma**-2
-    return weight if sigma_data is None else weight + sigma_data**-2

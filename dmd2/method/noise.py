@@ -88,3 +88,9 @@ def expand(per_sample: Tensor, like: Tensor) -> Tensor:
 def add_noise(x0: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
     """x = x0 + sigma * eps, with one sigma per sample: (B, ...), (B,), (B, ...) -> (B, ...)."""
     return x0 + expand(sigma, x0) * eps
+
+
+def critic_weight(sigma: Tensor, sigma_data: float | None) -> Tensor:
+    """lambda(sigma) of the fake-score loss: EDM's sigma^-2 + sigma_data^-2, or sigma^-2, which is the epsilon loss."""
+    weight = sigma**-2
+    return weight if sigma_data is None else weight + sigma_data**-2

@@ -15,8 +15,7 @@ from torch import Tensor
 from dmd2.config import DiffusersTraining, TeacherTraining
 from dmd2.method.denoiser import Cond, Teacher
 from dmd2.method.inputs import Batches
-from dmd2.method.losses import critic_weight
-from dmd2.method.noise import add_noise, expand
+from dmd2.method.noise import add_noise, critic_weight, expand
 from dmd2.training import sharding
 from dmd2.training.micro_batches import BatchReader, MicroBatches, means
 from dmd2.training.optimizer import EMA, FiniteGuard, Optimizer, warmup_decay

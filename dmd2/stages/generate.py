@@ -21,6 +21,7 @@ from dmd2.files import read_json
 from dmd2.lineage.records import read_record
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Teacher, move
+from dmd2.method.inputs import part_of
 from dmd2.progress import Counter
 from dmd2.stages.open_weights import components_folder
 from dmd2.stages.sample import from_student, from_teacher, num_passes
@@ -161,6 +162,6 @@ def _adapter(weights: Path, train: Train) -> Any:
     teacher = open_run(folder.parent / "teacher", "cpu").teacher
     role = roles(teacher.denoiser, {"student": train.generator_lora})["student"]  # type: ignore[arg-type]
     read_record(networks)
-    state = {k.removeprefix("generator."): v for k, v in read_weights(networks).items() if k.startswith("generator.")}
+    state = part_of(read_weights(networks), "generator.")
     load_adapter(role, state, str(networks))
     return role

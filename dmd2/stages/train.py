@@ -22,7 +22,7 @@ from dmd2.lineage.records import write_record
 from dmd2.lineage.spec import Spec
 from dmd2.method.denoiser import Denoiser, Teacher
 from dmd2.method.distillation import Distillation
-from dmd2.method.graphed import Graphed
+from dmd2.method.graphed import graphed
 from dmd2.method.inputs import Distance, Networks
 from dmd2.method.teacher_fit import TeacherFit
 from dmd2.metrics.perceptual import load_lpips
@@ -34,7 +34,7 @@ from dmd2.stages.state import check_students_room, check_teachers_room, checksum
 from dmd2.teachers import load_teacher
 from dmd2.training import ranks, sharding
 from dmd2.training.checkpoint_store import CheckpointStore, save_weights
-from dmd2.training.loop import Trainee, fit, log
+from dmd2.training.loop import fit, log
 from dmd2.training.post_hoc_ema import ema_suffix
 from dmd2_kernels import implementation
 
@@ -150,7 +150,7 @@ def train(
             kernels = implementation(next(run.generator.parameters()))
             log.info("%s: digest %s on %s, losses by the %s kernels", spec.name, spec.digest, device, kernels)
             snapshots = config.snapshot_steps()
-            trainee = _graphed(run, runtime)
+            trainee = graphed(run, runtime.cuda_graphs)
             took = fit(
                 trainee,
                 config.iterations,
@@ -211,18 +211,6 @@ def _prepare(runtime: Runtime, *networks: Denoiser) -> None:
     """`Denoiser.prepare` of all networks; a frozen one recomputes too when a gradient flows through it to images."""
     for network in networks:
         network.prepare(compile=runtime.compile, activation_checkpointing=runtime.activation_checkpointing)
-
-
-def _graphed(run: Distillation, runtime: Runtime) -> Trainee:
-    """The run, or with `runtime.cuda_graphs` on a GPU its iterations as graphs. UserError for a run with averages."""
-    if not runtime.cuda_graphs:
-        return run
-    if run.device.type != "cuda":
-        log.warning("runtime.cuda_graphs is ignored on the %s; it needs a GPU", run.device.type)
-        return run
-    if run.train.ema_lengths is not None:
-        raise UserError("runtime.cuda_graphs cannot hold averages whose decay changes; unset it or the ema_lengths")
-    return Graphed(run)
 
 
 def _regression_distance(config: Train, device: torch.device) -> Distance:
