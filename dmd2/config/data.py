@@ -104,7 +104,7 @@ class Data(Model):
 
     @property
     def annotations(self) -> str | None:
-        """The file with the captions of sources coco and coco10k, which lies beside the images."""
+        """The file with the captions of sources coco and coco10k, beside the images."""
         if self.path is None or self.is_made or self.source not in ("coco", "coco10k"):
             return None
         return str(PurePath(self.path).with_name(COCO_ANNOTATIONS))

@@ -34,7 +34,7 @@ class Finished:
     threads: int
     gpus: int
     device: str  # the GPU's name as torch gives it, "cuda" where no record names it, "cpu" without one
-    energy_j: float | None  # of the GPUs, where NVML told
+    energy_j: float | None  # of the GPUs, where NVML measures it
     digest: str | None
     spec: dict[str, Any] | None
 

@@ -1,8 +1,8 @@
 """The memory that a training step needs on a device, measured on a dry run with meta tensors.
 
 Every storage that the step makes is followed from its birth to its death, so the peaks hold what is kept for the
-backward pass, gradients and short-lived values alike. What is alive at a moment is linear in the samples that pass at a
-time, so a peak is the largest of lines: between measured sizes its chord lies above it. What an allocator adds
+backward pass, gradients and short-lived values. What is alive at a moment is linear in the samples that pass at a
+time, so a peak is the largest of lines: between measured sizes its chord is above it. What an allocator adds
 (rounding, fragmentation, workspaces of libraries) is not in it.
 """
 

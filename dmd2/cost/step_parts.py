@@ -1,6 +1,6 @@
 """The parts of a training step, seen from outside: whose pass it is, in which turn, and what moves weights.
 
-An observer is told where a part begins and ends; what it reads there (a clock, a count of operations, a high-water
+An observer is called where a part begins and ends; what it reads there (a clock, a count of operations, a high-water
 mark) is its business. The step is not changed: module hooks tell the passes, wrappers the backward passes and updates.
 """
 
@@ -30,7 +30,7 @@ Place = tuple[Any, str, str]
 
 
 class Observer(Protocol):
-    """Is told of the outermost parts only, so that what it adds up is counted once."""
+    """Is called for the outermost parts only, so that what it adds up is counted once."""
 
     def begin(self, part: str) -> None: ...
     def end(self, part: str) -> None: ...
@@ -88,7 +88,7 @@ class StepTracer:
 
 @contextmanager
 def observed(run: Distillation, observer: Observer, more: Sequence[Place] = ()) -> Iterator[None]:
-    """Within the block, `observer` is told of the parts of `run.step`, and of the calls of the functions in `more`."""
+    """Within the block, `observer` is called for the parts of `run.step` and for calls of the functions in `more`."""
     teller = StepTracer(observer)
     named: list[Place] = [
         (optimizer.Optimizer, "step", OPTIMIZERS),

@@ -90,7 +90,7 @@ def _place(data: Data) -> str:
 def _roots(data: Data) -> list[str]:
     """The files or the folder of a source that are there."""
     path = data.path or ""
-    if is_url(path):  # planning asks no server
+    if is_url(path):  # planning connects to no server
         return []
     if Path(path).exists():
         found = [path]

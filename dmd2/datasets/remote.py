@@ -110,8 +110,8 @@ class Cache:
             try:
                 _fetch(url, path, sha256, size)
             except UserError as error:
-                told = _URL.sub(lambda found: shown(found[0]), str(error).removeprefix(f"{path}: "))
-                raise UserError(told if shown(url) in told else f"{shown(url)}: {told}") from None
+                message = _URL.sub(lambda found: shown(found[0]), str(error).removeprefix(f"{path}: "))
+                raise UserError(message if shown(url) in message else f"{shown(url)}: {message}") from None
         self._make_room(0, keep=path)
 
     def _make_room(self, size: int, keep: Path | None = None) -> None:

@@ -1,9 +1,9 @@
 """Tar shards with a manifest: how every set of samples is stored, be it images, latents, pairs or generated images.
 
     manifest.json       counts, sizes and checksums of the shards, layout of the fields; written last
-    provenance.json     when and by which code they were made, apart so that sets of equal content have equal manifests
+    provenance.json     when and by which code they were made; not in the manifest, so that equal sets have equal ones
     shard-00000.tar     WebDataset samples `000000000.image.png`, `000000000.cls`, ...
-    shard-00000.json    the shard's sidecar: what decided its content, its checksum, and where each member lies
+    shard-00000.json    the shard's sidecar: what decided its content, its checksum, and where each member is
 
 The same input gives the same bytes. A sample's id is its position in the whole set, its key in nine digits its position
 in what the set is made from. The two are equal unless samples were left out there because they could not be read: a

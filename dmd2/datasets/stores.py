@@ -1,6 +1,6 @@
-"""What servers and stores say about a file, asked again with growing pauses while they do not answer.
+"""What servers and stores say about a file, repeated with growing pauses while they do not answer.
 
-HTTP is asked by requests, everything else by fsspec.
+HTTP goes by requests, everything else by fsspec.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def requirement(
     """The record that a job must wait for before it reads `path`; None where it may start at once.
 
     `key` names the setting in errors; `done` says that what is made from the file is there, so that it may be gone.
-    Raises UserError for a path where nothing lies and nothing can be put, for a file that is gone from its record, and
+    Raises UserError for a path where nothing is and nothing can be put, for a file that is gone from its record, and
     for a repository of the hub that is not in its local cache.
     """
     if isinstance(path, ModelFolder) and not done and is_hub_id(path.path) and not Path(path.path).exists():

@@ -1,4 +1,4 @@
-"""What lies beside a declared file of the workflow and belongs to it: records, shards, snapshots, components.
+"""What is beside a declared file of the workflow and belongs to it: records, shards, snapshots, components.
 
 On a mounted disk these need not be declared; a store only gets what is (`workflow/rules/storage.smk`). No torch.
 """

@@ -141,7 +141,7 @@ class PrecisionRecall:
         return dict(zip(("precision", "recall"), found, strict=True))
 
     def floor(self, draw: Draw) -> dict[str, float]:
-        """Of two random halves of the data: a drawn image lies in the manifold by construction."""
+        """Of two random halves of the data: a drawn image is in the manifold by construction."""
         features = draw.kept.features[draw.order]
         samples, data = features[: len(features) // 2], features[len(features) // 2 :]
         radii = to_nearest(data, data, k=NEIGHBOURS, own=False, device=draw.kept.device)

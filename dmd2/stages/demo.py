@@ -125,7 +125,7 @@ def serve(results: Path, runs: Sequence[str], *, host: str, port: int | None, wa
 
 
 def gradio() -> Any:
-    """The package, which sends no statistics and asks for no newer version of itself."""
+    """The package, which sends no statistics and looks for no newer version of itself."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:

@@ -69,7 +69,7 @@ def read_record(folder: Path) -> dict[str, str]:
 
 
 def autoencoder_digest(folder: Path) -> str:
-    """The recorded SHA-256 of the autoencoder's weights, which tells latents of different autoencoders apart."""
+    """The recorded SHA-256 of the autoencoder's weights, which distinguishes latents of different autoencoders."""
     digests = read_record(folder)
     found = [value for name, value in digests.items() if name.startswith("vae/") and name.endswith(".safetensors")]
     if not found:

@@ -98,7 +98,7 @@ def check_config(config: Mapping[str, Any], embedded_guidance: float | None = No
 
 
 def same_config(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
-    """Raises UserError if a model's U-Net configuration differs from the configured one, apart from `sample_size`."""
+    """Raises UserError if a model's U-Net configuration differs from the configured one in more than `sample_size`."""
     from diffusers import UNet2DConditionModel
 
     parameters = inspect.signature(UNet2DConditionModel.__init__).parameters

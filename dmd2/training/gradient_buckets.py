@@ -77,7 +77,7 @@ class Buckets:
         starts = [0]
         for param in held:
             starts.append(starts[-1] + param.numel())
-        # In the parameter's own strides, which the fused optimizer asks of its gradients.
+        # In the parameter's own strides, which the fused optimizer expects of its gradients.
         views = [flat.as_strided(p.shape, p.stride(), at) for p, at in zip(held, starts[:-1], strict=True)]
         torch._foreach_copy_(views, [param.grad for param in held if param.grad is not None])
         for param, view in zip(held, views, strict=True):

@@ -42,7 +42,7 @@ class FiniteGuard:
     """Records on the device, without waiting for it, the first step at which a term is not finite on any rank.
 
     From then on `tripped` is 1 and every update guarded by it is skipped on the device, so the weights stay as they
-    were before the bad step. The host asks with `raise_if_tripped` when it synchronises anyway.
+    were before the bad step. The host looks with `raise_if_tripped` when it synchronises anyway.
     """
 
     def __init__(self, device: torch.device):

@@ -116,7 +116,7 @@ def _critic(
     probabilities: bool,
     grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(terms, correct, r1, p_data, p_gen, gradients wrt. gen, data and perturbed); what was not asked for is empty."""
+    """(terms, correct, r1, p_data, p_gen, gradients wrt. gen, data and perturbed); what was not requested is empty."""
     ops = kernels_for(gen, "gan_critic_loss_and_grad").gan_loss
     rest = (kind, r1_weight, scale, probabilities, grad_dtype)
     return ops.critic_loss_and_grad(*_flat(gen, data, perturbed), *rest)
@@ -137,7 +137,7 @@ def _(gen, data, perturbed, kind, r1_weight, scale, probabilities, grad_dtype):
 def _generator(
     gen: Tensor, kind: str, scale: float, probabilities: bool, grad_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(terms, p_gen, which is empty if it was not asked for, gradient wrt. gen)."""
+    """(terms, p_gen, which is empty if it was not requested, gradient wrt. gen)."""
     ops = kernels_for(gen, "gan_generator_loss_and_grad").gan_loss
     return ops.generator_loss_and_grad(*_flat(gen), kind, scale, probabilities, grad_dtype)
 

@@ -28,7 +28,7 @@ def test_imported_student_is_the_network_that_was_exported(
     assert reported == [
         "error: generator.safetensors: no such weight file; put it there or correct the configured path"
     ]
-    monkeypatch.setenv("DMD2_FILES", json.dumps({sha256(source): str(source)}))  # as the workflow says where it lies
+    monkeypatch.setenv("DMD2_FILES", json.dumps({sha256(source): str(source)}))  # as the workflow says where it is
     assert dmd2("import-student", *options(spec=spec.to_json(), generator=out)) == 0
     assert read_record(out)["run"] == "released"
     assert sha256(out) == sha256(source)

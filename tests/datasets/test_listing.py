@@ -1,4 +1,4 @@
-"""What is taken from a source and what is passed over: alike in trees, zips and tars, and never without a word."""
+"""What is taken from a source and what is passed over: equally in trees, zips and tars, and never without a word."""
 
 import io
 import logging

@@ -23,7 +23,7 @@ NOBODY, MANY = -1, -2
 
 @dataclass
 class Argument:
-    """One tensor argument: where it lies, and who touched each of its bytes."""
+    """One tensor argument: where it is, and who touched each of its bytes."""
 
     name: str
     start: int

@@ -1,4 +1,4 @@
-"""The digits preset trains alike with its losses in Triton and in plain torch.
+"""The digits preset trains equally with its losses in Triton and in plain torch.
 
 Its norms stay in plain torch: a step of the U-Net takes minutes in the interpreter. `test_triton_training.py` has them.
 """

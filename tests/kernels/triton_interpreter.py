@@ -1,6 +1,6 @@
 """Triton's interpreter, repaired where it differs from a GPU: it rounds float32 to bfloat16 by truncation.
 
-It also keeps bfloat16 as bit patterns and would add those as integers; the lint asks for a cast at every load.
+It also keeps bfloat16 as bit patterns and would add those as integers; the lint requires a cast at every load.
 """
 
 from typing import Any

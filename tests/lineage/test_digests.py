@@ -64,7 +64,7 @@ TABLE: list[tuple[dict[str, Any], set[str]]] = [
     ({"description": "other words"}, set()),
     ({"runtime": {"log_every": 7, "checkpoint_every": 9, "sample_batch_size": 3, "device": "cpu"}}, set()),
     ({"gpus": 2}, set()),
-    # The data: everything, unless it merely lies elsewhere.
+    # The data: everything, unless it is merely elsewhere.
     ({"data": {"shard_size": 250}}, set(BEFORE)),
     ({"data": {"image_format": "webp"}}, set(BEFORE)),
     ({"data": {"path": "elsewhere"}}, set()),

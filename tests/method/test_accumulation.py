@@ -99,7 +99,7 @@ def test_gradients_are_the_means_of_those_of_single_slots(
         truth = torch.stack([grads[name] for grads, _ in alone]).mean(0)
         assert float(truth.norm()) > 1e-4
         assert float((grad - truth).norm()) < 1e-6 * float(truth.norm()), name
-        assert float((alone[0][0][name] - truth).norm()) > 1e-2 * float(truth.norm()), "slots draw alike"
+        assert float((alone[0][0][name] - truth).norm()) > 1e-2 * float(truth.norm()), "slots draw the same"
     for name in set(metrics) - set(found):
         mean = sum(float(logged[name]) for _, logged in alone) / num
         assert float(metrics[name]) == pytest.approx(mean, rel=1e-5), name

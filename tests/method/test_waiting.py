@@ -1,4 +1,4 @@
-"""A step never waits for the device: nothing in it asks a tensor for a number, and nothing copies one there."""
+"""A step never waits for the device: nothing in it reads a number from a tensor, and nothing copies one there."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""The table files: every row of the paper in its order with its figures, and what each row asks for."""
+"""The table files: every row of the paper in its order with its figures, and what each row requires."""
 
 import csv
 from pathlib import Path

@@ -32,7 +32,7 @@ def distant(found: dict[str, Any], truth: dict[str, Tensor]) -> set[str]:
 
 
 def some_blocks(denoiser: Any) -> list[torch.nn.Module]:
-    """One residual and one transformer block: each kind compiles alike."""
+    """One residual and one transformer block: each kind compiles the same way."""
     kinds = (RecomputedResnet, RecomputedTransformer)
     return [next(block for block in denoiser.blocks() if isinstance(block, kind)) for kind in kinds]
 

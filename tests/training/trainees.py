@@ -84,7 +84,7 @@ def distillation(data: Any, **keys: Any) -> Distillation:
 
 
 def train(folder: str, manifest: str, pause_s: float = 0.0, ends: str = "") -> None:
-    """Fits 30 iterations in `folder`; exits as the command line does when a signal asks for it.
+    """Fits 30 iterations in `folder`; exits as the command line does on a signal.
 
     `ends` names a signal that the process sends itself in the middle of writing its third checkpoint.
     """

@@ -1,4 +1,4 @@
-"""The workflow runs wherever it was unpacked, and whatever lies where it runs."""
+"""The workflow runs wherever it was unpacked, and whatever is in the folder where it runs."""
 
 from __future__ import annotations
 

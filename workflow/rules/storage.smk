@@ -1,6 +1,6 @@
 # Results in a store (`--default-storage-provider s3`): everything that a rule writes is declared.
 #
-# On a mounted disk a rule's output is the file that is written last, a manifest or a record, and what lies beside it
+# On a mounted disk a rule's output is the file that is written last, a manifest or a record, and what is beside it
 # stays when a job is started again: finished shards of an interrupted job, for one. A store only gets what is declared,
 # so with one the companions of outputs become outputs, and those of inputs inputs. Without one nothing changes.
 from dmd2.lineage.companions import companions
@@ -33,7 +33,7 @@ def beside(given):
 
 
 def declare_companions(of):
-    """Adds to a rule what lies beside its outputs and inputs."""
+    """Adds to a rule what is beside its outputs and inputs."""
     own = [in_workflow(path) for path in of.output]
     for file, is_folder in dict.fromkeys(
         item for path in own for item in companions(path)

@@ -15,7 +15,7 @@ from dmd2.errors import UserError
 
 
 class CocoImages(EncodedImages):
-    """The images in `val2014.zip`, each with its first caption; `annotations_trainval2014.zip` lies beside it."""
+    """The images in `val2014.zip`, each with its first caption; `annotations_trainval2014.zip` is beside it."""
 
     def __init__(self, data: Data):
         self._path = existing(data, "COCO's val2014.zip")

@@ -92,7 +92,7 @@ def _folders(root: Path) -> list[str]:
 
 
 def _beside(root: Path) -> PassedOver:
-    """What lies beside the class folders: files, and hidden folders."""
+    """What is beside the class folders: files, and hidden folders."""
     passed_over = PassedOver()
     for path in sorted(root.iterdir()):
         if path.is_dir() and is_hidden(path.name):

@@ -1,6 +1,6 @@
 """The package `dmd2` of this checkout, as stages and the planning find it.
 
-They have this folder on their path and not the checkout's: a file that lies there, such as a user's `numbers.py`, would
+They have this folder on their path and not the checkout's: a file there, such as a user's `numbers.py`, would
 be executed in place of the standard library's module, or another package's, of that name.
 """
 
