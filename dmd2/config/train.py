@@ -185,6 +185,13 @@ class Runtime(Model):
         False,
         description="a student's iterations as CUDA graphs, bit for bit the same; unverified; ignored on the CPU",
     )
+    cached_prompts: int = Field(
+        0,
+        ge=0,
+        description="a training computes the embeddings of its prompts once, and drops the text encoders, if there are "
+        "at most this many (77 x 2048 numbers each for SDXL); captions of real samples must be among them; equal up to "
+        "rounding",
+    )
     activation_checkpointing: bool = Field(False, description="recompute the networks' blocks instead of storing them")
     async_checkpoints: bool = Field(True, description="write checkpoints in the background")
     collective_timeout_minutes: float = Field(10.0, gt=0, description="timeout of collective calls, which ends the job")

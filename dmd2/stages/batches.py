@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,17 @@ def prompt_batches(spec: Spec, teacher: Teacher, batch_size: int, seed: int, dev
         return _staged(ids, device), {name: _staged(value, device) for name, value in tokens.items()}
 
     return batch
+
+
+def with_cached_prompts(spec: Spec, teacher: Teacher, at_most: int, device: torch.device) -> Teacher:
+    """The teacher, which looks its training prompts up if there are at most that many distinct ones."""
+    if spec.prompts is None or len(listed := set(load_prompts(spec.prompts))) > at_most:
+        return teacher
+    from dmd2.teachers.text_cache import CachedConditioner
+
+    cached = CachedConditioner(teacher.conditioner.to(device), sorted(listed))  # type: ignore[arg-type]
+    log.info("prompts: the embeddings of %d are computed once", len(listed))
+    return dataclasses.replace(teacher, conditioner=cached)
 
 
 def check_encoder(manifest: Path, facts: Mapping[str, Any], codec: Any) -> None:

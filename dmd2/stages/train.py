@@ -28,7 +28,7 @@ from dmd2.method.teacher_fit import TeacherFit
 from dmd2.metrics.perceptual import load_lpips
 from dmd2.report.table_schema import TRAINING
 from dmd2.stages import imports
-from dmd2.stages.batches import data_batches, pair_batches, prompt_batches
+from dmd2.stages.batches import data_batches, pair_batches, prompt_batches, with_cached_prompts
 from dmd2.stages.open_weights import components_folder, open_teacher, open_weights
 from dmd2.stages.state import check_students_room, check_teachers_room, checksums, state_store
 from dmd2.teachers import load_teacher
@@ -127,7 +127,8 @@ def train(
 ) -> None:
     """Trains a student; writes generator, networks (to initialise other runs), snapshots with manifest, and the log."""
     config, device = spec.need("train"), ranks.device_of(runtime.device)
-    frozen, adapted = adapted_networks(open_teacher(spec, teacher_weights, components=components), config)
+    opened = open_teacher(spec, teacher_weights, components=components)
+    frozen, adapted = adapted_networks(with_cached_prompts(spec, opened, runtime.cached_prompts, device), config)
     distance = _regression_distance(config, device)
     read = checksums(spec, teacher_weights, latents, pairs, start)
     with state_store(state_root, spec, runtime, read) as store:

@@ -6,7 +6,6 @@ Shapes: N distinct prompts, B batch, K tokens of one prompt (of all tokenizers).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,8 @@ class CachedConditioner:
 
     def __init__(self, conditioner: TextConditioner, prompts: Sequence[str], *, dtype: torch.dtype = torch.float32):
         distinct = list(dict.fromkeys(["", *prompts]))
-        self._tokenize, self._zeros = conditioner.tokenize, conditioner.null_kind == "zeros"
+        self.tokenize, self.num_too_long = conditioner.tokenize, conditioner.num_too_long
+        self._zeros = conditioner.null_kind == "zeros"
         batches = [distinct[start : start + BATCH] for start in range(0, len(distinct), BATCH)]
         tokens = [_joined(conditioner.tokenize(batch)) for batch in batches]
         conds = [self._embedded(conditioner, batch, dtype) for batch in batches]
@@ -56,10 +56,6 @@ class CachedConditioner:
         self._keys, self._order = self._keys.to(device), self._order.to(device)
         self._rows = {name: value.to(device) for name, value in self._rows.items()}
         return self
-
-    def tokenize(self, labels: Sequence[Any]) -> Cond:
-        """See `TextConditioner`."""
-        return self._tokenize(labels)
 
     def embed(self, tokens: Cond) -> Cond:
         """The conditions of a batch of tokens, float32."""
