@@ -21,7 +21,7 @@ def test_without_records_rows_are_pending_or_quoted_and_nothing_is_measured():
             table.rows_of(PRESET.name),
             strict=True,
         ):
-            assert row["source"] == ("pending" if spec.measure or spec.pending else "quoted")
+            assert row["source"] == ("pending" if spec.entry(PRESET.name) or spec.pending else "quoted")
             assert row["fid"] is None
             assert row["source"] == "quoted" or row["note"]
 
