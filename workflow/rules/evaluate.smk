@@ -142,7 +142,7 @@ rule latency:
         f"{LOGS}/latency/{{model}}-{{sampler}}.log",
     conda:
         "../../environment.yml"
-    threads: workflow.cores
+    threads: workflow.resource_settings.cores or 1  # none are set on a cluster
     resources:
         gpu=one_gpu,
     params:
