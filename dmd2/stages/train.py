@@ -273,7 +273,7 @@ def _publish_snapshots(store: CheckpointStore, facts: dict[str, Any], manifest: 
     lost in a power failure).
     """
     folder, train = manifest.parent / "snapshots", spec.need("train")
-    folder.mkdir(exist_ok=True)  # a store waits for it, also where there are none
+    folder.mkdir(parents=True, exist_ok=True)  # a store waits for it, also where there are none
     clock = {row["step"]: row for row in map(json.loads, (store.folder / "log.jsonl").read_text().splitlines())}
     listed, averages = [], []
     for step in train.snapshot_steps():
