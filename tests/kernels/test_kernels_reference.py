@@ -196,7 +196,7 @@ def test_a_cpu_call_does_not_import_triton() -> None:
 def test_a_triton_op_without_gpu_or_interpreter_names_the_three_choices() -> None:
     code = (
         "import torch, dmd2_kernels; x = torch.randn(2, 3); "
-        "torch.ops.dmd2.matching_loss(x, x, x, None, None, None, None, 1.0)"
+        "torch.ops.dmd2.matching_loss_and_grad(x, x, x, *[None] * 5, 1.0, 1.0, torch.float32)"
     )
     env = {"PATH": "", "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)

@@ -34,9 +34,9 @@ def log_of(mode: str, device: str) -> list[dict[str, Tensor]]:
 def test_the_embedded_default_logs_the_same_losses(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = dk.GroupNormSiLU.forward
 
-    def in_plain_torch(self: dk.GroupNormSiLU, *arguments: Tensor) -> Tensor:
+    def in_plain_torch(self: dk.GroupNormSiLU, *arguments: Tensor, **keys: Tensor) -> Tensor:
         with dk.use("reference"):
-            return forward(self, *arguments)
+            return forward(self, *arguments, **keys)
 
     monkeypatch.setattr(dk.GroupNormSiLU, "forward", in_plain_torch)
     reference, kernels = log_of("reference", device), log_of("triton", device)

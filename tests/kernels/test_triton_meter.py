@@ -132,9 +132,10 @@ def test_meter_gan_gradients_are_at_the_floor_in_one_launch_of_any_size() -> Non
     [
         ((1, 12, 32, 32), torch.contiguous_format, {"forward": 1}, {"backward": 1}),
         ((1, 12, 64, 64), torch.contiguous_format, {"forward": 2}, {"backward": 2}),
-        ((1, 12, 32, 32), torch.channels_last, {"moments": 1, "apply": 1}, {"slope_sums": 1, "apply_slopes": 1}),
+        ((1, 12, 16, 16), torch.channels_last, {"forward": 1}, {"backward": 1}),
+        ((1, 12, 36, 32), torch.channels_last, {"moments": 1, "apply": 1}, {"slope_sums": 1, "apply_slopes": 1}),
     ],
-    ids=["in registers", "in tiles", "channels_last"],
+    ids=["in registers", "in tiles", "small channels_last", "channels_last"],
 )
 def test_meter_group_norm_reads_and_writes_what_the_readme_says(
     shape: tuple[int, ...],

@@ -243,10 +243,12 @@ def test_many_wrong_names_are_counted_and_the_first_reported(tmp_path: Path):
     ("name", "content", "reported"),
     [
         ("w.safetensors", b"\x10\x00", "not a readable safetensors file"),
-        ("w.safetensors", b"", "not a readable safetensors file"),
+        ("w.safetensors", b"", "an empty file, not weights"),
         ("w.npz", b"", "unknown kind of weight file"),
-        ("w.bin", b"", "not a state dict of torch.save, or truncated"),
-        ("w.pkl", b"", "not a pickle in EDM's format, or truncated"),
+        ("w.bin", b"", "an empty file, not weights"),
+        ("w.bin", b"PK", "not a state dict of torch.save, or truncated"),
+        ("w.pkl", b"", "an empty file, not weights"),
+        ("w.pkl", b"\\x80", "not a pickle in EDM's format, or truncated"),
         (None, b"", "no such weight file"),
     ],
 )
