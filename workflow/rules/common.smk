@@ -101,6 +101,13 @@ gpus_of_all_nodes = preset_key(lambda preset: preset.gpus * preset.nodes)
 one_gpu = preset_key(lambda preset: min(preset.gpus, 1))
 # Processor threads beside a device, for the statistics.
 statistics_threads = preset_key(lambda preset: 8 if preset.gpus else 1)
+
+
+def all_cores(wildcards):
+    """All that Snakemake may use here; on a cluster, where there is no such number, those of the statistics."""
+    return workflow.global_resources["_cores"].value or statistics_threads(wildcards)
+
+
 # Metrics of streamed samples are made from the weights; only the samples of a sheet are stored.
 is_streamed = preset_key(lambda preset: preset.evaluation.streamed)
 

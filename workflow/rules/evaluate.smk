@@ -125,7 +125,7 @@ rule metrics:
         " --reference {input.reference:q} --extractor {input.extractor:q} --state {resources.state:q} --out {output:q}"
 
 
-# It takes all cores, so that nothing else runs while it measures.
+# It takes all cores, so that nothing else runs here while it measures.
 rule latency:
     input:
         weights=weights_of,
@@ -142,7 +142,7 @@ rule latency:
         f"{LOGS}/latency/{{model}}-{{sampler}}.log",
     conda:
         "../../environment.yml"
-    threads: workflow.cores
+    threads: all_cores
     resources:
         gpu=one_gpu,
     params:
