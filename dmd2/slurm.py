@@ -142,6 +142,15 @@ def check_site(site: Site, where: str, gpus: int, run: Run = ask) -> None:
         raise UserError(problem)
 
 
+def check_status_command(command: str | None, run: Run = ask) -> None:
+    """Raises UserError if the command that the profile asks about jobs with, `sacct` unless it says so, fails here."""
+    if command != "squeue" and run("sacct", "--noheader", "--allocations", "--starttime=now") is None:
+        raise UserError(
+            "`sacct` fails here, so that the end of no job would be seen; set slurm-status-command: squeue in"
+            " profiles/slurm/profile.v9+.yaml"
+        )
+
+
 def problems(site: Site, where: str, gpus: int, run: Run = ask) -> Iterator[str]:
     """What in a site file does not fit the cluster: the key with its file, what is wrong and what to write instead."""
     if gpus > site.gpu.per_node:

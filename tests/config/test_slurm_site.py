@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dmd2.errors import UserError
-from dmd2.slurm import Site, check_site, minutes_of, read_site
+from dmd2.slurm import Site, check_site, check_status_command, minutes_of, read_site
 
 PROFILE = Path(__file__).parents[2] / "profiles/slurm"
 SINFO = """cpu|up|12:00:00|(null)|32|128000
@@ -84,6 +84,17 @@ def test_site_file_that_does_not_fit_names_the_key(keys: dict, message: str):
 def test_slurm_that_is_down_is_said_so():
     with pytest.raises(UserError, match="Slurm does not answer"):
         check_site(Site(), "site.yaml", 0, lambda *command: None)
+
+
+def test_question_about_jobs_that_fails_names_the_option():
+    def no_accounting(*command: str) -> str | None:
+        return None if command[0] == "sacct" else ""
+
+    for command in ("sacct", None):
+        check_status_command(command, answers)
+        with pytest.raises(UserError, match="slurm-status-command: squeue"):
+            check_status_command(command, no_accounting)
+    check_status_command("squeue", no_accounting)
 
 
 def test_unknown_key_is_refused(tmp_path: Path):

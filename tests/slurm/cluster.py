@@ -42,7 +42,7 @@ SlurmdSpoolDir={folder}/spool-%n
 SlurmdParameters=config_overrides
 SlurmdTimeout=15
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/affinity
+TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
@@ -153,6 +153,21 @@ class Cluster:
                 time.sleep(0.5)
         for name in reversed(list(self._running)):
             self.stop(name)
+        for step in self._steps():  # those that wait for a controller's answer
+            for process in [*step.children(recursive=True), step]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    def _steps(self) -> list[psutil.Process]:
+        """The processes with which Slurm watches a job; they write to a node's log."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.name().startswith("slurmstepd") and any(
+                    file.path.startswith(str(self.folder)) for file in process.open_files()
+                ):
+                    found.append(process)
+        return found
 
 
 def say(*command: str) -> str:

@@ -1,6 +1,6 @@
 # What each job asks Slurm for: the site file's answer to its rule, GPUs, machines and threads. Only with the profile
 # profiles/slurm, which names the site file; what a profile or the command line sets by --set-resources stays.
-from dmd2.slurm import REQUESTED, check_site, read_site
+from dmd2.slurm import REQUESTED, check_site, check_status_command, read_site
 
 
 def site_file():
@@ -56,3 +56,29 @@ def check_cluster(gpus):
     """Stops before the first job if the site file does not fit the cluster; `gpus` are the most on a node."""
     if SITE_FILE and workflow.executor_plugin.name == "slurm":
         user_errors_stop_planning(check_site, SITE, str(SITE_FILE), gpus)
+        user_errors_stop_planning(
+            check_status_command, workflow.executor_settings.status_command
+        )
+        keep_jobs_while_slurm_is_silent()
+
+
+def keep_jobs_while_slurm_is_silent():
+    """Version 2.8 of the executor forgets every job when five questions in a row fail, and then waits for ever.
+
+    An answer without jobs leaves them as they are until the next question.
+    """
+    import snakemake_executor_plugin_slurm as plugin
+
+    ask = plugin.query_job_status
+
+    async def ask_again_later(command, logger):
+        status, seconds = await ask(command, logger)
+        if status is None:
+            name = command.split()[0]
+            logger.warning(
+                f"Slurm does not answer ({name} fails); jobs go on, and it is asked again"
+            )
+            return {}, 0.0
+        return status, seconds
+
+    plugin.query_job_status = ask_again_later
