@@ -41,7 +41,7 @@ SlurmdLogFile={folder}/slurmd-%n.log
 SlurmdSpoolDir={folder}/spool-%n
 SlurmdParameters=config_overrides
 SlurmdTimeout=15
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -153,10 +153,9 @@ class Cluster:
                 time.sleep(0.5)
         for name in reversed(list(self._running)):
             self.stop(name)
-        for step in self._steps():  # those that wait for a controller's answer
-            for process in [*step.children(recursive=True), step]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+        for process in [*self._steps(), *filter(node_of, psutil.process_iter())]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _steps(self) -> list[psutil.Process]:
         """The processes with which Slurm watches a job; they write to a node's log."""

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -90,7 +91,8 @@ class Training:
 
     def resume(self) -> None:
         for process in self.processes:
-            process.resume()
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def trainings(checkout: Checkout, name: str) -> list[psutil.Process]:
@@ -125,8 +127,13 @@ def its_time_limit(training: Training) -> None:
 
 def a_requeue(training: Training) -> None:
     subprocess.run(["scontrol", "requeue", training.job], check=True)
-    until(lambda: say("squeue", "-h", "-o%T", "-j", training.job) == "PENDING")
-    command = ["scontrol", "update", f"jobid={training.job}", "StartTime=now"]  # Slurm would wait two minutes
+    start_again(training.job)
+
+
+def start_again(job: str) -> None:
+    """Starts a job that Slurm has put into the queue again."""
+    until(lambda: say("squeue", "-h", "-o%T", "-j", job) == "PENDING")
+    command = ["scontrol", "update", f"jobid={job}", "StartTime=now"]  # Slurm would wait two minutes
     until(lambda: subprocess.run(command, check=False, capture_output=True).returncode == 0)
 
 
@@ -223,10 +230,10 @@ def test_training_on_two_nodes_outlives_a_hanging_and_a_dead_one(cluster: Cluste
 
     def a_dead_node(training: Training) -> None:
         cluster.kill_node("n1")
-        for rank in training.processes:
-            if rank.is_running():
-                rank.resume()
+        training.resume()
+        until(lambda: say("sinfo", "-hn", "n1", "-o%T").startswith("down"))  # SlurmdTimeout
         cluster.start("n1")
+        start_again(training.job)
 
     def a_hanging_node(training: Training) -> None:
         training.processes[0].resume()
