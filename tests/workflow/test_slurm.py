@@ -115,7 +115,9 @@ def until(condition: Callable[[], object], seconds: float = EVENT_S) -> None:
 
 
 def its_signal(training: Training) -> None:
+    """It takes long to save: nothing that was signalled with it may end, and have Slurm kill what is left."""
     subprocess.run(["scancel", "--signal=TERM", training.job], check=True)
+    time.sleep(5)
     training.resume()
 
 
@@ -212,6 +214,7 @@ def test_table_comes_out_the_same_whatever_ends_its_jobs(
         ]
         call.assert_succeeds(*disturbers)
     assert_resumed(checkout, "train/noreg_ttur", "train/dmd2", "train/dmd")
+    assert call.said().count("SIGTERM: saved after iteration") >= 3
     assert call.said().count("Trying to restart job") == 3  # the signal and two time limits; Slurm itself requeues
     assert_the_same(checkout, finished, "noreg_ttur", "dmd2", "dmd", "dmd2_long")
 

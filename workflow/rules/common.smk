@@ -20,7 +20,8 @@ from dmd2.downloads.catalogue import load_catalogue, requirement
 from dmd2.errors import UserError
 from dmd2.report.targets import Targets
 
-# What starts a stage, with this Python also where the environment is not activated.
+# What starts a stage, with this Python also where the environment is not activated. Rules say `exec`: a shell in between
+# would end at SIGTERM at once, Snakemake with it, and Slurm would then kill the stage before it has saved.
 SEARCH = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
 os.environ.update(DMD2_LAUNCH=str(FOLDER / "launch.sh"), PATH=os.pathsep.join(SEARCH))
 
