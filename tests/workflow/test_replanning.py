@@ -123,8 +123,8 @@ def backwards(value: object) -> object:
         ("workflow/rules/train.smk", " --state {resources.state:q}", "   --state   {resources.state:q}"),
         (
             "workflow/rules/train.smk",
-            'bash "$DMD2_LAUNCH" {resources.gpu:q}',
-            'nice bash "$DMD2_LAUNCH" {resources.gpu:q}',
+            'bash "$DMD2_LAUNCH" {resources.processes:q}',
+            'nice bash "$DMD2_LAUNCH" {resources.processes:q}',
         ),
         ("workflow/launch.sh", "set -euo pipefail\n", "set -euo pipefail\n\n# A remark.\n"),
         ("workflow/runs/dmd2.yaml", "description:", "# A remark.\ndescription:   "),
