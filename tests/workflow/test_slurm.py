@@ -122,9 +122,9 @@ def its_signal(training: Training) -> None:
 
 
 def its_time_limit(training: Training) -> None:
-    """The job's end comes; Slurm looks every 30 s."""
+    """The job's end comes: within 30 s, in which Slurm looks, it is warned or has its processes continued and ended."""
     subprocess.run(["scontrol", "update", f"jobid={training.job}", "EndTime=now+1"], check=True)
-    until(lambda: say("squeue", "-ht", "all", "-o%T", "-j", training.job) == "TIMEOUT")
+    until(lambda: say("squeue", "-ht", "all", "-o%T", "-j", training.job) in ("FAILED", "TIMEOUT"))
 
 
 def a_requeue(training: Training) -> None:
