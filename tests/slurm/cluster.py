@@ -228,5 +228,6 @@ def wait_for(path: Path) -> None:
 if __name__ == "__main__":
     if reason := install():
         sys.exit(reason)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the cluster ends with this process
     with running():
         sys.exit(subprocess.run(sys.argv[1:], check=False).returncode)
