@@ -1,4 +1,4 @@
-"""What jobs ask Slurm for: the site file of `profiles/slurm`, and its comparison with the cluster.
+"""What jobs request from Slurm: the site file of `profiles/slurm`, and its comparison with the cluster.
 
 Does not import torch (used by the workflow).
 """
@@ -77,11 +77,11 @@ class Site(Model):
     def request(self, rule: str, gpus: int, nodes: int, threads: int) -> dict[str, str | int]:
         """The resources of a job of `rule` with `gpus` in all on `nodes`, a subset of `REQUESTED`."""
         part = self.gpu if gpus else self.cpu
-        asked = {"slurm_account": self.account, "slurm_partition": part.partition, "qos": self.qos}
-        asked |= self._of_gpus(rule, gpus, nodes) if gpus else self._of_cpus(rule, threads)
+        wanted = {"slurm_account": self.account, "slurm_partition": part.partition, "qos": self.qos}
+        wanted |= self._of_gpus(rule, gpus, nodes) if gpus else self._of_cpus(rule, threads)
         if nodes > 1:  # the rule's command starts a task on each node with srun; see workflow/launch.sh
-            asked |= {"mpi": "srun", "tasks": nodes, "tasks_per_gpu": 0}
-        return {name: value for name, value in asked.items() if value is not None}
+            wanted |= {"mpi": "srun", "tasks": nodes, "tasks_per_gpu": 0}
+        return {name: value for name, value in wanted.items() if value is not None}
 
     def _of_cpus(self, rule: str, threads: int) -> dict[str, str | int | None]:
         if rule in SMALL:
@@ -142,11 +142,20 @@ def check_site(site: Site, where: str, gpus: int, run: Run = ask) -> None:
         raise UserError(problem)
 
 
+def check_status_command(command: str | None, run: Run = ask) -> None:
+    """Raises UserError if the command that the profile queries jobs with, `sacct` unless it says so, fails here."""
+    if command != "squeue" and run("sacct", "--noheader", "--allocations", "--starttime=now") is None:
+        raise UserError(
+            "`sacct` fails here, so that the end of no job would be seen; set slurm-status-command: squeue in"
+            " profiles/slurm/profile.v9+.yaml"
+        )
+
+
 def problems(site: Site, where: str, gpus: int, run: Run = ask) -> Iterator[str]:
     """What in a site file does not fit the cluster: the key with its file, what is wrong and what to write instead."""
     if gpus > site.gpu.per_node:
         yield (
-            f"{where}: gpu.per_node is {site.gpu.per_node}, but a job asks for {gpus} GPUs on a node; say"
+            f"{where}: gpu.per_node is {site.gpu.per_node}, but a job requests {gpus} GPUs on a node; say"
             f" `--config gpus={site.gpu.per_node}`, with `nodes=N` for more in all, or correct gpu.per_node"
         )
     if (nodes := read_nodes(run)) is None:
@@ -211,7 +220,7 @@ def _of_gpus(gpu: GpuJobs, gpus: int, nodes: list[Node], where: str) -> Iterator
     for i, (key, wanted) in enumerate({"per_node": gpus, "cpus": gpus * gpu.cpus, "mem_mb": gpus * gpu.mem_mb}.items()):
         if wanted > (most := max(size[i] for size in sizes)):
             yield (
-                f"{where}: gpu.{key}: a job of {gpus} GPUs asks for {wanted}, but a node has {most}; use at most"
+                f"{where}: gpu.{key}: a job of {gpus} GPUs requests {wanted}, but a node has {most}; use at most"
                 f" {most if key == 'per_node' else most // gpus}"
             )
 

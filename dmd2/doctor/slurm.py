@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from dmd2.config.reading import read_yaml
 from dmd2.doctor import Check, failed, note, ok
-from dmd2.slurm import problems, read_nodes, read_site
+from dmd2.errors import UserError
+from dmd2.slurm import check_status_command, problems, read_nodes, read_site
 
-SITE = "site.yaml"
+SITE, OPTIONS = "site.yaml", "profile.v9+.yaml"
 
 
 def slurm(profile: Path, gpus: int = 1) -> Iterator[Check]:
@@ -29,3 +31,15 @@ def slurm(profile: Path, gpus: int = 1) -> Iterator[Check]:
         yield failed("slurm site", fault, change)
     if not found:
         yield ok("slurm site", f"{path} fits this cluster")
+    yield _status(profile / OPTIONS)
+
+
+def _status(options: Path) -> Check:
+    """Whether Slurm's answer about jobs can be had by the command that the profile names."""
+    command = read_yaml(options).get("slurm-status-command", "sacct")
+    try:
+        check_status_command(command)
+    except UserError as error:
+        fault, _, change = str(error).rpartition("; ")
+        return failed("slurm status", fault, change)
+    return ok("slurm status", f"{command} says how jobs ended")

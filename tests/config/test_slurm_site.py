@@ -1,11 +1,11 @@
-"""What jobs ask Slurm for, and site files that do not fit the cluster; its answers are written here."""
+"""What jobs request from Slurm, and site files that do not fit the cluster; its answers are written here."""
 
 from pathlib import Path
 
 import pytest
 
 from dmd2.errors import UserError
-from dmd2.slurm import Site, check_site, minutes_of, read_site
+from dmd2.slurm import Site, check_site, check_status_command, minutes_of, read_site
 
 PROFILE = Path(__file__).parents[2] / "profiles/slurm"
 SINFO = """cpu|up|12:00:00|(null)|32|128000
@@ -25,7 +25,7 @@ def test_site_file_and_examples_are_valid(path: Path):
     read_site(path)
 
 
-def test_training_asks_for_the_gpus_of_each_node_and_a_task_on_each():
+def test_training_requests_the_gpus_of_each_node_and_a_task_on_each():
     site = Site.model_validate(SITE)
     alone, together = site.request("train", 8, 1, 1), site.request("train", 16, 2, 1)
     assert alone == {
@@ -42,12 +42,12 @@ def test_training_asks_for_the_gpus_of_each_node_and_a_task_on_each():
     assert together == {name: value for name, value in alone.items() if name != "cpus_per_gpu"} | tasks
 
 
-def test_without_gpus_no_job_asks_for_one():
+def test_without_gpus_no_job_requests_one():
     site = Site.model_validate(SITE)
-    for rule, threads, asked in (("shards", 16, (240, 32_000)), ("train", 1, (240, 8_000)), ("grid", 1, (30, 4_000))):
+    for rule, threads, wanted in (("shards", 16, (240, 32_000)), ("train", 1, (240, 8_000)), ("grid", 1, (30, 4_000))):
         request = site.request(rule, 0, 1, threads)
         names = {"slurm_account": "mine", "slurm_partition": "cpu"}
-        assert request == {**names, "runtime": asked[0], "mem_mb": asked[1]}
+        assert request == {**names, "runtime": wanted[0], "mem_mb": wanted[1]}
 
 
 def test_site_file_that_fits_passes():
@@ -67,10 +67,10 @@ def test_site_file_that_fits_passes():
         ({"cpu": {"partition": "cpu", "minutes": 900}}, "cpu.minutes is 900, but the partition allows 720"),
         ({"gpu": {"partition": "cpu", "minutes": 60}}, "gpu.partition is 'cpu', whose nodes have no GPU"),
         ({"gpu": {"model": "h200"}}, "gpu.model is 'h200', which the partition does not have; did you mean 'h100'?"),
-        ({"gpu": {"per_node": 4}}, "gpu.per_node is 4, but a job asks for 8 GPUs on a node"),
-        ({"gpu": {"model": "a100"}}, "gpu.per_node: a job of 8 GPUs asks for 8, but a node has 4; use at most 4"),
-        ({"gpu": {"cpus": 16}}, "gpu.cpus: a job of 8 GPUs asks for 128, but a node has 112; use at most 14"),
-        ({"gpu": {"mem_mb": 300_000}}, "gpu.mem_mb: a job of 8 GPUs asks for 2400000, but a node has 2000000"),
+        ({"gpu": {"per_node": 4}}, "gpu.per_node is 4, but a job requests 8 GPUs on a node"),
+        ({"gpu": {"model": "a100"}}, "gpu.per_node: a job of 8 GPUs requests 8, but a node has 4; use at most 4"),
+        ({"gpu": {"cpus": 16}}, "gpu.cpus: a job of 8 GPUs requests 128, but a node has 112; use at most 14"),
+        ({"gpu": {"mem_mb": 300_000}}, "gpu.mem_mb: a job of 8 GPUs requests 2400000, but a node has 2000000"),
     ],
 )
 def test_site_file_that_does_not_fit_names_the_key(keys: dict, message: str):
@@ -84,6 +84,17 @@ def test_site_file_that_does_not_fit_names_the_key(keys: dict, message: str):
 def test_slurm_that_is_down_is_said_so():
     with pytest.raises(UserError, match="Slurm does not answer"):
         check_site(Site(), "site.yaml", 0, lambda *command: None)
+
+
+def test_question_about_jobs_that_fails_names_the_option():
+    def no_accounting(*command: str) -> str | None:
+        return None if command[0] == "sacct" else ""
+
+    for command in ("sacct", None):
+        check_status_command(command, answers)
+        with pytest.raises(UserError, match="slurm-status-command: squeue"):
+            check_status_command(command, no_accounting)
+    check_status_command("squeue", no_accounting)
 
 
 def test_unknown_key_is_refused(tmp_path: Path):

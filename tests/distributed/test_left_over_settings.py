@@ -72,6 +72,19 @@ def test_rules_start_the_launcher_by_its_quoted_path():
     assert "eol=lf" in (ROOT / ".gitattributes").read_text()
 
 
+def test_no_shell_of_a_rule_outlives_the_start_of_its_stage():
+    """It would end at SIGTERM before the stage has saved."""
+    started = [
+        line.strip()
+        for path in (ROOT / "workflow/rules").glob("*.smk")
+        for line in path.read_text().replace("\\", "").splitlines()
+        if '"$DMD2_LAUNCH"' in line
+    ]
+    assert len(started) > 20
+    for line in started:
+        assert line[1:].removeprefix("DMD2_NODES={resources.nodes} ").startswith('exec bash "$DMD2_LAUNCH"'), line
+
+
 def test_a_users_matplotlib_settings_do_not_change_figures(tmp_path: Path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1, "matching_loss": 1.0}\n{"step": 2, "matching_loss": 2.0}\n')

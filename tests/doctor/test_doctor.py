@@ -102,9 +102,12 @@ def test_a_record_tells_an_altered_download(tmp_path: Path, monkeypatch: pytest.
 
 
 def slurm_that_says(answer: str, status: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stub = folder / "sinfo"
-    stub.write_text(f"#!/bin/sh\necho '{answer}'\nexit {status}\n")
-    stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
+    """`sinfo` that answers, and a cluster without an accounting database."""
+    for name, said, code in (("sinfo", answer, status), ("sacct", "", 1), ("sacctmgr", "", 1)):
+        stub = folder / name
+        stub.write_text(f"#!/bin/sh\necho '{said}'\nexit {code}\n")
+        stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
+    (folder / "profile.v9+.yaml").write_text("slurm-status-command: squeue\n")
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
@@ -112,7 +115,7 @@ def test_the_site_file_is_compared_with_slurm(tmp_path: Path, monkeypatch: pytes
     slurm_that_says("gpu|up|1-00:00:00|gpu:h100:8|112|2000000", 0, tmp_path, monkeypatch)
     site = tmp_path / "site.yaml"
     site.write_text(yaml.safe_dump({"gpu": {"partition": "gpu", "model": "h100"}}))
-    assert found(slurm(tmp_path, 8)) == {"slurm": "ok", "slurm site": "ok"}
+    assert found(slurm(tmp_path, 8)) == {"slurm": "ok", "slurm site": "ok", "slurm status": "ok"}
     site.write_text(yaml.safe_dump({"cpu": {"partition": "gpuu"}, "gpu": {"model": "h200", "minutes": 9999}}))
     wrong = [check for check in slurm(tmp_path, 8) if check.state == "failed"]
     assert [(check.found.split(" is ")[0], check.change) for check in wrong] == [
@@ -120,6 +123,15 @@ def test_the_site_file_is_compared_with_slurm(tmp_path: Path, monkeypatch: pytes
         (f"{site}: gpu.minutes", "use at most that"),
         (f"{site}: gpu.model", "did you mean 'h100'?"),
     ]
+
+
+def test_a_way_to_ask_about_jobs_that_fails_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm_that_says("gpu|up|1-00:00:00|gpu:h100:8|112|2000000", 0, tmp_path, monkeypatch)
+    (tmp_path / "site.yaml").write_text("{}\n")
+    (tmp_path / "profile.v9+.yaml").write_text("executor: slurm\n")
+    [wrong] = [check for check in slurm(tmp_path, 8) if check.state == "failed"]
+    assert (wrong.name, wrong.found.partition(" ")[0]) == ("slurm status", "`sacct`")
+    assert wrong.change.startswith("set slurm-status-command: squeue in ")
 
 
 def test_slurm_that_does_not_answer_is_a_failure_and_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,8 +41,8 @@ SlurmdLogFile={folder}/slurmd-%n.log
 SlurmdSpoolDir={folder}/spool-%n
 SlurmdParameters=config_overrides
 SlurmdTimeout=15
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/affinity
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
@@ -153,6 +153,20 @@ class Cluster:
                 time.sleep(0.5)
         for name in reversed(list(self._running)):
             self.stop(name)
+        for process in [*self._steps(), *filter(node_of, psutil.process_iter())]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _steps(self) -> list[psutil.Process]:
+        """The processes with which Slurm watches a job; they write to a node's log."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.name().startswith("slurmstepd") and any(
+                    file.path.startswith(str(self.folder)) for file in process.open_files()
+                ):
+                    found.append(process)
+        return found
 
 
 def say(*command: str) -> str:
@@ -214,5 +228,6 @@ def wait_for(path: Path) -> None:
 if __name__ == "__main__":
     if reason := install():
         sys.exit(reason)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the cluster ends with this process
     with running():
         sys.exit(subprocess.run(sys.argv[1:], check=False).returncode)

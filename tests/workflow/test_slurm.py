@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,7 @@ CPU = {"partition": "gpu", "minutes": 30}
 GPU = {**CPU, "model": "t1", "per_node": 4, "cpus": 1, "mem_mb": 1000, "warning_seconds": 10}
 OFTEN = {"runtime": {"checkpoint_every": 2}}  # execution settings: the digests stay those of the finished run
 OUTPUTS = ("generator.safetensors", "networks.safetensors")
-DEADLINE_S = 240
+EVENT_S, DEADLINE_S = 180, 600
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ class Disturber(threading.Thread):
     def assert_done(self) -> None:
         self.join(1)
         if self.failure is not None:
-            raise self.failure
+            raise AssertionError(f"{self._name}: {self.failure!r}") from self.failure
         assert not self.is_alive(), f"{self._name}: not every interruption happened"
 
 
@@ -78,18 +79,20 @@ class Training:
         end = time.monotonic() + DEADLINE_S
         began = time.time()
         while time.monotonic() < end:
-            found = [process for process in trainings(checkout, name) if process not in (after or [])]
             saved = list((checkout / "state").glob(f"{name}-*/newest.json"))
-            if found and saved and saved[0].stat().st_mtime >= max(began, found[0].create_time()):
-                for process in found:
-                    process.suspend()
-                return cls(found, found[0].environ()["SLURM_JOB_ID"])
-            time.sleep(0.01)
+            if saved and (when := saved[0].stat().st_mtime) >= began:
+                found = [process for process in trainings(checkout, name) if process not in (after or [])]
+                if found and when >= found[0].create_time():
+                    for process in found:
+                        process.suspend()
+                    return cls(found, found[0].environ()["SLURM_JOB_ID"])
+            time.sleep(0.02)
         raise TimeoutError(f"no training of {name} in {DEADLINE_S} s")
 
     def resume(self) -> None:
         for process in self.processes:
-            process.resume()
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def trainings(checkout: Checkout, name: str) -> list[psutil.Process]:
@@ -104,39 +107,63 @@ def trainings(checkout: Checkout, name: str) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + DEADLINE_S
+def until(condition: Callable[[], object], seconds: float = EVENT_S) -> None:
+    end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end
+        assert time.monotonic() < end, f"not in {seconds} s"
         time.sleep(0.2)
 
 
 def its_signal(training: Training) -> None:
+    """It takes long to save: nothing that was signalled with it may end, and have Slurm kill what is left."""
     subprocess.run(["scancel", "--signal=TERM", training.job], check=True)
+    time.sleep(5)
     training.resume()
 
 
 def its_time_limit(training: Training) -> None:
-    """The job's end comes; Slurm looks every 30 s."""
+    """The job's end comes: within 30 s, in which Slurm looks, it is warned or has its processes continued and ended."""
     subprocess.run(["scontrol", "update", f"jobid={training.job}", "EndTime=now+1"], check=True)
-    until(lambda: say("squeue", "-ht", "all", "-o%T", "-j", training.job) == "TIMEOUT")
+    until(lambda: say("squeue", "-ht", "all", "-o%T", "-j", training.job) in ("FAILED", "TIMEOUT"))
 
 
 def a_requeue(training: Training) -> None:
     subprocess.run(["scontrol", "requeue", training.job], check=True)
-    until(lambda: say("squeue", "-h", "-o%T", "-j", training.job) == "PENDING")
-    command = ["scontrol", "update", f"jobid={training.job}", "StartTime=now"]  # Slurm would wait two minutes
+    start_again(training.job)
+
+
+def start_again(job: str) -> None:
+    """Starts a job that Slurm has put into the queue again."""
+    until(lambda: say("squeue", "-h", "-o%T", "-j", job) == "PENDING")
+    command = ["scontrol", "update", f"jobid={job}", "StartTime=now"]  # Slurm would wait two minutes
     until(lambda: subprocess.run(command, check=False, capture_output=True).returncode == 0)
 
 
-def run(checkout: Checkout, *arguments: str, config: str) -> subprocess.Popen[str]:
-    return checkout.start(*arguments, *PROFILE, *HERE, overlay=OFTEN, config=f"preset=smoke {config}")
+class Call:
+    """A call of Snakemake in the background, for the duration of a block."""
 
+    def __init__(self, checkout: Checkout, target: str, *, config: str, overlay: dict = OFTEN):
+        self._path = Path(f"{checkout.folder}.said")
+        options = {"overlay": overlay, "config": f"preset=smoke {config}"}
+        with self._path.open("w") as said:
+            self._process = checkout.start(target, *PROFILE, *HERE, said=said, **options)
 
-def assert_succeeds(process: subprocess.Popen[str]) -> str:
-    said, _ = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 0, said
-    return said
+    def said(self) -> str:
+        return self._path.read_text()
+
+    def assert_succeeds(self, *disturbers: Disturber) -> None:
+        """Waits for its end, and that of what was done to its jobs."""
+        until(lambda: self._process.poll() is not None or any(each.failure for each in disturbers), DEADLINE_S)
+        for each in disturbers:
+            each.assert_done()
+        assert self._process.returncode == 0, self.said()
+
+    def __enter__(self) -> "Call":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 def assert_resumed(checkout: Checkout, *runs: str) -> None:
@@ -173,22 +200,22 @@ def test_table_comes_out_the_same_whatever_ends_its_jobs(
 
     def the_controllers_restart(training: Training) -> None:
         with Down(cluster):
-            again = run(checkout, "results/table1.csv", config="gpus=1")
-            assert "--unlock" in again.communicate(timeout=DEADLINE_S)[0]
+            again = checkout.snakemake("results/table1.csv", *PROFILE, *HERE, config="preset=smoke gpus=1")
+            assert "--unlock" in again.stdout
+            until(lambda: "Slurm does not answer" in call.said())
         training.resume()
 
-    process = run(checkout, "results/table1.csv", config="gpus=1")
-    disturbers = [
-        Disturber(checkout, "noreg_ttur", its_signal),
-        Disturber(checkout, "dmd2", its_time_limit, its_time_limit),
-        Disturber(checkout, "dmd", a_requeue),
-        Disturber(checkout, "dmd2_long", the_controllers_restart),
-    ]
-    said = assert_succeeds(process)
-    for each in disturbers:
-        each.assert_done()
+    with Call(checkout, "results/table1.csv", config="gpus=1") as call:
+        disturbers = [
+            Disturber(checkout, "noreg_ttur", its_signal),
+            Disturber(checkout, "dmd2", its_time_limit, its_time_limit),
+            Disturber(checkout, "dmd", a_requeue),
+            Disturber(checkout, "dmd2_long", the_controllers_restart),
+        ]
+        call.assert_succeeds(*disturbers)
     assert_resumed(checkout, "train/noreg_ttur", "train/dmd2", "train/dmd")
-    assert said.count("Trying to restart job") == 3  # the signal and two time limits; Slurm itself requeues
+    assert call.said().count("SIGTERM: saved after iteration") >= 3
+    assert call.said().count("Trying to restart job") == 3  # the signal and two time limits; Slurm itself requeues
     assert_the_same(checkout, finished, "noreg_ttur", "dmd2", "dmd", "dmd2_long")
 
     shutil.rmtree(checkout / ".snakemake")
@@ -206,24 +233,22 @@ def test_training_on_two_nodes_outlives_a_hanging_and_a_dead_one(cluster: Cluste
 
     def a_dead_node(training: Training) -> None:
         cluster.kill_node("n1")
-        for rank in training.processes:
-            if rank.is_running():
-                rank.resume()
+        training.resume()
+        until(lambda: say("sinfo", "-hn", "n1", "-o%T").startswith("down"))  # SlurmdTimeout
         cluster.start("n1")
+        start_again(training.job)
 
     def a_hanging_node(training: Training) -> None:
         training.processes[0].resume()
 
-    process = checkout.start(target, *PROFILE, *HERE, overlay=silent, config="preset=smoke gpus=1 nodes=2")
-    disturbers = [Disturber(checkout, "dmd2", a_hanging_node, a_dead_node)]
-    here = expected.snakemake(target, "--cores", "2", "--resources", "gpu=2", config="preset=smoke gpus=2")
-    assert here.returncode == 0, here.stdout
-    said = assert_succeeds(process)
-    for each in disturbers:
-        each.assert_done()
+    with Call(checkout, target, config="gpus=1 nodes=2", overlay=silent) as call:
+        disturber = Disturber(checkout, "dmd2", a_hanging_node, a_dead_node)
+        here = expected.snakemake(target, "--cores", "2", "--resources", "gpu=2", config="preset=smoke gpus=2")
+        assert here.returncode == 0, here.stdout
+        call.assert_succeeds(disturber)
     assert_resumed(checkout, "train/dmd2")
     assert_the_same(checkout, expected, "dmd2")
-    assert "another rank ended or was silent for longer than" in said
+    assert "another rank ended or was silent for longer than" in call.said()
 
 
 def test_site_file_that_does_not_fit_stops_before_anything_is_submitted(

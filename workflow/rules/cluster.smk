@@ -1,6 +1,6 @@
-# What each job asks Slurm for: the site file's answer to its rule, GPUs, machines and threads. Only with the profile
+# What each job requests from Slurm: the site file's answer to its rule, GPUs, machines and threads. Only with the profile
 # profiles/slurm, which names the site file; what a profile or the command line sets by --set-resources stays.
-from dmd2.slurm import REQUESTED, check_site, read_site
+from dmd2.slurm import REQUESTED, check_site, check_status_command, read_site
 
 
 def site_file():
@@ -16,14 +16,14 @@ def site_file():
     )
 
 
-def ask_slurm(stage, site):
+def request_from_slurm(stage, site):
     """Gives a rule the resources that the site file has for it."""
     chosen = set(
         workflow.resource_settings._parsed_overwrite_resources.get(stage.name, {})
     )
     gpu, nodes = stage.resources.get("gpu"), stage.resources.get("nodes")
 
-    def asked(name):
+    def requested(name):
         def value(wildcards, threads, **aux):
             def of(resource):
                 return resource.evaluate(wildcards, threads=threads, **aux).value
@@ -38,7 +38,7 @@ def ask_slurm(stage, site):
     )  # Snakemake has a default for memory
     for name in REQUESTED:
         if name not in given:
-            stage.resources[name] = asked(name)
+            stage.resources[name] = requested(name)
     if gpu.is_evaluable() and "nodes" not in stage.resources:
         stage.resources["nodes"] = 1  # else Slurm may spread a job's GPUs over several
     if "state" in stage.resources and "state" not in chosen:
@@ -49,10 +49,36 @@ SITE_FILE = site_file()
 if SITE_FILE:
     SITE = user_errors_stop_planning(read_site, SITE_FILE)
     for stage in workflow.rules:
-        ask_slurm(stage, SITE)
+        request_from_slurm(stage, SITE)
 
 
 def check_cluster(gpus):
     """Stops before the first job if the site file does not fit the cluster; `gpus` are the most on a node."""
     if SITE_FILE and workflow.executor_plugin.name == "slurm":
         user_errors_stop_planning(check_site, SITE, str(SITE_FILE), gpus)
+        user_errors_stop_planning(
+            check_status_command, workflow.executor_settings.status_command
+        )
+        keep_jobs_while_slurm_is_silent()
+
+
+def keep_jobs_while_slurm_is_silent():
+    """Version 2.8 of the executor forgets every job when five questions in a row fail, and then waits for ever.
+
+    An answer without jobs leaves them as they are until the next question.
+    """
+    import snakemake_executor_plugin_slurm as plugin
+
+    query = plugin.query_job_status
+
+    async def query_again_later(command, logger):
+        status, seconds = await query(command, logger)
+        if status is None:
+            name = command.split()[0]
+            logger.warning(
+                f"Slurm does not answer ({name} fails); jobs go on, and the question is repeated"
+            )
+            return {}, 0.0
+        return status, seconds
+
+    plugin.query_job_status = query_again_later

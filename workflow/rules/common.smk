@@ -20,7 +20,8 @@ from dmd2.downloads.catalogue import load_catalogue, requirement
 from dmd2.errors import UserError
 from dmd2.report.targets import Targets
 
-# What starts a stage, with this Python also where the environment is not activated.
+# What starts a stage, with this Python also where the environment is not activated. Rules say `exec`: a shell in between
+# would end at SIGTERM at once, Snakemake with it, and Slurm would then kill the stage before it has saved.
 SEARCH = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
 os.environ.update(DMD2_LAUNCH=str(FOLDER / "launch.sh"), PATH=os.pathsep.join(SEARCH))
 
@@ -101,6 +102,13 @@ gpus_of_all_nodes = preset_key(lambda preset: preset.gpus * preset.nodes)
 one_gpu = preset_key(lambda preset: min(preset.gpus, 1))
 # Processor threads beside a device, for the statistics.
 statistics_threads = preset_key(lambda preset: 8 if preset.gpus else 1)
+
+
+def all_cores(wildcards):
+    """All that Snakemake may use here; on a cluster, where there is no such number, those of the statistics."""
+    return workflow.global_resources["_cores"].value or statistics_threads(wildcards)
+
+
 # Metrics of streamed samples are made from the weights; only the samples of a sheet are stored.
 is_streamed = preset_key(lambda preset: preset.evaluation.streamed)
 

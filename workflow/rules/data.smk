@@ -18,7 +18,7 @@ rule download:
             exclude_none=True
         ),
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} download {wildcards.name:q} --entry {params.entry:q} --record {output.record:q}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} download {wildcards.name:q} --entry {params.entry:q} --record {output.record:q}'
 
 
 rule shards:
@@ -42,7 +42,7 @@ rule shards:
     params:
         spec=spec("shards"),
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} shards --spec {params.spec:q} --source={resources.source:q}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} shards --spec {params.spec:q} --source={resources.source:q}'
         " --max-unreadable {resources.max_unreadable:q} --max-passed-over {resources.max_passed_over:q}"
         " --workers {threads} --manifest {output.manifest:q}"
 
@@ -90,7 +90,7 @@ rule components:
             f"--images {input.images}" if input.images else ""
         ),
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} --threads {threads} components --spec {params.spec:q} {params.images} --record {output.record:q}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} --threads {threads} components --spec {params.spec:q} {params.images} --record {output.record:q}'
 
 
 rule latents:
@@ -109,5 +109,5 @@ rule latents:
         spec=spec("latents"),
         components=components_option,
     shell:
-        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} latents --spec {params.spec:q}'
+        'exec bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} latents --spec {params.spec:q}'
         " --images {input.images:q} {params.components} --manifest {output.manifest:q}"

@@ -22,7 +22,7 @@ rule features:
             f"--images {input.images}" if input.images else ""
         ),
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} --threads {threads} features --spec {params.spec:q}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} --threads {threads} features --spec {params.spec:q}'
         " {params.images} --weights {output.weights:q}"
 
 
@@ -48,7 +48,7 @@ rule reference:
     params:
         spec=spec("reference"),
     shell:
-        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} reference --spec {params.spec:q}'
+        'exec bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} reference --spec {params.spec:q}'
         " --images {input.images:q} --extractor {input.extractor:q} --out {output.stats:q}"
 
 
@@ -74,7 +74,7 @@ rule sample:
         spec=spec("sample", ENTRY),
         components=components_option,
     shell:
-        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} sample --spec {params.spec:q}'
+        'exec bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} sample --spec {params.spec:q}'
         " --weights {input.weights:q} {params.components} --manifest {output.manifest:q}"
 
 
@@ -121,11 +121,11 @@ rule metrics:
             f"--{'weights' if is_streamed(wildcards) else 'samples'} {input.source}"
         ),
     shell:
-        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} metrics --spec {params.spec:q} {params.source} {params.components}'
+        'exec bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} metrics --spec {params.spec:q} {params.source} {params.components}'
         " --reference {input.reference:q} --extractor {input.extractor:q} --state {resources.state:q} --out {output:q}"
 
 
-# It takes all cores, so that nothing else runs while it measures.
+# It takes all cores, so that nothing else runs here while it measures.
 rule latency:
     input:
         weights=weights_of,
@@ -142,14 +142,14 @@ rule latency:
         f"{LOGS}/latency/{{model}}-{{sampler}}.log",
     conda:
         "../../environment.yml"
-    threads: workflow.resource_settings.cores or 1  # none are set on a cluster
+    threads: all_cores
     resources:
         gpu=one_gpu,
     params:
         spec=spec("latency", ENTRY),
         components=components_option,
     shell:
-        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} latency --spec {params.spec:q}'
+        'exec bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} latency --spec {params.spec:q}'
         " --weights {input.weights:q} {params.components} --out {output:q}"
 
 
@@ -167,7 +167,7 @@ rule floor:
     params:
         spec=spec("metrics", "floor"),
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} --threads {threads} metrics --spec {params.spec:q}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} --threads {threads} metrics --spec {params.spec:q}'
         " --reference {input.reference:q} --extractor {input.extractor:q} --state state --out {output:q}"
 
 
@@ -191,7 +191,7 @@ rule curve:
         spec=spec("curve", "{run}"),
         components=components_option,
     shell:
-        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} curve --spec {params.spec:q}'
+        'exec bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} curve --spec {params.spec:q}'
         " --snapshots {input.snapshots:q} {params.components} --reference {input.reference:q} --extractor {input.extractor:q}"
         " --state {resources.state:q} --out {output:q}"
 
@@ -212,5 +212,5 @@ rule select:
         spec=spec("select", "{run}/{sampler}"),
         curve=lambda wildcards, input: f"--curve {input.curve}" if input.curve else "",
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} select --spec {params.spec:q} {params.curve} --snapshots {input.snapshots:q}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} select --spec {params.spec:q} {params.curve} --snapshots {input.snapshots:q}'
         " --generator {input.generator:q} --weights {output.weights:q}"

@@ -43,7 +43,7 @@ rule curves:
         ),
         folder=lambda wildcards, output: Path(output.training).parent,
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} curves {params.logs} {params.curves} --real {input.real:q} --folder {params.folder}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} curves {params.logs} {params.curves} --real {input.real:q} --folder {params.folder}'
 
 
 rule grid:
@@ -61,7 +61,7 @@ rule grid:
     conda:
         "../../environment.yml"
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} grid --manifest {input:q} --out {output:q}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} grid --manifest {input:q} --out {output:q}'
 
 
 rule real_grid:
@@ -79,7 +79,7 @@ rule real_grid:
     conda:
         "../../environment.yml"
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} grid --manifest {input:q} --out {output:q}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} grid --manifest {input:q} --out {output:q}'
 
 
 rule compare:
@@ -103,7 +103,7 @@ rule compare:
             for title, file in zip(panels_of(wildcards), input.samples)
         ],
     shell:
-        "bash \"$DMD2_LAUNCH\" 0 --log {log:q} compare --out {output:q} 'real images'={input.real:q} {params.panels:q}"
+        "exec bash \"$DMD2_LAUNCH\" 0 --log {log:q} compare --out {output:q} 'real images'={input.real:q} {params.panels:q}"
 
 
 rule configuration:
@@ -130,4 +130,4 @@ rule configuration:
             sort_keys=True,
         ),
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} configuration {params.preset:q} {params.runs:q} --out {output:q}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} configuration {params.preset:q} {params.runs:q} --out {output:q}'

@@ -38,5 +38,5 @@ rule table:
             for entry, file in zip(table_latencies(wildcards), input.latency)
         ],
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} table --spec {params.spec:q} --source {input.source:q} {params.metrics} {params.latency}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} table --spec {params.spec:q} --source {input.source:q} {params.metrics} {params.latency}'
         " --content {params.content} --csv {output.csv:q} --markdown {output.markdown:q}"

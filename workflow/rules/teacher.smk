@@ -32,7 +32,7 @@ rule teacher:
         ),
         components=components_option,
     shell:
-        'DMD2_NODES={resources.nodes} bash "$DMD2_LAUNCH" {resources.processes:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} teacher'
+        'DMD2_NODES={resources.nodes} exec bash "$DMD2_LAUNCH" {resources.processes:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} teacher'
         " --spec {params.spec:q} {params.latents} {params.components} --state {resources.state:q} --weights {output.weights:q} --train-log {output.train_log:q}"
 
 
@@ -57,5 +57,5 @@ rule pairs:
         spec=spec("pairs"),
         components=components_option,
     shell:
-        'bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} pairs --spec {params.spec:q}'
+        'exec bash "$DMD2_LAUNCH" {resources.gpu:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} pairs --spec {params.spec:q}'
         " --teacher {input.weights:q} {params.components} --manifest {output.manifest:q}"

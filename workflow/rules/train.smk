@@ -40,7 +40,7 @@ rule train:
         pairs=lambda wildcards, input: f"--pairs {input.pairs}" if input.pairs else "",
         start=lambda wildcards, input: f"--start {input.start}" if input.start else "",
     shell:
-        'DMD2_NODES={resources.nodes} bash "$DMD2_LAUNCH" {resources.processes:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} train --spec {params.spec:q}'
+        'DMD2_NODES={resources.nodes} exec bash "$DMD2_LAUNCH" {resources.processes:q} --preset {wildcards.preset:q} --log {log:q} --threads {threads} train --spec {params.spec:q}'
         " --teacher {input.teacher:q} --latents {input.latents:q} {params.components} {params.pairs} {params.start}"
         " --state {resources.state:q} --generator {output.generator:q} --networks {output.networks:q}"
         " --snapshots {output.snapshots:q} --train-log {output.train_log:q}"
@@ -65,7 +65,7 @@ rule import_student:
             f"--teacher {input.teacher}" if input.teacher else ""
         ),
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} import-student --spec {params.spec:q} {params.teacher} --generator {output.generator:q}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} import-student --spec {params.spec:q} {params.teacher} --generator {output.generator:q}'
 
 
 rule import_networks:
@@ -82,4 +82,4 @@ rule import_networks:
     params:
         spec=spec("train", "{run}"),
     shell:
-        'bash "$DMD2_LAUNCH" 0 --log {log:q} import-student --spec {params.spec:q} --networks {output.networks:q}'
+        'exec bash "$DMD2_LAUNCH" 0 --log {log:q} import-student --spec {params.spec:q} --networks {output.networks:q}'
