@@ -70,11 +70,11 @@ def slope_z(dy, z, SILU: tl.constexpr):
 
 @triton.jit
 def slope_x(d_total, xhat, dz, gain, rstd, c1, c2, at, mask, SCALE: tl.constexpr, ACC: tl.constexpr):
-    """dx, with the gradient of a sum's other uses if there is one."""
+    """dx, with the gradient of a sum's other uses if there is one, in which case masked elements mean nothing."""
     out = rstd * (dz * gain - c2 - xhat * c1)
     if d_total is not None:
-        out += tl.load(d_total + at, mask=mask, other=0.0).to(ACC)
-    return out * SCALE
+        return (out + tl.load(d_total + at, mask=mask, other=0.0).to(ACC)) * SCALE
+    return tl.where(mask, out * SCALE, 0.0)  # without the mask ptxas spills on sm_100, above with it on sm_90
 
 
 @triton.jit

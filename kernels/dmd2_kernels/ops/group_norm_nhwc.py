@@ -278,7 +278,7 @@ def backward(
         _merge_slopes, mean.numel(), partial, *vectors, means, sums, d_scale, d_shift, num_samples, num_groups,
         num_pixels, blocks, CG=cg, CG_P=triton.next_power_of_2(cg), NUM=MERGE_ROWS, ACC=acc, num_warps=4,
     )  # fmt: skip
-    more = above.d_total is not None or above.channel_bias is not None  # which need registers
+    more = above.d_total is not None or above.channel_bias is not None or x.itemsize > 2  # which need registers
     third = None if above.channel_bias is None else partial[0]  # read by now, and written again
     launch(
         _apply_slopes, grid, dy, x, above.d_total, mean, rstd, *vectors, again, means, dx, third, num_samples,
