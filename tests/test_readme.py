@@ -54,5 +54,5 @@ def test_links_lead_to_what_is_there(document: Path):
 def test_paths_in_the_tree_are_there():
     lines = [line for block in BLOCK.findall((ROOT / "docs/tree.md").read_text()) for line in block.splitlines()[1:-1]]
     paths = [line.split()[0] for line in lines if line]
-    assert len(paths) > 100
+    assert len(paths) == len(set(paths)) > 100
     assert [path for path in paths if not (ROOT / path).exists()] == []
