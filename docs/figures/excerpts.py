@@ -10,6 +10,7 @@ OF_TEXT = ("Method", "passes", "FID", "patch FID", "prompt accuracy", "prompt ac
 SHOWN = {
     "README.md": {"table1": ("Method", "FID (paper)", "passes", "FID", "pixel FD")},
     "docs/deviations.md": {"deviations": ("Method", "FID", "pixel FD", "training CPU-s", "source")},
+    "docs/ours.md": {"ours": ("Method", "FID", "pixel FD", "recall", "training CPU-s", "source")},
     "docs/text_to_image.md": {
         "table2": OF_TEXT,
         "table4": OF_TEXT,
