@@ -4,6 +4,7 @@ uninterrupted run, bit for bit.
 A training is frozen in the middle (SIGSTOP) while something happens to its job, so that no timing decides the outcome.
 """
 
+import os
 import shutil
 import subprocess
 import threading
@@ -18,7 +19,11 @@ import yaml
 from checkout import NOTHING, Checkout
 from cluster import Cluster, install, running, say
 
-pytestmark = pytest.mark.slurm
+WANTED = os.environ.get("DMD2_TEST_SLURM") == "1"
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(not WANTED, reason="it installs and starts a Slurm; set DMD2_TEST_SLURM=1 to run it, as root"),
+]
 PROFILE = ("--workflow-profile", "profiles/slurm")
 # No accounting database here; a status every few seconds; files are on the same disk.
 HERE = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "10")
