@@ -138,7 +138,7 @@ def check_site(site: Site, where: str, gpus: int, run: Run = ask) -> None:
 
     Raises UserError naming the key of the site file to change, or if Slurm does not answer.
     """
-    for problem in problems(site, where, gpus, run):
+    if (problem := next(problems(site, where, gpus, run), None)) is not None:
         raise UserError(problem)
 
 

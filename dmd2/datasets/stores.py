@@ -5,6 +5,7 @@ HTTP goes by requests, everything else by fsspec.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +16,7 @@ import requests
 from dmd2.downloads.fetch import TIMEOUT_S, TRANSIENT
 from dmd2.errors import UserError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 RETRIES = 5
 BACKOFF_S = 1.0
@@ -64,7 +66,9 @@ def retried(url: str, attempt: Callable[[], T]) -> T:
         except Exception as error:  # clients of stores raise many types
             if number == RETRIES:
                 raise UserError(f"{shown(url)}: failed {number + 1} times ({_line(error)}); run again later") from None
-            time.sleep(BACKOFF_S * 2**number)
+            pause = BACKOFF_S * 2**number
+            log.warning("%s: %s; attempt %d follows in %g s", shown(url), _line(error), number + 2, pause)
+            time.sleep(pause)
     raise AssertionError("unreachable")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dmd2.config import Preset, Sampler, Train
-from dmd2.config.reading import load_preset, merge, parse, read_chain, read_yaml
+from dmd2.config import Train
+from dmd2.config.reading import load_preset, merge, read_chain, read_yaml
 from dmd2.errors import UserError
 from dmd2.lineage.plan import Plan
 
@@ -287,13 +287,6 @@ def test_binary_file_is_named(tmp_path: Path):
 def test_entry_whose_sampler_does_not_fit_its_model_is_refused(entry: str):
     with pytest.raises(UserError, match=f"entry {entry}"):
         Plan(FOLDER, "digits").sample(entry)
-
-
-def test_parse_names_a_missing_key():
-    with pytest.raises(UserError, match="here: missing key `kind`"):
-        parse(Sampler, {}, "here")
-    with pytest.raises(UserError, match=r"missing key `data\.source`"):
-        parse(Preset, {"name": "x", "data": {}}, "here")
 
 
 def test_misspelt_choice_of_preset_is_distinguished_from_a_key_of_presets():

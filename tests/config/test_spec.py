@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dmd2.config import Train
+from dmd2.config import Preset, Sampler, Train
+from dmd2.config.reading import parse
 from dmd2.errors import UserError
 from dmd2.lineage.plan import Plan
 from dmd2.lineage.spec import Spec, read_spec
@@ -41,3 +42,10 @@ def test_snapshots_are_even_and_end_with_the_run():
 def test_models_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Train().seed = 1  # type: ignore[misc]
+
+
+def test_parse_names_a_missing_key():
+    with pytest.raises(UserError, match="here: missing key `kind`"):
+        parse(Sampler, {}, "here")
+    with pytest.raises(UserError, match=r"missing key `data\.source`"):
+        parse(Preset, {"name": "x", "data": {}}, "here")

@@ -83,7 +83,7 @@ class RecordedGraph:
 RUNS: dict[str, dict[str, Any]] = {
     "gan, average, warm-up": {"critic_steps_per_generator": 2, "ema_decay": 0.3, "warmup_iterations": 3},
     "backward simulation": {"critic_steps_per_generator": 2, "num_steps": 2},
-    "regression, turns apart": {
+    "regression, disjoint turns": {
         "critic_steps_per_generator": 3,
         "turns": "disjoint",
         "regression_weight": 0.5,
