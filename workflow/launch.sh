@@ -15,7 +15,7 @@
 #   DMD2_NODE         this machine's number, from 0
 #   DMD2_MASTER_ADDR  the address of machine 0
 #   DMD2_MASTER_PORT  a port that is free there
-# The state folder must lie on a file system that all of them share.
+# The state folder must be on a file system that all of them share.
 #
 # The exit status is that of the process that failed first, 128 + signal for a killed one. SIGTERM, SIGINT, SIGUSR1 and
 # SIGHUP (a closed terminal; not under nohup) are passed on; training saves and ends with 143, 130, 138 or 129.

@@ -4,8 +4,9 @@
 def supplied(path, key, output):
     """What a job waits for that reads `path` from outside and makes `output`: the record of a listed file, or nothing.
 
-    `key` names the setting; `path` may be a model or weight file of the configuration. A path where there is nothing stops the planning, unless `output` is there already. Records
-    are for `ancient`: one that is written again starts nothing.
+    `key` names the setting; `path` may be a model or weight file of the configuration. A path where there is nothing
+    stops the planning, unless `output` is there already. Records are for `ancient`: one that is written again starts
+    nothing.
     """
     done = Path(output).exists()
     record = user_errors_stop_planning(
