@@ -19,8 +19,8 @@ from torch import Tensor
 from dmd2.errors import Interrupted, UserError
 
 LOST_PEER = (dist.DistError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
-GLOO = "gloo"
-"""Substring of gloo's errors, which are plain RuntimeErrors that contain the source file's name."""
+GLOO = ("gloo", "Application timeout caused pair closure")
+"""Of gloo's errors, plain RuntimeErrors: the source file's name, or what follows the time-out of another exchange."""
 
 
 def rank() -> int:
@@ -82,7 +82,7 @@ def exchange(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error).partition("\n")[0]
-        if not isinstance(error, LOST_PEER) and GLOO not in text:
+        if not isinstance(error, LOST_PEER) and not any(part in text for part in GLOO):
             raise
         raise UserError(
             f"rank {rank()} of {world_size()}, in {what}: another rank ended or was silent for longer than "

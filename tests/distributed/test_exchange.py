@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from events import wait_until
 from forked import join, on_ranks
 from torch import nn
 
@@ -254,6 +255,25 @@ def test_lost_rank_is_one_line_that_says_where_and_what_to_do(error: Exception, 
     assert "\n" not in str(e.value)
     assert str(error).partition("\n")[0] in str(e.value)
     assert "Run the same command again" in str(e.value)
+
+
+def waiting_in_vain(rank: int, world: int, port: int, out: Path) -> None:
+    """Three exchanges under way when the other rank falls silent: one times out, and takes the others with it."""
+    join(rank, world, port)
+    with ranks.process_group(CPU, timeout_minutes=0.01):
+        if rank == 0:
+            works = [dist.all_reduce(torch.ones(3), async_op=True) for _ in range(3)]
+            for work in works:
+                with pytest.raises(UserError, match="another rank ended or was silent"), ranks.exchange("x"):
+                    work.wait()
+            (out / "done").touch()
+        else:
+            wait_until((out / "done").exists)
+
+
+def test_every_exchange_with_a_silent_rank_ends_in_that_line(tmp_path: Path):
+    on_ranks(2, waiting_in_vain, tmp_path)
+    assert (tmp_path / "done").exists()
 
 
 def test_other_errors_pass_an_exchange_as_they_are():
