@@ -41,21 +41,23 @@ def test_stage_finds_what_a_process_of_its_own_finds(world: World):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["threads"], ["--threads=2", "threads"]], ids=["variable", "option"])
-def test_packages_have_the_threads_that_the_caller_says(world: World, arguments: list[str]):
+def test_packages_have_the_threads_that_the_caller_says(world: World):
     shutil.rmtree(world.root / "packages")
     stage = STAGE.replace("name, *rest", 'os.environ.update(OMP_NUM_THREADS="2", MKL_NUM_THREADS="2")\nname, *rest', 1)
     (world.root / "dmd2/__main__.py").write_text(stage)  # as the option's handler does
-    env = {name: None for name in os.environ if name.endswith("_NUM_THREADS")}
-    if len(arguments) == 1:
-        env["OMP_NUM_THREADS"] = "2"
-    _, parent, preloaded = world.say(*arguments, **env)
-    _, own_parent, plain = world.say(*arguments, module="dmd2", **env)
-    assert own_parent == os.getpid() != parent
-    assert preloaded[:2] == plain[:2]
-    assert preloaded[0] == 2
-    again = world.say(*arguments, **env)[2]
-    assert all(first != second for first, second in zip(preloaded[2:], again[2:], strict=True)), "seeds are its own"
+    unset: dict[str, str | None] = {name: None for name in os.environ if name.endswith("_NUM_THREADS")}
+    by_option = ("--threads=2", "threads"), unset
+    by_variable = ("threads",), {**unset, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    _, own_parent, plain = world.say(*by_option[0], module="dmd2", **unset)
+    assert own_parent == os.getpid()
+    seeds = []
+    for arguments, env in (by_option, by_variable):
+        _, parent, found = world.say(*arguments, **env)
+        assert parent != os.getpid()
+        assert found[:2] == plain[:2]
+        assert found[0] == 2
+        seeds.append(found[2:])
+    assert all(first != second for first, second in zip(*seeds, strict=True)), "seeds are its own"
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def overlay_of(kind: str, folder: Path) -> dict[str, Any]:
             "protocols": ["edm"],
             "measures": ["fid"],
             "clip": None,
+            "latency": {"warm_up": 0, "repeats": 2, "precision": "fp32"} if kind == "sd15" else None,
         },
         "train": {**STEPS, "batch_size": 4, "precision": "fp32", "warmup_iterations": 1},
         "runs": {name: {**STEPS, "batch_size": 4} for name in RUNS[kind]},
