@@ -24,6 +24,7 @@ ETC = Path("/etc/slurm")
 FILES = ("slurm.conf", "gres.conf")
 NODES, GPUS, CPUS, MEMORY_MB = 2, 4, 8, 8000
 TIMEOUT_S = 30
+# UnkillableStepTimeout: a step that ends while the controller is down waits for it, and is no reason to drain its node.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -68,8 +69,11 @@ def install() -> str | None:
             subprocess.run(each, env=env, check=False, capture_output=True)
     if missing := [name for name in DAEMONS if shutil.which(name) is None]:
         return f"no {missing[0]}: apt-get install {' '.join(PACKAGES)}"
-    if any(os.path.lexists(ETC / name) for name in FILES):
-        return f"a Slurm is configured in {ETC} already"
+    for path in (ETC / name for name in FILES):
+        if path.is_symlink() and not path.exists():  # left by a cluster that was killed
+            path.unlink()
+        elif os.path.lexists(path):
+            return f"a Slurm is configured in {ETC} already"
     return None
 
 
