@@ -70,8 +70,8 @@ def install() -> str | None:
     if missing := [name for name in DAEMONS if shutil.which(name) is None]:
         return f"no {missing[0]}: apt-get install {' '.join(PACKAGES)}"
     for path in (ETC / name for name in FILES):
-        if path.is_symlink() and not path.exists():  # left by a cluster that was killed
-            path.unlink()
+        if path.is_symlink() and not any(str(path.readlink().parent) in line for line in command_lines()):
+            path.unlink()  # left by a cluster that was killed
         elif os.path.lexists(path):
             return f"a Slurm is configured in {ETC} already"
     return None
@@ -184,6 +184,11 @@ def node_of(process: psutil.Process) -> str | None:
     with suppress(psutil.Error):
         return process.environ().get("SLURMD_NODENAME")
     return None
+
+
+def command_lines() -> list[str]:
+    """Those of all processes."""
+    return [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
 
 
 def free_ports(num: int) -> list[int]:
