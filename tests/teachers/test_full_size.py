@@ -27,8 +27,8 @@ SIGMA, LABEL = torch.tensor([2.5]), {"label": torch.tensor([417])}
 
 
 def image() -> Tensor:
-    """A quarter of the pixels: every weight is used all the same, and fp64 convolutions are slow."""
-    return SIGMA * torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    """A sixteenth of the pixels: every weight is used all the same, and fp64 convolutions are slow."""
+    return SIGMA * torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def write_published(path: Path) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def test_full_size_network_is_imported_and_equals_its_formulas(tmp_path: Path):
 
         pairs = Spec.of("pairs", "pairs", {"teacher": spec}, data=DATA, teacher=TEACHER)
         denoiser = open_teacher(pairs, out).denoiser
-        denoiser.sample_shape = (3, 32, 32)
+        denoiser.sample_shape = (3, 16, 16)
         for precision, within in PRECISIONS.items():
             denoiser.precision = precision
             x0, (features,) = denoiser.denoise_and_tap(image(), SIGMA, LABEL, 1)

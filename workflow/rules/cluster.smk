@@ -74,9 +74,8 @@ def keep_jobs_while_slurm_is_silent():
     async def query_again_later(command, logger):
         status, seconds = await query(command, logger)
         if status is None:
-            name = command.split()[0]
             logger.warning(
-                f"Slurm does not answer ({name} fails); jobs go on, and the question is repeated"
+                "Slurm does not answer; jobs go on, and the question is repeated"
             )
             return {}, 0.0
         return status, seconds
