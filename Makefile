@@ -8,10 +8,11 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
 PRESET ?=
 CORES ?= all
+WORKERS ?= 2
 SETUP := .venv/installed-$(shell sha256sum pyproject.toml | cut -c1-16)
 DOCS := $(SETUP:.venv/installed-%=.venv/docs-%)
 RUN := source .venv/bin/activate &&
-PYTEST := $(RUN) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(RUN) python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SNAKEMAKE := $(RUN) snakemake --cores $(CORES) $(if $(PRESET),--config preset=$(PRESET))
 
 TABLES := table1 table2 table3 table4 table5 table6

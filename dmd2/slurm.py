@@ -117,11 +117,16 @@ class Node(NamedTuple):
     """Nodes that `sinfo` lists in one line: a partition's, with equal GPUs."""
 
     partition: str
+    is_default: bool
     is_up: bool
     minutes: float
     gpus: list[tuple[str, int]]  # (type or nothing, number)
     cpus: int
     mem_mb: int
+
+    def is_in(self, partitions: str | None) -> bool:
+        """Whether it is in one of the partitions, separated by commas as for `sbatch`; None is the default one."""
+        return self.is_default if partitions is None else self.partition in partitions.split(",")
 
 
 def ask(*command: str) -> str | None:
@@ -163,16 +168,15 @@ def problems(site: Site, where: str, gpus: int, run: Run = ask) -> Iterator[str]
         return
     parts: dict[str, CpuJobs | GpuJobs] = {"cpu": site.cpu} | ({"gpu": site.gpu} if gpus else {})
     for key, part in parts.items():
-        offered = [node for node in nodes if part.partition in (None, node.partition)]
-        if not offered:
-            names = {node.partition for node in nodes}
-            hint = suggestion(str(part.partition), names)
-            yield f"{where}: {key}.partition is {part.partition!r}, which this cluster does not have; {hint}"
+        if problem := _of_partition(part.partition, nodes):
+            yield f"{where}: {key}.partition {problem}"
             continue
+        offered = [node for node in nodes if node.is_in(part.partition)]
         if not any(node.is_up for node in offered):
             yield f"{where}: {key}.partition {part.partition or ''} is down; wait, or name another"
         if part.minutes > (limit := max(node.minutes for node in offered)):
-            yield f"{where}: {key}.minutes is {part.minutes}, but the partition allows {limit:.0f}; use at most that"
+            name = part.partition or offered[0].partition
+            yield f"{where}: {key}.minutes is {part.minutes}, but partition {name} allows {limit:.0f}; use at most that"
         if key == "gpu":
             yield from _of_gpus(site.gpu, gpus, offered, where)
     yield from _of_account(site.account, where, run)
@@ -180,7 +184,7 @@ def problems(site: Site, where: str, gpus: int, run: Run = ask) -> Iterator[str]
 
 def read_nodes(run: Run = ask) -> list[Node] | None:
     """The nodes of each partition; None if Slurm does not answer."""
-    answer = run("sinfo", "--noheader", "--format=%R|%a|%l|%G|%c|%m")
+    answer = run("sinfo", "--noheader", "--format=%P|%a|%l|%G|%c|%m")
     if answer is None:
         return None
     nodes = []
@@ -189,7 +193,7 @@ def read_nodes(run: Run = ask) -> list[Node] | None:
             name, up, limit, gres, cpus, memory = line.split("|")
             gpus = [(kind, int(num)) for kind, num in re.findall(r"gpu:(?:([\w.]+):)?(\d+)", gres)]
             counts = int(cpus.rstrip("+")), int(memory.rstrip("+"))
-            nodes.append(Node(name, up == "up", minutes_of(limit), gpus, *counts))
+            nodes.append(Node(name.rstrip("*"), name.endswith("*"), up == "up", minutes_of(limit), gpus, *counts))
     return nodes
 
 
@@ -203,6 +207,16 @@ def minutes_of(limit: str) -> float:
         parts = [0, *parts]
     hours, minutes, seconds = (*parts, 0, 0)[:3]
     return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+
+
+def _of_partition(partitions: str | None, nodes: list[Node]) -> str | None:
+    """What is wrong unless the cluster has each of the partitions."""
+    names = {node.partition for node in nodes}
+    if partitions is None:
+        wanted = f"is null, and the cluster has no default partition; use one of {', '.join(sorted(names))}"
+        return None if any(node.is_default for node in nodes) else wanted
+    missing = next((name for name in partitions.split(",") if name not in names), None)
+    return missing and f"is {partitions!r}, which this cluster does not have; {suggestion(missing, names)}"
 
 
 def _of_gpus(gpu: GpuJobs, gpus: int, nodes: list[Node], where: str) -> Iterator[str]:

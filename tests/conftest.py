@@ -31,6 +31,7 @@ SLOW = (
 )
 """Beginnings of the paths of tests that start workflows, ranks or compilers, or count large networks."""
 LONGEST = (
+    "workflow/test_slurm.py",
     "workflow/test_reduced_text.py",
     "workflow/test_reduced_imagenet.py",
     "workflow/test_text_to_image.py",

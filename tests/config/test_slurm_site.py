@@ -8,7 +8,7 @@ from dmd2.errors import UserError
 from dmd2.slurm import Site, check_site, check_status_command, minutes_of, read_site
 
 PROFILE = Path(__file__).parents[2] / "profiles/slurm"
-SINFO = """cpu|up|12:00:00|(null)|32|128000
+SINFO = """cpu*|up|12:00:00|(null)|32|128000
 gpu|up|1-00:00:00|gpu:a100:4(S:0-1)|64|512000
 gpu|up|1-00:00:00|gpu:h100:8(S:0-1)|112|2000000
 old|down|infinite|gpu:2|16|64000+
@@ -64,7 +64,10 @@ def test_site_file_that_fits_passes():
             "cpu.partition is 'cpus', which this cluster does not have; did you mean 'cpu'?",
         ),
         ({"cpu": {"partition": "old"}}, "cpu.partition old is down; wait, or name another"),
-        ({"cpu": {"partition": "cpu", "minutes": 900}}, "cpu.minutes is 900, but the partition allows 720"),
+        ({"cpu": {"partition": "cpu", "minutes": 900}}, "cpu.minutes is 900, but partition cpu allows 720"),
+        ({"cpu": {"minutes": 900}}, "cpu.minutes is 900, but partition cpu allows 720"),
+        ({"cpu": {"partition": "cpu,odl"}}, "is 'cpu,odl', which this cluster does not have; did you mean 'old'?"),
+        ({"gpu": {"partition": None, "minutes": 60}}, "gpu.partition is None, whose nodes have no GPU"),
         ({"gpu": {"partition": "cpu", "minutes": 60}}, "gpu.partition is 'cpu', whose nodes have no GPU"),
         ({"gpu": {"model": "h200"}}, "gpu.model is 'h200', which the partition does not have; did you mean 'h100'?"),
         ({"gpu": {"per_node": 4}}, "gpu.per_node is 4, but a job requests 8 GPUs on a node"),
@@ -74,11 +77,25 @@ def test_site_file_that_fits_passes():
     ],
 )
 def test_site_file_that_does_not_fit_names_the_key(keys: dict, message: str):
-    site = Site.model_validate({"account": "mine", "gpu": {"partition": "gpu"}, **keys})
+    gpu = {"partition": "gpu", **keys.get("gpu", {})}
+    site = Site.model_validate({"account": "mine", **keys, "gpu": gpu})
     with pytest.raises(UserError, match=r"site\.yaml: ") as error:
         check_site(site, "site.yaml", 8, answers)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_several_partitions_may_be_named():
+    site = Site.model_validate({"cpu": {"partition": "old,cpu", "minutes": 900}})
+    check_site(site, "site.yaml", 0, answers)
+
+
+def test_a_cluster_without_a_default_partition_needs_one_in_the_site_file():
+    def none_is_default(*command: str) -> str:
+        return SINFO.replace("*", "") if command[0] == "sinfo" else ""
+
+    with pytest.raises(UserError, match=r"cpu\.partition is null, .* use one of cpu, gpu, old"):
+        check_site(Site(), "site.yaml", 0, none_is_default)
 
 
 def test_slurm_that_is_down_is_said_so():

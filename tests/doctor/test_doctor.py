@@ -112,7 +112,7 @@ def slurm_that_says(answer: str, status: int, folder: Path, monkeypatch: pytest.
 
 
 def test_the_site_file_is_compared_with_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slurm_that_says("gpu|up|1-00:00:00|gpu:h100:8|112|2000000", 0, tmp_path, monkeypatch)
+    slurm_that_says("gpu*|up|1-00:00:00|gpu:h100:8|112|2000000", 0, tmp_path, monkeypatch)
     site = tmp_path / "site.yaml"
     site.write_text(yaml.safe_dump({"gpu": {"partition": "gpu", "model": "h100"}}))
     assert found(slurm(tmp_path, 8)) == {"slurm": "ok", "slurm site": "ok", "slurm status": "ok"}
@@ -126,7 +126,7 @@ def test_the_site_file_is_compared_with_slurm(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_way_to_ask_about_jobs_that_fails_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slurm_that_says("gpu|up|1-00:00:00|gpu:h100:8|112|2000000", 0, tmp_path, monkeypatch)
+    slurm_that_says("gpu*|up|1-00:00:00|gpu:h100:8|112|2000000", 0, tmp_path, monkeypatch)
     (tmp_path / "site.yaml").write_text("{}\n")
     (tmp_path / "profile.v9+.yaml").write_text("executor: slurm\n")
     [wrong] = [check for check in slurm(tmp_path, 8) if check.state == "failed"]

@@ -51,6 +51,8 @@ MinJobAge=600
 KillWait=10
 UnkillableStepTimeout=600
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -70,7 +72,7 @@ def install() -> str | None:
     if missing := [name for name in DAEMONS if shutil.which(name) is None]:
         return f"no {missing[0]}: apt-get install {' '.join(PACKAGES)}"
     for path in (ETC / name for name in FILES):
-        if path.is_symlink() and not any(str(path.readlink().parent) in line for line in command_lines()):
+        if path.is_symlink() and not runs("slurmctld", path.readlink().parent):
             path.unlink()  # left by a cluster that was killed
         elif os.path.lexists(path):
             return f"a Slurm is configured in {ETC} already"
@@ -93,7 +95,8 @@ class Cluster:
                 f" RealMemory={MEMORY_MB} Gres=gpu:t1:{GPUS}\n"
             )
             (self.folder / f"spool-n{i}").mkdir()
-        lines.append("PartitionName=gpu Nodes=n[0-1] Default=YES MaxTime=60 State=UP\n")
+        lines.append("PartitionName=gpu Nodes=n[0-1] Default=YES MaxTime=60 GraceTime=20 PriorityTier=1 State=UP\n")
+        lines.append("PartitionName=urgent Nodes=n[0-1] Hidden=YES PriorityTier=2 State=UP\n")
         (self.folder / "slurm.conf").write_text("".join(lines))
         for i in range(GPUS):  # further names of /dev/null: Slurm wants a device
             os.mknod(self.folder / f"gpu{i}", 0o600 | 0o020000, os.makedev(1, 3))
@@ -126,7 +129,7 @@ class Cluster:
 
     def wait_until_idle(self) -> None:
         end = time.monotonic() + TIMEOUT_S
-        while say("sinfo", "-hN", "-o%T").split() != ["idle"] * NODES:
+        while say("sinfo", "-hNp", "gpu", "-o%T").split() != ["idle"] * NODES:
             if time.monotonic() > end:
                 logs = "\n".join(path.read_text()[-2000:] for path in self.folder.glob("*.log"))
                 raise RuntimeError(f"the nodes did not start:\n{say('sinfo', '-N', '-l')}\n{logs}")
@@ -186,9 +189,12 @@ def node_of(process: psutil.Process) -> str | None:
     return None
 
 
-def command_lines() -> list[str]:
-    """Those of all processes."""
-    return [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+def runs(daemon: str, folder: Path) -> bool:
+    """Whether a daemon with its files in `folder` is alive."""
+    processes = psutil.process_iter(["name", "cmdline"])
+    return any(
+        each.info["name"] == daemon and str(folder) in " ".join(each.info["cmdline"] or []) for each in processes
+    )
 
 
 def free_ports(num: int) -> list[int]:

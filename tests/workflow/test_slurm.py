@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -38,11 +38,7 @@ EVENT_S, DEADLINE_S = 180, 600
 def cluster() -> Iterator[Cluster]:
     if reason := install():
         pytest.skip(reason)
-    with ExitStack() as stack:
-        try:
-            slurm = stack.enter_context(running())
-        except RuntimeError as error:
-            pytest.skip(f"Slurm is installed and does not start here: {error}")
+    with running() as slurm:
         yield slurm
 
 
@@ -157,6 +153,13 @@ def a_requeue(training: Training) -> None:
     start_again(training.job)
 
 
+def its_preemption(training: Training) -> None:
+    """A job of a partition with higher priority takes both nodes; the training saves and ends in its GraceTime."""
+    command("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    time.sleep(2)
+    training.resume()
+
+
 def start_again(job: str) -> None:
     """Starts a job that Slurm has put into the queue again; it would wait for two minutes."""
     until(lambda: state_of(job) == "PENDING")
@@ -248,7 +251,9 @@ def test_table_comes_out_the_same_whatever_ends_its_jobs(
     assert NOTHING in lost.stdout
 
 
-def test_training_on_two_nodes_outlives_a_hanging_and_a_dead_one(cluster: Cluster, finished: Checkout, tmp_path: Path):
+def test_training_on_two_nodes_outlives_a_hanging_one_pre_emption_and_a_dead_one(
+    cluster: Cluster, finished: Checkout, tmp_path: Path
+):
     checkout, expected = (finished.copy(tmp_path / name) for name in ("slurm", "here"))
     target = "results/smoke/dmd2/generator.safetensors"
     for each in (checkout, expected):
@@ -267,12 +272,13 @@ def test_training_on_two_nodes_outlives_a_hanging_and_a_dead_one(cluster: Cluste
         training.processes[0].resume()
 
     with Call(checkout, target, config="gpus=1 nodes=2", overlay=silent) as call:
-        disturber = Disturber(checkout, "dmd2", a_hanging_node, a_dead_node)
+        disturber = Disturber(checkout, "dmd2", a_hanging_node, its_preemption, a_dead_node)
         here = expected.snakemake(target, "--cores", "2", "--resources", "gpu=2", config="preset=smoke gpus=2")
         assert here.returncode == 0, here.stdout
         call.assert_succeeds(disturber)
     assert_resumed(checkout, "train/dmd2")
     assert_the_same(checkout, expected, "dmd2")
+    assert "SIGTERM: saved after iteration" in call.said(), "pre-empted"
     assert "another rank ended or was silent for longer than" in call.said()
 
 
