@@ -19,6 +19,8 @@ import yaml
 from checkout import NOTHING, Checkout
 from cluster import Cluster, install, running, say
 
+from dmd2.cost.job_times import read_jobs
+
 WANTED = os.environ.get("DMD2_TEST_SLURM") == "1"
 pytestmark = [
     pytest.mark.slurm,
@@ -245,6 +247,9 @@ def test_table_comes_out_the_same_whatever_ends_its_jobs(
     assert call.said().count("Trying to restart job") >= 3  # the signal, two time limits, what met no controller
     assert "logs/smoke/train/dmd.log, " not in call.said(), "no job of it failed: Slurm itself requeues"
     assert_the_same(checkout, finished, "noreg_ttur", "dmd2", "dmd", "dmd2_long")
+
+    took = {job.name: job.seconds for job in read_jobs(checkout.folder)}
+    assert all(took[f"logs/smoke/train/{name}.log"] > 1 for name in ("dmd", "dmd2", "noreg_ttur")), took
 
     shutil.rmtree(checkout / ".snakemake")
     lost = checkout.snakemake("results/table1.csv", "-n", *PROFILE, overlay=OFTEN, config="preset=smoke gpus=1")

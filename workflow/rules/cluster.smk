@@ -45,8 +45,25 @@ def request_from_slurm(stage, site):
         stage.resources["state"] = site.state
 
 
+def keep_start_times():
+    """A job's start is recorded on its node; the call that submitted it has read, before, that there is no record.
+
+    It would note the job's end as its start, and `dmd2 times` and `dmd2 costs` would count nothing.
+    """
+    from snakemake.persistence.file import FilePersistence
+
+    recorded = FilePersistence._get_recorded_starttime
+
+    def read_again(self, key):
+        self._read_record_cached.cache_clear()
+        return recorded(self, key)
+
+    FilePersistence._get_recorded_starttime = read_again
+
+
 SITE_FILE = site_file()
 if SITE_FILE:
+    keep_start_times()
     SITE = user_errors_stop_planning(read_site, SITE_FILE)
     for stage in workflow.rules:
         request_from_slurm(stage, SITE)
