@@ -46,19 +46,33 @@ def request_from_slurm(stage, site):
 
 
 def keep_start_times():
-    """A job's start is recorded on its node; the call that submitted it has read, before, that there is no record.
+    """Notes when a job began on its node, which `dmd2 times` and `dmd2 costs` count from.
 
-    It would note the job's end as its start, and `dmd2 times` and `dmd2 costs` would count nothing.
+    On the node Snakemake removes the mark of a job that runs, whose age the call that submitted it takes for the start.
     """
     from snakemake.persistence.file import FilePersistence
 
+    unmark = FilePersistence._unmark_incomplete
     recorded = FilePersistence._get_recorded_starttime
 
-    def read_again(self, key):
-        self._read_record_cached.cache_clear()
-        return recorded(self, key)
+    def folder(memory):
+        return memory.path / "started"
 
-    FilePersistence._get_recorded_starttime = read_again
+    def note_and_unmark(self, key):
+        mark = Path(self._record_path(self._incomplete_path, key))
+        if not workflow.is_main_process and mark.exists():
+            folder(self).mkdir(exist_ok=True)
+            self._io_write(folder(self), mark.stat().st_mtime, key)
+        unmark(self, key)
+
+    def noted(self, key):
+        if not (start := self._io_read(folder(self), key)):
+            return recorded(self, key)
+        self._io_delete(folder(self), key)
+        return start
+
+    FilePersistence._unmark_incomplete = note_and_unmark
+    FilePersistence._get_recorded_starttime = noted
 
 
 SITE_FILE = site_file()
