@@ -221,13 +221,19 @@ class Down:
 def test_table_comes_out_the_same_whatever_ends_its_jobs(
     cluster: Cluster, fresh: Checkout, finished: Checkout, tmp_path: Path
 ):
-    checkout = fresh.copy(tmp_path / "dmd2")
-    write_site(checkout)
+    checkout, elsewhere = (fresh.copy(tmp_path / name) for name in ("dmd2", "elsewhere"))
+    for each in (checkout, elsewhere):
+        write_site(each)
 
     def the_controllers_restart(training: Training) -> None:
         with Down(cluster):
-            again = checkout.snakemake("results/table1.csv", *PROFILE, *HERE, config="preset=smoke gpus=1")
+            again, other = (
+                each.snakemake("results/table1.csv", *PROFILE, *HERE, config="preset=smoke gpus=1")
+                for each in (checkout, elsewhere)
+            )
             assert "--unlock" in again.stdout
+            assert other.returncode != 0
+            assert "Slurm does not answer" in other.stdout
             until(lambda: "Slurm does not answer" in call.said())
         training.resume()
 
@@ -292,7 +298,3 @@ def test_site_file_that_does_not_fit_stops_before_anything_is_submitted(
     assert "site.yaml: gpu.partition is 'gpus', which this cluster does not have; did you mean 'gpu'?" in wrong.stdout
     assert "Traceback" not in wrong.stdout
     assert "submitted" not in wrong.stdout
-    with Down(cluster):
-        down = checkout.snakemake("results/table1.csv", *PROFILE, *HERE, config="preset=smoke gpus=1")
-    assert down.returncode != 0
-    assert "Slurm does not answer" in down.stdout
