@@ -151,15 +151,23 @@ def test_error_of_a_step_waits_for_the_checkpoint_under_way(
     assert steps(tmp_path) == [4]
 
 
-def test_snapshot_appears_before_a_checkpoint_that_was_saved_after_it(gate: threading.Event, tmp_path: Path):
+def test_snapshot_appears_before_a_checkpoint_that_was_saved_after_it(
+    gate: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    snapshot, write, there = tmp_path / "snapshot.safetensors", checkpoint_format.write_part, []
+
+    def noted(*arguments: Any) -> None:
+        there.append(snapshot.exists())
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint_format, "write_part", noted)
     with store(tmp_path) as entered:
         entered.save(1, {"x": torch.ones(1)})
         entered.save_weights("snapshot", {"x": torch.ones(1)})
-        assert not (tmp_path / "snapshot.safetensors").exists()
+        assert not snapshot.exists()
         gate.set()
         entered.save(2, {"x": torch.ones(1)})
-        assert steps(tmp_path) == [1]
-        assert (tmp_path / "snapshot.safetensors").exists()
+    assert there == [False, True]
 
 
 def test_files_that_a_killed_process_left_without_a_manifest_are_removed(tmp_path: Path):
