@@ -155,6 +155,7 @@ def a_requeue(training: Training) -> None:
 def its_preemption(training: Training) -> None:
     """A job of a partition with higher priority takes both nodes; the training saves and ends in its GraceTime."""
     command("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    until(lambda: "PreemptTime=2" in say("scontrol", "show", "job", training.job))  # and is signalled at once
     time.sleep(2)
     training.resume()
 
@@ -199,8 +200,7 @@ def assert_resumed(checkout: Checkout, *runs: str) -> None:
 
 def assert_the_same(checkout: Checkout, expected: Checkout, *runs: str) -> None:
     for name in runs:
-        for file in OUTPUTS:
-            path = f"results/smoke/{name}/{file}"
+        for path in (f"results/smoke/{name}/{file}" for file in OUTPUTS):
             assert (checkout / path).read_bytes() == (expected / path).read_bytes(), f"{path} differs"
 
 
