@@ -51,8 +51,6 @@ MinJobAge=600
 KillWait=10
 UnkillableStepTimeout=600
 JobRequeue=1
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
 ReturnToService=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -95,8 +93,7 @@ class Cluster:
                 f" RealMemory={MEMORY_MB} Gres=gpu:t1:{GPUS}\n"
             )
             (self.folder / f"spool-n{i}").mkdir()
-        lines.append("PartitionName=gpu Nodes=n[0-1] Default=YES MaxTime=60 GraceTime=20 PriorityTier=1 State=UP\n")
-        lines.append("PartitionName=urgent Nodes=n[0-1] Hidden=YES PriorityTier=2 State=UP\n")
+        lines.append("PartitionName=gpu Nodes=n[0-1] Default=YES MaxTime=60 State=UP\n")
         (self.folder / "slurm.conf").write_text("".join(lines))
         for i in range(GPUS):  # further names of /dev/null: Slurm wants a device
             os.mknod(self.folder / f"gpu{i}", 0o600 | 0o020000, os.makedev(1, 3))

@@ -152,14 +152,6 @@ def a_requeue(training: Training) -> None:
     start_again(training.job)
 
 
-def its_preemption(training: Training) -> None:
-    """A job of a partition with higher priority takes both nodes; the training saves and ends in its GraceTime."""
-    command("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    until(lambda: "PreemptTime=2" in say("scontrol", "show", "job", training.job))  # and is signalled at once
-    time.sleep(2)
-    training.resume()
-
-
 def start_again(job: str) -> None:
     """Starts a job that Slurm has put into the queue again; it would wait for two minutes."""
     until(lambda: state_of(job) == "PENDING")
@@ -278,13 +270,12 @@ def test_training_on_two_nodes_outlives_whatever_ends_it(cluster: Cluster, finis
         training.processes[0].resume()
 
     with Call(checkout, target, config="gpus=1 nodes=2", overlay=silent) as call:
-        disturber = Disturber(checkout, "dmd2", a_hanging_node, its_preemption, a_dead_node)
+        disturber = Disturber(checkout, "dmd2", a_hanging_node, a_dead_node)
         here = expected.snakemake(target, "--cores", "2", "--resources", "gpu=2", config="preset=smoke gpus=2")
         assert here.returncode == 0, here.stdout
         call.assert_succeeds(disturber)
     assert_resumed(checkout, "train/dmd2")
     assert_the_same(checkout, expected, "dmd2")
-    assert "SIGTERM: saved after iteration" in call.said(), "pre-empted"
     assert "another rank ended or was silent for longer than" in call.said()
 
 
